@@ -1,0 +1,83 @@
+"""One way to call a network, whatever runs it: `session(**tensors) -> dict of tensors`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cspd.engines.spec import GraphSpec
+
+
+class Session(Protocol):
+    """A network ready to run.
+
+    Takes exactly the inputs of `spec` on `device` and returns its outputs there. Inputs are never
+    changed. Outputs stay valid until the next call of the same session; keep a clone otherwise.
+    """
+
+    spec: GraphSpec
+    device: torch.device
+
+    def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Run the network once."""
+        ...
+
+
+class TorchSession:
+    """The reference: a PyTorch module called with the tensors of its spec."""
+
+    def __init__(self, spec: GraphSpec, module: torch.nn.Module, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self._module = module.to(device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Run the module; its outputs are matched to the spec by position."""
+        self.spec.bind(tensors)
+        outputs = self._module(*(tensors[tensor.name] for tensor in self.spec.inputs))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return dict(zip((tensor.name for tensor in self.spec.outputs), outputs, strict=True))
+
+
+@dataclass
+class CallStats:
+    """Calls of one session and the wall-clock time spent in them."""
+
+    calls: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class TimedSession:
+    """A session that counts its calls and their time.
+
+    On CUDA the time is that of issuing the work, not of the work itself: measuring it would need a
+    synchronisation in every call.
+    """
+
+    session: Session
+    stats: CallStats = field(default_factory=CallStats)
+    clock: Callable[[], float] = time.perf_counter
+
+    @property
+    def spec(self) -> GraphSpec:
+        """Contract of the wrapped session."""
+        return self.session.spec
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the wrapped session."""
+        return self.session.device
+
+    def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Run the wrapped session."""
+        start = self.clock()
+        outputs: Mapping[str, Tensor] = self.session(**tensors)
+        self.stats.calls += 1
+        self.stats.seconds += self.clock() - start
+        return dict(outputs)

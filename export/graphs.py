@@ -1,0 +1,205 @@
+"""The networks of the contract as traceable modules: each owns its tracing quirks, models stay clean.
+
+`graph_specs` and the module classes stand side by side because the order of `forward`'s arguments
+is the order of the spec's inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cspd.engines.schedule import COLUMNS
+from cspd.engines.spec import Axis, GraphSpec, TensorSpec
+from cspd.export.diffusion_head import DiffusionHead
+from cspd.export.mar import Mar
+from cspd.export.presets import MarConfig
+
+GRAPH_TOLERANCE = 1e-4  # relative error of the norm, float32 against PyTorch (golden vectors)
+MAX_STEPS = 1000
+
+
+def guided_kernel(
+    noise: Tensor, variance: Tensor, x: Tensor, guidance: Tensor, row: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One denoising step as a Gaussian: mean, log_std (without temperature), x0 and variance fraction.
+
+    `noise`, `variance` [G, R, C] are the head's outputs, first for the condition and then, if G = 2,
+    without it; `x` [R, C]; `guidance` [R]; `row` [R, K] or [1, K] of the schedule table. With G = 1
+    the guidance has no effect. All float32. (MAR, forward_with_cfg and p_mean_variance.)
+    """
+    eps = noise[-1] + guidance[:, None] * (noise[0] - noise[-1])
+    coefficients = {name: row[:, i, None] for i, name in enumerate(COLUMNS)}
+    x0 = coefficients["x0_from_x"] * x - coefficients["x0_from_noise"] * eps
+    mean = coefficients["mean_x0"] * x0 + coefficients["mean_x"] * x
+    fraction = (variance[0] + 1) / 2
+    low, high = coefficients["log_std_min"], coefficients["log_std_max"]
+    return mean, fraction * high + (1 - fraction) * low, x0, fraction
+
+
+class DenoiserGraph(nn.Module):
+    """One denoising step for rows that may be at different steps of different tokens."""
+
+    def __init__(self, head: DiffusionHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(
+        self, x: Tensor, step: Tensor, token: Tensor, conditions: Tensor, guidance: Tensor,
+        schedule: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """See `denoiser_spec` for shapes; returns mean, log_std, x0, fraction, each [R, C]."""
+        row = nn.functional.embedding(step, schedule)
+        time = self.head.time_embed(row[:, 0])
+        condition = self.head.cond_embed(conditions).transpose(0, 1)
+        branches, width = conditions.shape[0], condition.shape[-1]
+        flat = nn.functional.embedding(token, condition.reshape(-1, branches * width))
+        condition = flat.reshape(-1, branches, width).transpose(0, 1)
+        rows = x.expand(branches, -1, -1)
+        noise, variance = self.head.denoise(rows, self.head.modulations(condition + time))
+        return guided_kernel(noise, variance, x, guidance, row)
+
+
+class DenoiserLoopGraph(nn.Module):
+    """The whole denoising loop of some tokens as one scan over the steps."""
+
+    def __init__(self, head: DiffusionHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(
+        self, noise0: Tensor, noise: Tensor, conditions: Tensor, guidance: Tensor,
+        temperature: Tensor, schedule: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """See `denoiser_loop_spec`; returns sample, mean, log_std, sum_log_std, each [R, C]."""
+        condition = self.head.cond_embed(conditions)
+        time = self.head.time_embed(schedule[:, 0])
+        # The last step adds no noise: its mean is the sample.
+        noise = torch.cat([torch.zeros_like(noise[:1]), noise[1:]])
+
+        def body(
+            carry: tuple[Tensor, ...], step: tuple[Tensor, ...]
+        ) -> tuple[tuple[Tensor, ...], Tensor]:
+            x, sum_log_std, _, last = carry
+            xi, embedding, row = step
+            rows = x.expand(condition.shape[0], -1, -1)
+            modulation = self.head.modulations(condition + embedding)
+            eps, variance = self.head.denoise(rows, modulation)
+            mean, log_std, _, _ = guided_kernel(eps, variance, x, guidance, row[None])
+            x = mean + temperature[:, None] * log_std.exp() * xi
+            return (x, sum_log_std + last, mean, log_std), x.new_zeros(1)
+
+        zeros = torch.zeros_like(noise0)
+        steps = (noise.flip(0), time.flip(0), schedule.flip(0))
+        # `last` is added one iteration late, so that the sum leaves out the final step.
+        carry = (noise0.clone(), zeros.clone(), zeros.clone(), zeros.clone())
+        (sample, sum_log_std, mean, log_std), _ = torch._higher_order_ops.scan(body, carry, steps)
+        return sample, mean, log_std, sum_log_std
+
+
+class PixelDecoder(nn.Module):
+    """Decoder of pixel-space models: latents [B, p * p, h, w] are patches of a grey image."""
+
+    def __init__(self, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Images [B, 1, h * p, w * p] in [-1, 1]."""
+        return nn.functional.pixel_shuffle(latents, self.patch).clamp(-1, 1)
+
+
+def backbone_spec(config: MarConfig, max_batch: int) -> GraphSpec:
+    """Contract of the masked transformer."""
+    length, dim = config.num_tokens, config.embed_dim
+    return GraphSpec(
+        name="backbone",
+        inputs=(
+            TensorSpec(name="tokens", shape=("batch", length, config.token_dim)),
+            TensorSpec(name="visible", dtype="int32", shape=("batch", "visible"), below=length),
+            TensorSpec(name="visible_len", dtype="int32", shape=("batch",), below="visible"),
+            TensorSpec(name="labels", dtype="int32", shape=("batch",), below=config.num_classes + 1),
+            TensorSpec(name="positions", dtype="int32", shape=("batch", "positions"), below=length),
+        ),
+        outputs=(
+            TensorSpec(name="z", shape=("batch", "positions", dim), tolerance=GRAPH_TOLERANCE),
+        ),
+        axes={
+            "batch": Axis(min=1, opt=max_batch, max=max_batch),
+            "visible": Axis(min=0, opt=length // 2, max=length),
+            "positions": Axis(min=1, opt=min(8, length), max=length),
+        },
+    )
+
+
+def _head_axes(max_rows: int, **more: Axis) -> dict[str, Axis]:
+    return {
+        "rows": Axis(min=1, opt=min(64, max_rows), max=max_rows),
+        "branches": Axis(min=1, opt=2, max=2),
+        "steps": Axis(min=2, opt=100, max=MAX_STEPS),
+        **more,
+    }
+
+
+def _head_outputs(config: MarConfig, *names: str) -> tuple[TensorSpec, ...]:
+    shape = ("rows", config.token_dim)
+    return tuple(TensorSpec(name=name, shape=shape, tolerance=GRAPH_TOLERANCE) for name in names)
+
+
+def denoiser_spec(config: MarConfig, max_rows: int) -> GraphSpec:
+    """Contract of one denoising step. Branch 0 holds the conditions, branch 1 the unconditional ones."""
+    return GraphSpec(
+        name="denoiser",
+        inputs=(
+            TensorSpec(name="x", shape=("rows", config.token_dim)),
+            TensorSpec(name="step", dtype="int32", shape=("rows",), below="steps"),
+            TensorSpec(name="token", dtype="int32", shape=("rows",), below="tokens"),
+            TensorSpec(name="conditions", shape=("branches", "tokens", config.embed_dim)),
+            TensorSpec(name="guidance", shape=("rows",)),
+            TensorSpec(name="schedule", shape=("steps", len(COLUMNS))),
+        ),
+        outputs=_head_outputs(config, "mean", "log_std", "x0", "fraction"),
+        axes=_head_axes(max_rows, tokens=Axis(min=1, opt=min(64, max_rows), max=max_rows)),
+    )
+
+
+def denoiser_loop_spec(config: MarConfig, max_rows: int) -> GraphSpec:
+    """Contract of the whole denoising loop; noise is indexed by the step, 0 being the last."""
+    row, channels = ("rows",), config.token_dim
+    return GraphSpec(
+        name="denoiser_loop",
+        inputs=(
+            TensorSpec(name="noise0", shape=("rows", channels)),
+            TensorSpec(name="noise", shape=("steps", "rows", channels)),
+            TensorSpec(name="conditions", shape=("branches", "rows", config.embed_dim)),
+            TensorSpec(name="guidance", shape=row),
+            TensorSpec(name="temperature", shape=row),
+            TensorSpec(name="schedule", shape=("steps", len(COLUMNS))),
+        ),
+        outputs=_head_outputs(config, "sample", "mean", "log_std", "sum_log_std"),
+        axes=_head_axes(max_rows),
+        capturable=False,
+    )
+
+
+def decoder_spec(grid: int, channels: int, image: tuple[int, int], max_batch: int) -> GraphSpec:
+    """Contract of the image decoder; `image` is (colour channels, pixels per side)."""
+    colours, side = image
+    return GraphSpec(
+        name="decoder",
+        inputs=(TensorSpec(name="latents", shape=("batch", channels, grid, grid)),),
+        outputs=(
+            TensorSpec(name="images", shape=("batch", colours, side, side), tolerance=GRAPH_TOLERANCE),
+        ),
+        axes={"batch": Axis(min=1, opt=max_batch, max=max_batch)},
+    )
+
+
+def model_graphs(model: Mar, max_batch: int, max_rows: int) -> dict[str, tuple[nn.Module, GraphSpec]]:
+    """Every graph of one pair member by name, with its contract."""
+    head = model.diffloss.net
+    return {
+        "backbone": (model, backbone_spec(model.config, max_batch)),
+        "denoiser": (DenoiserGraph(head), denoiser_spec(model.config, max_rows)),
+        "denoiser_loop": (DenoiserLoopGraph(head), denoiser_loop_spec(model.config, max_rows)),
+    }
