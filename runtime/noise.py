@@ -1,0 +1,97 @@
+"""Random numbers as a pure function of (seed, image, position, step, purpose).
+
+A counter-based generator (Philox 4x32-10: Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3") instead of a stream: the number for one token does not depend on the batch it is drawn in,
+on the order of the work, or on what was drawn before.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+class Purpose(IntEnum):
+    """What a random number is for; numbers of different purposes are independent."""
+
+    ORDER = 0
+    DENOISE = 1  # noise of the sampling chain, shared by draft and target when they are aligned
+    DENOISE_DRAFT = 2  # the draft's own noise when they are not
+    ACCEPT = 3
+    RESAMPLE = 4
+    RESAMPLE_ACCEPT = 5
+
+
+class Noise:
+    """Source of all random numbers of one run.
+
+    Index tensors (`images`, `positions`, `steps`) are int64 of one common shape, or broadcast to it;
+    images in 0..2^32-1, positions in 0..2^16-1, steps and tries in 0..2^16-1.
+    """
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        self.seed, self.device = seed, torch.device(device)
+
+    def normal(
+        self, purpose: Purpose, images: Tensor, positions: Tensor, steps: Tensor, channels: int
+    ) -> Tensor:
+        """Standard normal numbers [..., channels] float32 for index tensors [...]."""
+        words = self._words(purpose, images, positions, steps, -(-channels // 4))
+        # Box-Muller on pairs of words; the radius comes from a number in (0, 1].
+        radius = (-2 * ((words[..., 0::2].double() + 0.5) / 2**32).log()).sqrt()
+        angle = words[..., 1::2].double() * (2 * math.pi / 2**32)
+        normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)
+        return normal[..., :channels].float()
+
+    def uniform(
+        self, purpose: Purpose, images: Tensor, positions: Tensor, steps: Tensor, count: int = 1
+    ) -> Tensor:
+        """Uniform numbers [..., count] float32 in (0, 1), both ends excluded."""
+        words = self._words(purpose, images, positions, steps, -(-count // 4))[..., :count]
+        # 23 bits and a half: exact in float32, so that neither 0 nor 1 can come from rounding.
+        return ((words >> 9).double() + 0.5).mul(2.0**-23).float()
+
+    def chain(
+        self, purpose: Purpose, images: Tensor, positions: Tensor, num_steps: int, channels: int
+    ) -> tuple[Tensor, Tensor]:
+        """Noise of whole denoising chains: start [R, C] and steps [S, R, C] for indices [R]."""
+        steps = torch.arange(num_steps + 1, device=self.device)[:, None]
+        noise = self.normal(purpose, images[None], positions[None], steps, channels)
+        return noise[num_steps], noise[:num_steps]
+
+    def orders(self, images: Tensor, num_tokens: int) -> Tensor:
+        """Random generation order per image, [B, L] int64: token positions, first generated first."""
+        positions = torch.arange(num_tokens, device=self.device)
+        zero = torch.zeros((), dtype=torch.int64, device=self.device)
+        keys = self._words(Purpose.ORDER, images[:, None], positions, zero, 1)
+        return (keys[..., 0] * 2**16 + (keys[..., 1] >> 16)).argsort(dim=1, stable=True)
+
+    def _words(
+        self, purpose: Purpose, images: Tensor, positions: Tensor, steps: Tensor, blocks: int
+    ) -> Tensor:
+        """Random 32-bit words [..., 4 * blocks] as int64."""
+        position = (positions + (int(purpose) << 16))[..., None]
+        block = torch.arange(blocks, device=self.device)
+        counter = torch.broadcast_tensors(images[..., None], position, steps[..., None], block)
+        return _philox(counter, (self.seed & _WORD, self.seed >> 32 & _WORD)).flatten(-2)
+
+
+def _philox(counter: tuple[Tensor, ...] | list[Tensor], key: tuple[int, int]) -> Tensor:
+    """Philox 4x32-10 on four int64 tensors of 32-bit words; returns [..., 4]."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        low, high = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        # The product wraps in int64; shift and mask recover its upper word all the same.
+        c0, c1 = (high >> 32 & _WORD) ^ c1 ^ k0, high & _WORD
+        c2, c3 = (low >> 32 & _WORD) ^ c3 ^ k1, low & _WORD
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return torch.stack([c0, c1, c2, c3], dim=-1)
