@@ -1,4 +1,4 @@
-"""A small Fashion-MNIST classifier that judges samples: `python -m cspd.tools.classifier train OUT`.
+"""A small Fashion-MNIST classifier that judges samples: `python -m cspd.tools.classifier train`.
 
 It says whether an image shows the class that was asked for, and its last hidden layer is the space
 in which distances between sets of images are measured. It has nothing to do with Inception.
@@ -72,7 +72,7 @@ def _convolution(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
 
 
 def load_classifier(path: Path | None = None) -> Classifier:
-    """The classifier with the weights of `path`, by default the shipped ones; float32, in eval mode.
+    """The classifier with the weights of `path`, by default the shipped ones; float32, frozen.
 
     Raises CspdError if the file is missing, unreadable or holds something else.
     """
@@ -88,7 +88,7 @@ def load_classifier(path: Path | None = None) -> Classifier:
             f"{path}: not the weights of the classifier ({str(error).splitlines()[0]}); "
             "make them with: python -m cspd.tools.classifier train OUT"
         ) from error
-    return classifier.eval()
+    return classifier.eval().requires_grad_(False)
 
 
 @torch.inference_mode()
