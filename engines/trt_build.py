@@ -1,0 +1,215 @@
+"""From ONNX to a TensorRT engine: one code path for TensorRT 10, 11 and TensorRT-RTX.
+
+Networks are strongly typed, so that precision is what the exporter wrote and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+
+import torch
+from cspd.engines.errors import CspdError
+from cspd.engines.spec import GraphSpec
+from cspd.engines.trt_api import import_trt, last_words, parse_onnx, supported_capabilities, trt_log
+from cspd.engines.trt_options import BuildOptions, BuildReport, profile_shapes
+from cspd.engines.trt_progress import ProgressCallback, make_monitor
+
+
+def build_engine(
+    onnx_path: Path,
+    spec: GraphSpec,
+    options: BuildOptions,
+    out: Path,
+    progress: ProgressCallback | None = None,
+) -> BuildReport:
+    """Build the engine of one graph into `out`, which appears complete or not at all.
+
+    Weights outside `onnx_path` are found next to it. Raises CspdError with the parser's or the
+    builder's own words. Everything TensorRT allocated is freed on return.
+    """
+    trt = import_trt(options.flavour)
+    if not onnx_path.is_file():
+        raise CspdError(f"{spec.name}: {onnx_path} does not exist; export the graph first")
+    start = time.perf_counter()
+    with _peak_memory() as peak:
+        digest, size = _build(trt, onnx_path, spec, options, out, progress)
+    gc.collect()
+    gpu, capabilities = None, options.compute_capabilities
+    if options.flavour == "tensorrt":
+        gpu = torch.cuda.get_device_name()
+        capabilities = ("{}.{}".format(*torch.cuda.get_device_capability()),)
+    return BuildReport(
+        flavour=options.flavour,
+        version=trt.__version__,
+        compute_capabilities=capabilities,
+        gpu=gpu,
+        profile=profile_shapes(spec),
+        sha256=digest,
+        bytes=size,
+        seconds=round(time.perf_counter() - start, 3),
+        peak_memory_bytes=peak(),
+    )
+
+
+def _build(
+    trt: ModuleType,
+    onnx_path: Path,
+    spec: GraphSpec,
+    options: BuildOptions,
+    out: Path,
+    progress: ProgressCallback | None,
+) -> tuple[str, int]:
+    """Build and write; returns SHA-256 and size. TensorRT's objects die with this frame."""
+    log = trt_log(options.flavour)
+    with _atomic_file(out) as file, log.collect() as messages:
+        sink = _sink_class(trt)(file)
+        builder = trt.Builder(log.logger)
+        network, _weights, errors = parse_onnx(trt, builder, log, onnx_path)
+        if errors:
+            raise CspdError(f"{onnx_path.name}: TensorRT cannot parse it:\n" + "\n".join(errors))
+        _check_io(spec, network)
+        config = _configure(trt, builder, spec, options)
+        monitor = config.progress_monitor = make_monitor(trt, progress)
+        done = _serialize(builder, network, config, sink)
+        failure = monitor.failure or sink.failure
+        if failure is not None:
+            raise failure
+        if not done:
+            raise CspdError(f"{spec.name}: TensorRT built no engine:\n" + last_words(messages))
+    _save_timing_cache(config, options)
+    return sink.digest.hexdigest(), sink.size
+
+
+def _serialize(builder: Any, network: Any, config: Any, sink: Any) -> bool:
+    """Build the engine into `sink`; False if the builder gave up."""
+    # The stream takes pieces of 64 MiB and saves one copy of the engine in memory.
+    if hasattr(builder, "build_serialized_network_to_stream"):
+        return builder.build_serialized_network_to_stream(network, config, sink)
+    engine = builder.build_serialized_network(network, config)
+    return engine is not None and sink.write(memoryview(engine)) == engine.nbytes
+
+
+def _sink_class(trt: ModuleType) -> type:
+    """A stream writer of this module that hashes and counts what it writes to a file."""
+
+    class Sink(getattr(trt, "IStreamWriter", object)):  # type: ignore[misc]
+        def __init__(self, file: IO[bytes]) -> None:
+            super().__init__()
+            self.failure: OSError | None = None
+            self.digest, self.size = hashlib.sha256(), 0
+            self._file = file
+
+        def write(self, data: Any) -> int:
+            """Number of bytes taken. A full disk must not raise across TensorRT's frames."""
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.failure = error
+                return 0
+            self.digest.update(data)
+            self.size += len(data)
+            return len(data)
+
+    return Sink
+
+
+def _check_io(spec: GraphSpec, network: Any) -> None:
+    found = {network.get_input(i).name for i in range(network.num_inputs)}
+    expected = {tensor.name for tensor in spec.inputs}
+    if found != expected:
+        raise CspdError(
+            f"{spec.name}: the ONNX file has inputs {sorted(found)}, expected {sorted(expected)}; "
+            "export it again"
+        )
+
+
+def _configure(trt: ModuleType, builder: Any, spec: GraphSpec, options: BuildOptions) -> Any:
+    config = builder.create_builder_config()
+    profile = builder.create_optimization_profile()
+    for name, shapes in profile_shapes(spec).items():
+        profile.set_shape(name, *shapes)
+    if config.add_optimization_profile(profile) < 0:
+        raise CspdError(f"{spec.name}: TensorRT refuses the profile {profile_shapes(spec)}")
+    config.builder_optimization_level = options.optimization_level
+    if options.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    # TF32 is on by default and would make "fp32" a lie; NaN must reach the check at run time.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    config.set_flag(trt.BuilderFlag.STRICT_NANS)
+    if spec.capturable and hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        # tensorrt-rtx then allocates nothing at run time, or fails to build: it can be captured.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    _target(trt, config, options)
+    return config
+
+
+def _target(trt: ModuleType, config: Any, options: BuildOptions) -> None:
+    """GPUs, compatibility and timing cache."""
+    known = supported_capabilities(trt)
+    unknown = set(options.compute_capabilities) - set(known)
+    if unknown:
+        raise CspdError(
+            f"--compute-capability: got {sorted(unknown)}, expected some of {list(known)}"
+        )
+    if options.compute_capabilities:
+        config.num_compute_capabilities = len(options.compute_capabilities)
+        for index, capability in enumerate(options.compute_capabilities):
+            config.set_compute_capability(known[capability], index)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        # Otherwise the plan carries a runtime as native code, which loading refuses to run.
+        config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.timing_cache is not None:
+        path = options.timing_cache
+        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        config.set_timing_cache(cache, False)
+
+
+def _save_timing_cache(config: Any, options: BuildOptions) -> None:
+    if options.timing_cache is not None:
+        options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
+        with _atomic_file(options.timing_cache) as file:
+            file.write(memoryview(config.get_timing_cache().serialize()))
+
+
+@contextlib.contextmanager
+def _atomic_file(out: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `out` when the block ends well, and vanishes otherwise."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _peak_memory() -> Iterator[Callable[[], int | None]]:
+    """A function giving the highest resident size of this process since the block began, in bytes.
+
+    Where the kernel cannot reset its mark, that is the highest since the process began.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    yield _high_water_mark
+
+
+def _high_water_mark() -> int | None:
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024 if found else None
+    return None
