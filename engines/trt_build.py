@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from types import ModuleType
 from typing import IO, Any
 
 import torch
+from cspd.engines.atomic import atomic_file
 from cspd.engines.errors import CspdError
 from cspd.engines.spec import GraphSpec
 from cspd.engines.trt_api import import_trt, last_words, parse_onnx, supported_capabilities, trt_log
@@ -39,6 +39,11 @@ def build_engine(
     trt = import_trt(options.flavour)
     if not onnx_path.is_file():
         raise CspdError(f"{spec.name}: {onnx_path} does not exist; export the graph first")
+    if options.flavour == "tensorrt" and not torch.cuda.is_available():
+        raise CspdError(
+            "--backend tensorrt: builds on the GPU that the engine is for, and torch sees none; "
+            "build there, or use --backend tensorrt-rtx, which needs no GPU (see cspd-run doctor)"
+        )
     start = time.perf_counter()
     with _peak_memory() as peak:
         digest, size = _build(trt, onnx_path, spec, options, out, progress)
@@ -70,7 +75,7 @@ def _build(
 ) -> tuple[str, int]:
     """Build and write; returns SHA-256 and size. TensorRT's objects die with this frame."""
     log = trt_log(options.flavour)
-    with _atomic_file(out) as file, log.collect() as messages:
+    with atomic_file(out) as file, log.collect() as messages:
         sink = _sink_class(trt)(file)
         builder = trt.Builder(log.logger)
         network, _weights, errors = parse_onnx(trt, builder, log, onnx_path)
@@ -179,22 +184,8 @@ def _target(trt: ModuleType, config: Any, options: BuildOptions) -> None:
 def _save_timing_cache(config: Any, options: BuildOptions) -> None:
     if options.timing_cache is not None:
         options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        with _atomic_file(options.timing_cache) as file:
+        with atomic_file(options.timing_cache) as file:
             file.write(memoryview(config.get_timing_cache().serialize()))
-
-
-@contextlib.contextmanager
-def _atomic_file(out: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `out` when the block ends well, and vanishes otherwise."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,188 @@
+"""TensorRT as a session: CUDA tensors bound by address, nothing copied, nothing synchronised."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from cspd.engines.bundle import Bundle
+from cspd.engines.errors import BundleError, CspdError
+from cspd.engines.spec import DTYPES, GraphSpec, TensorSpec
+from cspd.engines.trt_load import EngineFile, LoadedEngine, Placement, load_engine
+from cspd.engines.trt_options import profile_shapes
+from torch import Tensor
+
+PLACEHOLDER_BYTES = 256
+
+
+class Streams(Protocol):
+    """Where work is queued; the CUDA streams of torch, or a stand-in."""
+
+    def current(self, device: torch.device) -> int:
+        """Handle of the stream that torch uses on `device` now."""
+        ...
+
+
+class TorchStreams:
+    """The current CUDA stream of torch: engines and torch's own kernels follow each other there.
+
+    Put the whole generation on a stream of its own with `torch.cuda.stream`: TensorRT synchronises
+    more than it has to on the default one.
+    """
+
+    def current(self, device: torch.device) -> int:
+        """Handle of the current stream."""
+        return torch.cuda.current_stream(device).cuda_stream
+
+
+def open_rtx_session(bundle: Bundle, label: str, *, device: str, threads: int) -> TrtSession:
+    """Session of graph `label` on its tensorrt-rtx engine; `threads` has no meaning here."""
+    return _open(bundle, label, "tensorrt-rtx", device)
+
+
+def open_tensorrt_session(bundle: Bundle, label: str, *, device: str, threads: int) -> TrtSession:
+    """Session of graph `label` on its tensorrt engine; `threads` has no meaning here."""
+    return _open(bundle, label, "tensorrt", device)
+
+
+class TrtSession:
+    """One engine with its own output buffers, sized for the largest shapes of its profile.
+
+    Inputs are read where they lie and must be on `device`. Outputs are views of buffers that the
+    next call overwrites; a call is put on torch's current stream and returns before it has run.
+    """
+
+    def __init__(
+        self,
+        spec: GraphSpec,
+        loaded: LoadedEngine,
+        *,
+        device: torch.device,
+        streams: Streams | None = None,
+    ) -> None:
+        """Allocate the buffers; BundleError if the engine has another contract or profile."""
+        self.spec, self.device, self.loaded = spec, device, loaded
+        self._context = context = loaded.context
+        self._streams = TorchStreams() if streams is None else streams
+        _check_engine(spec, loaded.engine)
+        largest = spec.sizes("max")
+        self._buffers = {t.name: self._allocate(t, largest) for t in spec.outputs}
+        for name, buffer in self._buffers.items():
+            self._accept(context.set_tensor_address(name, buffer.data_ptr()), f"address of {name}")
+        # TensorRT wants an address even for an empty tensor, and a different one for each.
+        self._placeholders = {
+            t.name: torch.empty(PLACEHOLDER_BYTES, dtype=torch.uint8, device=device)
+            for t in spec.inputs
+        }
+        self._bound: dict[str, Tensor] = {}
+
+    def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Queue one run. CspdError if a tensor leaves the profile or lies on another device."""
+        sizes = self.spec.bind(tensors)
+        self._bind(tensors)
+        stream = self._streams.current(self.device)
+        self._accept(self._context.execute_async_v3(stream), "run")
+        return {t.name: self._view(t, sizes) for t in self.spec.outputs}
+
+    def save_cache(self) -> None:
+        """Store the kernels compiled so far, so that the next start is fast (tensorrt-rtx)."""
+        self.loaded.save_cache()
+
+    def capture_refusal(self) -> str | None:
+        """Why this engine cannot be captured in a CUDA graph; None if it can as far as is known."""
+        if not self.spec.capturable:
+            return f"{self.spec.name} holds a loop"
+        ask = getattr(self._context, "is_stream_capturable", None)
+        if ask is not None and not ask(self._streams.current(self.device)):
+            return f"{self.spec.name}: TensorRT says that this engine cannot be captured"
+        return None
+
+    def _bind(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hand over shapes and addresses; the tensors are kept until the next call."""
+        for name, tensor in tensors.items():
+            if tensor.device != self.device:
+                raise CspdError(
+                    f"{self.spec.name}: {name} lies on {tensor.device}, expected {self.device}"
+                )
+            tensor = tensor.contiguous()
+            self._bound[name] = tensor
+            memory = tensor if tensor.numel() else self._placeholders[name]
+            shape = tuple(tensor.shape)
+            self._accept(self._context.set_input_shape(name, shape), f"{name} {list(shape)}")
+            self._accept(
+                self._context.set_tensor_address(name, memory.data_ptr()), f"address of {name}"
+            )
+
+    def _accept(self, done: bool, what: str) -> None:
+        if not done:
+            raise CspdError(
+                f"{self.spec.name}: TensorRT refuses {what}; "
+                "run cspd-run doctor, and rebuild the engine with cspd-export build"
+            )
+
+    def _allocate(self, tensor: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
+        count = torch.Size(tensor.sizes(sizes)).numel()
+        return torch.empty(max(count, 1), dtype=DTYPES[tensor.dtype], device=self.device)
+
+    def _view(self, tensor: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
+        shape = torch.Size(tensor.sizes(sizes))
+        return self._buffers[tensor.name][: shape.numel()].view(shape)
+
+
+def _open(bundle: Bundle, label: str, flavour: str, device: str) -> TrtSession:
+    record = bundle.graph(label)
+    built = record.engines.get(flavour)
+    if built is None:
+        raise BundleError(
+            f"{bundle.folder}: {label} has no {flavour} engine; "
+            f"build it with: cspd-export build --backend {flavour}"
+        )
+    where = _cuda_device(flavour, device)
+    sha256 = bundle.manifest.files[built.file].sha256
+    file = EngineFile(bundle.folder / built.file, flavour, built.version, sha256)
+    gpu = torch.cuda.get_device_name(where)
+    loaded = load_engine(file, Placement(where, gpu, record.spec.capturable, _cache_dir()))
+    return TrtSession(record.spec, loaded, device=where)
+
+
+def _cuda_device(flavour: str, device: str) -> torch.device:
+    if not device.startswith("cuda"):
+        raise CspdError(f"--device: {flavour} runs on a GPU, got {device}; use --device cuda")
+    if not torch.cuda.is_available():
+        raise CspdError(
+            f"--backend {flavour}: torch sees no GPU; run cspd-run doctor, or use "
+            "--backend onnxruntime"
+        )
+    where = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if where.index is None else where
+
+
+def _cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "cspd"
+
+
+def _check_engine(spec: GraphSpec, engine: Any) -> None:
+    """The engine has exactly the tensors of the contract, and its profile covers their ranges."""
+    names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+    expected = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
+    remedy = "rebuild it with cspd-export build"
+    if names != expected:
+        raise BundleError(
+            f"{spec.name}: the engine has tensors {sorted(names)}, "
+            f"expected {sorted(expected)}; {remedy}"
+        )
+    for name, (low, _, high) in profile_shapes(spec).items():
+        if engine.get_tensor_location(name).name != "DEVICE":
+            raise BundleError(f"{spec.name}: the engine reads {name} on the host; {remedy}")
+        built_low, _, built_high = (tuple(s) for s in engine.get_tensor_profile_shape(name, 0))
+        fits = all(a <= b for a, b in zip(built_low, low, strict=True))
+        fits = fits and all(a >= b for a, b in zip(built_high, high, strict=True))
+        if not fits:
+            raise BundleError(
+                f"{spec.name}: the engine takes {name} in {list(built_low)}..{list(built_high)}, "
+                f"the bundle promises {list(low)}..{list(high)}; {remedy}"
+            )
