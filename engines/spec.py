@@ -41,14 +41,16 @@ class Axis(Record):
 class TensorSpec(Record):
     """One input or output. `shape` mixes fixed sizes and names of dynamic axes.
 
-    `below` bounds the values of an index tensor (a number or an axis name); `tolerance` is the
-    largest relative error of the norm against PyTorch in float32 that an output may have.
+    `below` bounds the values of an index tensor (a number or an axis name), which do not repeat along
+    the last axis if `distinct`; `tolerance` is the largest relative error of the norm against
+    PyTorch in float32 that an output may have.
     """
 
     name: str = Field(pattern=NAME_PATTERN)
     dtype: str = Field("float32", pattern="^(float32|int32)$")
     shape: tuple[int | str, ...]
     below: int | str | None = None
+    distinct: bool = False
     tolerance: float | None = None
 
     def sizes(self, axes: Mapping[str, int]) -> tuple[int, ...]:
@@ -83,12 +85,15 @@ class GraphSpec(Record):
         inputs = {}
         for tensor in self.inputs:
             shape = tensor.sizes(sizes)
-            if tensor.dtype == "int32":
-                limit = sizes[tensor.below] if isinstance(tensor.below, str) else tensor.below
-                value = torch.randint(max(limit or 1, 1), shape, generator=generator).int()
+            if tensor.dtype == "float32":
+                inputs[tensor.name] = torch.randn(shape, generator=generator)
+                continue
+            limit = sizes[tensor.below] if isinstance(tensor.below, str) else tensor.below
+            if tensor.distinct:
+                value = torch.rand(*shape[:-1], limit or 1, generator=generator).argsort(-1)
+                inputs[tensor.name] = value[..., : shape[-1]].int()
             else:
-                value = torch.randn(shape, generator=generator)
-            inputs[tensor.name] = value
+                inputs[tensor.name] = torch.randint(max(limit or 1, 1), shape, generator=generator).int()
         return inputs
 
     def bind(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.export.diffusion_head import DiffusionHead
-from cspd.export.mar import Mar
+from cspd.export.mar import DiffusionLoss, Mar
 from cspd.export.presets import MarConfig
 
 GRAPH_TOLERANCE = 1e-4  # relative error of the norm, float32 against PyTorch (golden vectors)
@@ -40,60 +39,90 @@ def guided_kernel(
 class DenoiserGraph(nn.Module):
     """One denoising step for rows that may be at different steps of different tokens."""
 
-    def __init__(self, head: DiffusionHead) -> None:
+    def __init__(self, diffloss: DiffusionLoss) -> None:
         super().__init__()
-        self.head = head
+        self.diffloss = diffloss
 
     def forward(
         self, x: Tensor, step: Tensor, token: Tensor, conditions: Tensor, guidance: Tensor,
         schedule: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """See `denoiser_spec` for shapes; returns mean, log_std, x0, fraction, each [R, C]."""
+        head = self.diffloss.net
         row = nn.functional.embedding(step, schedule)
-        time = self.head.time_embed(row[:, 0])
-        condition = self.head.cond_embed(conditions).transpose(0, 1)
+        time = head.time_embed(row[:, 0])
+        condition = head.cond_embed(conditions).transpose(0, 1)
         branches, width = conditions.shape[0], condition.shape[-1]
         flat = nn.functional.embedding(token, condition.reshape(-1, branches * width))
         condition = flat.reshape(-1, branches, width).transpose(0, 1)
-        rows = x.expand(branches, -1, -1)
-        noise, variance = self.head.denoise(rows, self.head.modulations(condition + time))
+        noise, variance = head.denoise(
+            x.expand(branches, -1, -1), head.modulations(condition + time)
+        )
         return guided_kernel(noise, variance, x, guidance, row)
 
 
-class DenoiserLoopGraph(nn.Module):
-    """The whole denoising loop of some tokens as one scan over the steps."""
+class LoopPrelude(nn.Module):
+    """What the denoising loop computes once: embedded conditions and times, the noise it adds."""
 
-    def __init__(self, head: DiffusionHead) -> None:
+    def __init__(self, diffloss: DiffusionLoss) -> None:
         super().__init__()
-        self.head = head
+        self.diffloss = diffloss
+
+    def forward(
+        self, noise: Tensor, conditions: Tensor, schedule: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Added noise [S, R, C], time embeddings [S, w], embedded conditions [G, R, w]."""
+        head = self.diffloss.net
+        # The last step adds no noise: its mean is the sample.
+        added = torch.cat([torch.zeros_like(noise[:1]), noise[1:]])
+        return added, head.time_embed(schedule[:, 0]), head.cond_embed(conditions)
+
+
+class LoopStep(nn.Module):
+    """One iteration of the denoising loop."""
+
+    def __init__(self, diffloss: DiffusionLoss) -> None:
+        super().__init__()
+        self.diffloss = diffloss
+
+    def forward(
+        self, x: Tensor, sum_log_std: Tensor, last_log_std: Tensor, last_mean: Tensor,
+        noise: Tensor, time: Tensor, row: Tensor,
+        condition: Tensor, guidance: Tensor, temperature: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Next (x, sum_log_std, log_std, mean), each [R, C].
+
+        Carried from the step before: `x`, `sum_log_std`, `last_log_std`, `last_mean` (unused, it is
+        carried so that the loop returns it). Of this step: `noise` [R, C], `time` [w], `row` [K] of
+        the schedule. Constant: `condition` [G, R, w], `guidance` [R], `temperature` [R]. The sum
+        runs one step late, so that it leaves out the final step.
+        """
+        head = self.diffloss.net
+        rows = x.expand(condition.shape[0], -1, -1)
+        eps, variance = head.denoise(rows, head.modulations(condition + time))
+        mean, log_std, _, _ = guided_kernel(eps, variance, x, guidance, row[None])
+        sample = mean + temperature[:, None] * log_std.exp() * noise
+        return sample, sum_log_std + last_log_std, log_std, mean
+
+
+class DenoiserLoopGraph(nn.Module):
+    """The whole denoising loop of some tokens; exported as prelude plus ONNX Scan over the step."""
+
+    def __init__(self, diffloss: DiffusionLoss) -> None:
+        super().__init__()
+        self.prelude, self.step = LoopPrelude(diffloss), LoopStep(diffloss)
 
     def forward(
         self, noise0: Tensor, noise: Tensor, conditions: Tensor, guidance: Tensor,
         temperature: Tensor, schedule: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """See `denoiser_loop_spec`; returns sample, mean, log_std, sum_log_std, each [R, C]."""
-        condition = self.head.cond_embed(conditions)
-        time = self.head.time_embed(schedule[:, 0])
-        # The last step adds no noise: its mean is the sample.
-        noise = torch.cat([torch.zeros_like(noise[:1]), noise[1:]])
-
-        def body(
-            carry: tuple[Tensor, ...], step: tuple[Tensor, ...]
-        ) -> tuple[tuple[Tensor, ...], Tensor]:
-            x, sum_log_std, _, last = carry
-            xi, embedding, row = step
-            rows = x.expand(condition.shape[0], -1, -1)
-            modulation = self.head.modulations(condition + embedding)
-            eps, variance = self.head.denoise(rows, modulation)
-            mean, log_std, _, _ = guided_kernel(eps, variance, x, guidance, row[None])
-            x = mean + temperature[:, None] * log_std.exp() * xi
-            return (x, sum_log_std + last, mean, log_std), x.new_zeros(1)
-
-        zeros = torch.zeros_like(noise0)
-        steps = (noise.flip(0), time.flip(0), schedule.flip(0))
-        # `last` is added one iteration late, so that the sum leaves out the final step.
-        carry = (noise0.clone(), zeros.clone(), zeros.clone(), zeros.clone())
-        (sample, sum_log_std, mean, log_std), _ = torch._higher_order_ops.scan(body, carry, steps)
+        added, time, condition = self.prelude(noise, conditions, schedule)
+        carry = (noise0, *(torch.zeros_like(noise0) for _ in range(3)))
+        constants = (condition, guidance, temperature)
+        for step in reversed(range(len(schedule))):
+            carry = self.step(*carry, added[step], time[step], schedule[step], *constants)
+        sample, sum_log_std, log_std, mean = carry
         return sample, mean, log_std, sum_log_std
 
 
@@ -116,7 +145,9 @@ def backbone_spec(config: MarConfig, max_batch: int) -> GraphSpec:
         name="backbone",
         inputs=(
             TensorSpec(name="tokens", shape=("batch", length, config.token_dim)),
-            TensorSpec(name="visible", dtype="int32", shape=("batch", "visible"), below=length),
+            TensorSpec(
+                name="visible", dtype="int32", shape=("batch", "visible"), below=length, distinct=True
+            ),
             TensorSpec(name="visible_len", dtype="int32", shape=("batch",), below="visible"),
             TensorSpec(name="labels", dtype="int32", shape=("batch",), below=config.num_classes + 1),
             TensorSpec(name="positions", dtype="int32", shape=("batch", "positions"), below=length),
@@ -197,7 +228,7 @@ def decoder_spec(grid: int, channels: int, image: tuple[int, int], max_batch: in
 
 def model_graphs(model: Mar, max_batch: int, max_rows: int) -> dict[str, tuple[nn.Module, GraphSpec]]:
     """Every graph of one pair member by name, with its contract."""
-    head = model.diffloss.net
+    head = model.diffloss
     return {
         "backbone": (model, backbone_spec(model.config, max_batch)),
         "denoiser": (DenoiserGraph(head), denoiser_spec(model.config, max_rows)),

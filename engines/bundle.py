@@ -1,0 +1,127 @@
+"""A bundle on disk: read with every hash checked, published in one rename."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from cspd.engines.errors import BundleError, CspdError
+from cspd.engines.manifest import FileRecord, GraphRecord, Manifest
+
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 16 << 20
+
+
+def hash_file(path: Path) -> FileRecord:
+    """SHA-256 and size of a file, read in pieces."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return FileRecord(sha256=digest.hexdigest(), bytes=path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder with a manifest. Files are handed out only after their hash was checked."""
+
+    folder: Path
+    manifest: Manifest
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the bundle: the hash of its manifest, which holds the hash of every file."""
+        return hash_file(self.folder / MANIFEST).sha256
+
+    @cached_property
+    def _verified(self) -> set[str]:
+        return set()
+
+    def file(self, name: str) -> Path:
+        """Path of the file `name`; raises BundleError unless it is what the manifest says."""
+        path = self.folder / name
+        if name in self._verified:
+            return path
+        record = self.manifest.files[name]
+        rebuild = "copy the bundle again, or rebuild it with cspd-export build"
+        if path.is_symlink() or not path.resolve().is_relative_to(self.folder.resolve()):
+            raise BundleError(f"{path}: a link that leads out of the bundle is not followed; {rebuild}")
+        if not path.is_file():
+            raise BundleError(f"{path}: missing from the bundle; {rebuild}")
+        if path.stat().st_size != record.bytes or hash_file(path) != record:
+            raise BundleError(f"{path}: differs from the hash in {MANIFEST}; {rebuild}")
+        self._verified.add(name)
+        return path
+
+    def graph_file(self, label: str) -> Path:
+        """Verified ONNX file of the graph `label`, its weights verified too."""
+        manifest, (role, _, _) = self.manifest, label.partition("/")
+        model = manifest.models.get(role)  # type: ignore[call-overload]
+        weights = model.weights if model else manifest.decoder_weights
+        if weights is not None:
+            self.file(weights)
+        return self.file(self.graph(label).file)
+
+    def graph(self, label: str) -> GraphRecord:
+        """Record of the graph `label`, such as "target/backbone" or "decoder"."""
+        graphs = self.manifest.graphs()
+        if label not in graphs:
+            raise BundleError(
+                f"{self.folder}: has no graph {label}, it has {', '.join(sorted(graphs))}; "
+                "rebuild it with cspd-export build"
+            )
+        return graphs[label]
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Read the manifest of `folder`; files are checked when they are used."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"{folder}: no {MANIFEST} there, so it is not a bundle; make one with "
+            "cspd-export build --target mar-h --draft mar-b --out DIR"
+        )
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB, not a manifest")
+    try:
+        return Bundle(folder, Manifest.model_validate_json(path.read_bytes()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise BundleError(
+            f"{path}: {where}: {first['msg']}; rebuild the bundle with this version of cspd-export"
+        ) from None
+
+
+def publish(staging: Path, folder: Path, overwrite: bool) -> None:
+    """Move a finished bundle to `folder` in one rename; an old bundle there is kept until then."""
+    check_target(folder, overwrite)
+    if not folder.exists():
+        staging.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    folder.rename(old / "bundle")
+    staging.rename(folder)
+    shutil.rmtree(old)
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Raise CspdError unless a bundle may be written to `folder`."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    if not folder.exists():
+        return
+    if not (folder / MANIFEST).is_file():
+        raise CspdError(f"{folder}: exists and is not a bundle; choose another --out")
+    if not overwrite:
+        raise CspdError(f"{folder}: holds a bundle already; add --overwrite to replace it")
+
+
+def record_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+    """Hashes of the files `names` below `folder`."""
+    return {name: hash_file(folder / name) for name in sorted(set(names))}

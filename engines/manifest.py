@@ -1,0 +1,134 @@
+"""The manifest of a bundle: everything a run needs to know, checked when it is read.
+
+Nothing outside the manifest is guessed, and file names carry no meaning.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cspd.engines.schedule import ScheduleSpec
+from cspd.engines.spec import GraphSpec, Record
+
+SCHEMA_VERSION = 1
+SHA256 = r"^[0-9a-f]{64}$"
+Role = Literal["target", "draft"]
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+class FileRecord(Record):
+    """Identity of one file of the bundle."""
+
+    sha256: str = Field(pattern=SHA256)
+    bytes: int = Field(ge=0)
+
+
+class EngineRecord(Record):
+    """A serialized engine and what it was built for."""
+
+    file: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    seconds: float
+    peak_memory_mb: float
+
+
+class GraphRecord(Record):
+    """One graph: its contract, its ONNX file, its engines by backend, its measured error."""
+
+    spec: GraphSpec
+    file: str
+    engines: dict[str, EngineRecord] = {}
+    # Largest relative error of the norm of any output against PyTorch float32, by ONNX Runtime.
+    measured_error: float
+
+
+class ModelRecord(Record):
+    """One member of the pair."""
+
+    preset: str
+    config: dict[str, Any]
+    weights: str
+    source: str
+    source_sha256: str | None
+    precision: Precision
+    graphs: dict[str, GraphRecord]
+
+
+class Geometry(Record):
+    """What draft, target and decoder must agree on."""
+
+    grid: int = Field(ge=1)
+    token_dim: int = Field(ge=1)
+    num_classes: int = Field(ge=1)
+    image_channels: Literal[1, 3]
+    image_size: int = Field(ge=1)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image."""
+        return self.grid * self.grid
+
+
+class Manifest(Record):
+    """Contents of `manifest.json`."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    tool_version: str
+    libraries: dict[str, str]
+    opset: int
+    # Weights are random: figures from this bundle say nothing about image quality.
+    synthetic: bool = False
+    geometry: Geometry
+    class_names: tuple[str, ...]
+    schedule: ScheduleSpec
+    # Guidance scale, denoising steps and so on that the model is best used with.
+    defaults: dict[str, float | int | str] = {}
+    models: dict[Role, ModelRecord]
+    decoder: GraphRecord
+    # None for pixel-space models, whose decoder has no weights.
+    decoder_weights: str | None = None
+    decoder_precision: Precision = "fp32"
+    files: dict[str, FileRecord]
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
+                raise ValueError(f"file name {name!r} leaves the bundle")
+        return files
+
+    @model_validator(mode="after")
+    def _complete(self) -> Manifest:
+        if "target" not in self.models:
+            raise ValueError("the bundle has no target model")
+        if len(self.class_names) != self.geometry.num_classes:
+            raise ValueError(
+                f"{len(self.class_names)} class names for {self.geometry.num_classes} classes"
+            )
+        unlisted = set(self.referenced_files()) - set(self.files)
+        if unlisted:
+            raise ValueError(f"files without a hash: {sorted(unlisted)}")
+        return self
+
+    def graphs(self) -> dict[str, GraphRecord]:
+        """Every graph by its label, such as "target/backbone"."""
+        graphs = {
+            f"{role}/{name}": graph
+            for role, model in self.models.items()
+            for name, graph in model.graphs.items()
+        }
+        return {**graphs, "decoder": self.decoder}
+
+    def referenced_files(self) -> list[str]:
+        """Every file that a model, a graph or an engine names."""
+        graphs = list(self.graphs().values())
+        names = [model.weights for model in self.models.values()]
+        names += [self.decoder_weights] if self.decoder_weights else []
+        names += [graph.file for graph in graphs]
+        return names + [engine.file for graph in graphs for engine in graph.engines.values()]

@@ -1,0 +1,98 @@
+"""Sessions of ONNX Runtime: CPU by default, CUDA with I/O binding and no copies."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cspd.engines.bundle import Bundle
+from cspd.engines.errors import CspdError, MissingExtraError
+from cspd.engines.session import Session
+from cspd.engines.spec import DTYPES, GraphSpec
+
+
+def import_onnxruntime() -> ModuleType:
+    """The onnxruntime module, or an error that names the extra to install."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "cpu") from error
+    return onnxruntime
+
+
+def open_session(bundle: Bundle, label: str, *, device: str, threads: int) -> Session:
+    """Open the graph `label` of `bundle` on `device`, "cpu" or "cuda"."""
+    return ort_session(str(bundle.graph_file(label)), bundle.graph(label).spec, device, threads)
+
+
+def ort_session(path: str, spec: GraphSpec, device: str = "cpu", threads: int = 0) -> Session:
+    """Open the ONNX file `path` with contract `spec`."""
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    if provider not in ort.get_available_providers():
+        raise CspdError(
+            f"onnxruntime {ort.__version__} has no {provider}; "
+            "install the GPU build with: pip install 'cspd[gpu]'"
+        )
+    try:
+        session = ort.InferenceSession(path, options, providers=[provider])
+    except Exception as error:  # the library raises its own, undocumented types
+        raise CspdError(f"{path}: onnxruntime cannot load it: {error}") from error
+    if device == "cuda":
+        return OrtCudaSession(session, spec, ort)
+    return OrtCpuSession(session, spec)
+
+
+class OrtCpuSession:
+    """ONNX Runtime on the CPU; tensors are handed over and taken back without copies."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, session: Any, spec: GraphSpec) -> None:
+        self.spec = spec
+        self._session = session
+        self._outputs = [tensor.name for tensor in spec.outputs]
+
+    def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Run the graph once."""
+        self.spec.bind(tensors)
+        inputs = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
+        results = self._session.run(self._outputs, inputs)
+        return {
+            name: torch.from_numpy(value)
+            for name, value in zip(self._outputs, results, strict=True)
+        }
+
+
+class OrtCudaSession:
+    """ONNX Runtime on CUDA: device pointers are bound, nothing passes through the host."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, session: Any, spec: GraphSpec, ort: ModuleType) -> None:
+        self.spec = spec
+        self._session, self._ort = session, ort
+
+    def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Run the graph once."""
+        sizes = self.spec.bind(tensors)
+        binding = self._session.io_binding()
+        held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        outputs = {
+            spec.name: torch.empty(spec.sizes(sizes), dtype=DTYPES[spec.dtype], device=self.device)
+            for spec in self.spec.outputs
+        }
+        for bind, group in ((binding.bind_input, held), (binding.bind_output, outputs)):
+            for name, tensor in group.items():
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                bind(name, "cuda", 0, dtype, tuple(tensor.shape), tensor.data_ptr())
+        # torch and ONNX Runtime use different streams.
+        torch.cuda.current_stream().synchronize()
+        self._session.run_with_iobinding(binding)
+        return outputs

@@ -1,0 +1,177 @@
+"""From a traceable module and its GraphSpec to an ONNX model whose weights live in a shared file.
+
+All graphs of one model point into one safetensors file (external data with offsets), so the weights
+are stored once, are readable without ONNX, and are hashed once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch import Tensor, nn
+
+from cspd.engines.errors import CspdError
+from cspd.engines.spec import GraphSpec, TensorSpec
+
+OPSET = 20
+# Sizes used for tracing: distinct, and never 0 or 1, which the exporter would bake in.
+TRACE_SIZES = (3, 5, 7, 11, 13)
+SAFETENSORS_DTYPES = {
+    "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16,
+}  # fmt: skip
+
+
+def trace_graph(
+    module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str], dynamic: Mapping[str, list[int]]
+) -> ir.Model:
+    """Export `module` called with `inputs` in order; `dynamic` lists the free axes of each input."""
+    shapes = tuple(
+        {axis: torch.export.Dim.DYNAMIC for axis in dynamic.get(name, [])} for name in inputs
+    )
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=shapes,
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
+        if program is None:
+            raise RuntimeError("the exporter returned no program")
+        onnxscript.optimizer.optimize_ir(program.model, should_fold=_keep_weights)
+    return program.model
+
+
+def _keep_weights(node: ir.Node) -> bool | None:
+    """Stop the optimiser from folding weights (transposing them): they must stay those of the file."""
+    weights = (v for v in node.inputs if v is not None and v.is_initializer())
+    return False if any(v.const_value is not None and v.const_value.size > 64 for v in weights) else None
+
+
+def export_graph(module: nn.Module, spec: GraphSpec) -> ir.Model:
+    """ONNX model of `module` with the inputs, outputs and axis names of `spec`."""
+    sizes = dict(zip(spec.axes, TRACE_SIZES, strict=False))
+    if "branches" in sizes:
+        sizes["branches"] = 2
+    dynamic = {
+        t.name: [i for i, axis in enumerate(t.shape) if isinstance(axis, str)] for t in spec.inputs
+    }
+    names = [tensor.name for tensor in spec.outputs]
+    model = trace_graph(module, spec.example_inputs(sizes), names, dynamic)
+    return finish(model, spec)
+
+
+def finish(model: ir.Model, spec: GraphSpec) -> ir.Model:
+    """Name the model and its axes after `spec` and drop the exporter's traces of the source code."""
+    graph = model.graph
+    graph.name = spec.name
+    for value, tensor in zip([*graph.inputs, *graph.outputs], [*spec.inputs, *spec.outputs], strict=True):
+        if value.name != tensor.name:
+            raise CspdError(f"{spec.name}: exported {value.name}, the contract says {tensor.name}")
+        value.shape = _checked_shape(value, tensor)
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            # Inner shapes carry the exporter's symbols, which mean nothing beside our axis names.
+            if value not in graph.outputs:
+                value.shape = None
+    for holder in (model, graph, *graph.inputs, *graph.outputs, *graph.initializers.values()):
+        holder.metadata_props.clear()
+    return model
+
+
+def _checked_shape(value: ir.Value, tensor: TensorSpec) -> ir.Shape:
+    """The contract's shape for `value`; an axis that the exporter froze is an error."""
+    assert value.shape is not None
+    for got, expected in zip(value.shape, tensor.shape, strict=True):
+        if isinstance(expected, str) == isinstance(got, int):
+            raise CspdError(
+                f"{tensor.name}: exported shape {value.shape}, the contract says {tensor.shape}"
+            )
+    return ir.Shape(tensor.shape)
+
+
+def save_graph(model: ir.Model, path: Path, weights: Path | None) -> None:
+    """Write `model`, its large initializers pointing into the safetensors file `weights` beside it.
+
+    An initializer stored there in half precision but used in float32 is read through a Cast, which
+    every engine folds when it loads the graph.
+    """
+    stored = _stored_tensors(weights) if weights else {}
+    graph = model.graph
+    casts = []
+    for value in list(graph.initializers.values()):
+        external = stored.get(str(value.name))
+        if external is None:
+            if value.const_value is not None and value.const_value.nbytes > 1 << 20:
+                raise CspdError(f"{graph.name}: weight {value.name} is not in the weights file")
+            continue
+        if external.dtype == value.dtype:
+            value.const_value = external
+        else:
+            casts.append(_cast_initializer(graph, value, external))
+    graph.insert_before(graph[0], casts)
+    ir.save(model, path)
+
+
+def _cast_initializer(graph: ir.Graph, value: ir.Value, stored: ir.ExternalTensor) -> ir.Node:
+    """Replace initializer `value` by `stored` and return the Cast that restores its type."""
+    name, dtype = str(value.name), value.dtype
+    graph.initializers.pop(name)
+    source = ir.Value(
+        name=f"{name}.stored", shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored
+    )
+    graph.register_initializer(source)
+    assert dtype is not None
+    cast = ir.node("Cast", [source], attributes={"to": dtype}, name=f"{name}.cast")
+    cast.outputs[0].name = name
+    cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape
+    value.name = f"{name}.replaced"
+    ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+    return cast
+
+
+def _stored_tensors(path: Path) -> dict[str, ir.ExternalTensor]:
+    """Tensors of a safetensors file as ONNX external data."""
+    with path.open("rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_size))
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        tensors[name] = ir.ExternalTensor(
+            path.name, 8 + header_size + begin, end - begin, SAFETENSORS_DTYPES[entry["dtype"]],
+            shape=ir.Shape(entry["shape"]), name=name, base_dir=str(path.parent),
+        )  # fmt: skip
+    return tensors
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's progress and deprecation chatter; its exceptions still surface."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            log.setLevel(level)

@@ -1,0 +1,47 @@
+"""The PyTorch backend: the reference modules with the weights of a bundle."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from cspd.engines.bundle import Bundle
+from cspd.engines.session import Session, TorchSession
+from cspd.export.assemble import assemble_mar, assemble_vae
+from cspd.export.graphs import PixelDecoder, model_graphs
+from cspd.export.mar import Mar
+from cspd.export.presets import MarConfig
+
+
+def open_session(bundle: Bundle, label: str, *, device: str, threads: int) -> Session:
+    """Session that runs graph `label` of `bundle` in PyTorch."""
+    if threads:
+        torch.set_num_threads(threads)
+    module = decoder_module(bundle) if label == "decoder" else graph_module(bundle, label)
+    return TorchSession(bundle.graph(label).spec, module, torch.device(device))
+
+
+def graph_module(bundle: Bundle, label: str) -> nn.Module:
+    """The module behind a graph such as "target/backbone"."""
+    role, _, name = label.partition("/")
+    record = bundle.manifest.models[role]  # type: ignore[index]
+    weights = str(bundle.file(record.weights))
+    config = MarConfig(**record.config)
+    return model_graphs(_load_mar(weights, config, record.precision), 1, 1)[name][0]
+
+
+def decoder_module(bundle: Bundle) -> nn.Module:
+    """The module behind the decoder graph."""
+    manifest = bundle.manifest
+    if manifest.decoder_weights is None:
+        return PixelDecoder(manifest.geometry.image_size // manifest.geometry.grid)
+    return assemble_vae(load_file(bundle.file(manifest.decoder_weights)), manifest.decoder_precision)
+
+
+@lru_cache(maxsize=2)
+def _load_mar(weights: str, config: MarConfig, precision: str) -> Mar:
+    """One model in memory for all graphs that share it."""
+    return assemble_mar(config, load_file(weights), precision)

@@ -1,0 +1,72 @@
+"""Does an exported graph compute what PyTorch computes? Asked before a bundle is published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cspd.engines.errors import CspdError
+from cspd.engines.ort_session import ort_session
+from cspd.engines.schedule import Schedule
+from cspd.engines.session import Session, TorchSession
+from cspd.engines.spec import GraphSpec
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over the norm of the reference."""
+    scale = reference.double().norm().clamp_min(1e-30)
+    return float((value.double() - reference.double()).norm() / scale)
+
+
+def realistic_inputs(
+    spec: GraphSpec, sizes: Mapping[str, int], schedule: Schedule, seed: int
+) -> dict[str, Tensor]:
+    """Random inputs of a graph, with a true schedule and usual guidance and temperature."""
+    sizes = dict(sizes)
+    if "steps" in sizes:
+        sizes["steps"] = schedule.num_steps
+    inputs = spec.example_inputs(sizes, seed)
+    for name, low, high in (("guidance", 1.0, 4.0), ("temperature", 0.9, 1.1)):
+        if name in inputs:
+            inputs[name] = torch.linspace(low, high, len(inputs[name]))
+    if "schedule" in inputs:
+        inputs["schedule"] = schedule.table
+    return inputs
+
+
+def check_sizes(spec: GraphSpec) -> list[dict[str, int]]:
+    """Axis sizes to compare at: the smallest, an odd one, and one within an ordinary budget."""
+    smallest = spec.sizes("min")
+    odd = {name: min(max(axis.min, 3), axis.max) for name, axis in spec.axes.items()}
+    usual = {name: min(axis.max, 16 if name != "batch" else 2) for name, axis in spec.axes.items()}
+    return [smallest, odd, usual]
+
+
+def compare(
+    session: Session, reference: Session, schedule: Schedule, seed: int = 0
+) -> dict[str, float]:
+    """Largest relative error of each output over all `check_sizes`."""
+    worst: dict[str, float] = {}
+    for sizes in check_sizes(session.spec):
+        inputs = realistic_inputs(session.spec, sizes, schedule, seed)
+        got, expected = session(**inputs), reference(**inputs)
+        for name, value in got.items():
+            worst[name] = max(worst.get(name, 0.0), relative_error(value, expected[name]))
+    return worst
+
+
+def verify_graph(path: Path, spec: GraphSpec, module: nn.Module, schedule: Schedule) -> float:
+    """Largest relative error of the ONNX file against `module`; CspdError beyond the tolerance."""
+    reference = TorchSession(spec, module, torch.device("cpu"))
+    worst = compare(ort_session(str(path), spec), reference, schedule)
+    for tensor in spec.outputs:
+        error = worst[tensor.name]
+        if tensor.tolerance is not None and not error <= tensor.tolerance:
+            raise CspdError(
+                f"{spec.name}: {tensor.name} differs from PyTorch by {error:.2e} relative, "
+                f"the contract allows {tensor.tolerance:.0e}; the bundle was not published"
+            )
+    return max(worst.values())
