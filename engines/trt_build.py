@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import IO, Any
 
 import torch
+
 from cspd.engines.atomic import atomic_file
 from cspd.engines.errors import CspdError
 from cspd.engines.spec import GraphSpec

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from cspd.engines.atomic import atomic_file
 from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.trt_api import import_trt, last_words, trt_log
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,17 @@ class Placement:
 
 @dataclass(frozen=True)
 class LoadedEngine:
-    """An engine ready to run: TensorRT's engine, a context, and the device memory it works in.
+    """An engine ready to run.
 
-    `notes` tells what is not as good as it could be. `save_cache` stores the kernels that
-    tensorrt-rtx compiled while it ran, so that the next start is fast.
+    `new_context` makes an execution context; all contexts of an engine share their working memory,
+    so that only one may run at a time. `notes` tells what is not as good as it could be.
+    `save_cache` stores the kernels that tensorrt-rtx compiled, so that the next start is fast.
     """
 
     engine: Any
-    context: Any
+    new_context: Callable[[], Any]
     notes: tuple[str, ...] = ()
     save_cache: Callable[[], None] = lambda: None
-    keep: tuple[Any, ...] = field(default=(), repr=False)
 
 
 def load_engine(file: EngineFile, placement: Placement) -> LoadedEngine:
@@ -85,8 +86,8 @@ def load_engine(file: EngineFile, placement: Placement) -> LoadedEngine:
             raise BundleError(
                 f"{file.path.name}: TensorRT cannot load it; {file.remedy}\n" + last_words(messages)
             )
-        loaded = _make_context(trt, engine, file, placement)
-    return replace(loaded, notes=notes + loaded.notes, keep=(runtime, *loaded.keep))
+    loaded = _configure(trt, engine, file, placement)
+    return replace(loaded, notes=notes + loaded.notes)
 
 
 def _read(file: EngineFile) -> bytes:
@@ -127,16 +128,16 @@ def _check_validity(
     return ()
 
 
-def _make_context(
+def _configure(
     trt: ModuleType, engine: Any, file: EngineFile, placement: Placement
 ) -> LoadedEngine:
-    """A context of `engine`, with compiled kernels and working memory as `placement` wants them."""
+    """How contexts of `engine` are made: kernels compiled and memory given as `placement` says."""
     strategies = trt.ExecutionContextAllocationStrategy
-    strategy = strategies.USER_MANAGED if placement.capturable else strategies.STATIC
-    loaded = LoadedEngine(engine, None)
+    how = strategies.USER_MANAGED if placement.capturable else strategies.STATIC
+    loaded = LoadedEngine(engine, lambda: None)
     if hasattr(engine, "create_runtime_config"):
         config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(strategy)
+        config.set_execution_context_allocation_strategy(how)
         if placement.capturable:
             # A graph captured before the specialised kernels are ready would keep the slow ones.
             eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
@@ -144,21 +145,26 @@ def _make_context(
         if placement.cache_dir is not None:
             path = placement.cache_dir / _cache_name(file, placement.gpu)
             loaded = _attach_cache(loaded, config, path)
-        context = engine.create_execution_context(config)
-    else:
-        context = engine.create_execution_context(strategy)
-    if context is None:
-        raise CspdError(f"{file.path.name}: the GPU has no memory for it; lower --max-batch")
-    keep = (_give_memory(engine, context, placement.device),) if placement.capturable else ()
-    return replace(loaded, context=context, keep=keep)
+        how = config
+    memory = _working_memory(engine, placement)
+
+    def new_context() -> Any:
+        context = engine.create_execution_context(how)
+        if context is None:
+            raise CspdError(f"{file.path.name}: the GPU has no memory for it; lower --max-batch")
+        if memory is not None:
+            context.set_device_memory(memory.data_ptr(), memory.numel())
+        return context
+
+    return replace(loaded, new_context=new_context)
 
 
-def _give_memory(engine: Any, context: Any, device: torch.device) -> Tensor:
-    """Working memory of the largest shapes, owned by torch and handed to the context."""
-    size = max(engine.device_memory_size_v2, 256)
-    memory = torch.empty(size, dtype=torch.uint8, device=device)
-    context.set_device_memory(memory.data_ptr(), size)
-    return memory
+def _working_memory(engine: Any, placement: Placement) -> Tensor | None:
+    """Memory for the largest shapes, owned by torch; None if TensorRT is to see to it itself."""
+    if not placement.capturable:
+        return None
+    size = max(engine.device_memory_size_v2, 1)
+    return torch.empty(size, dtype=torch.uint8, device=placement.device)
 
 
 def _cache_name(file: EngineFile, gpu: str) -> str:

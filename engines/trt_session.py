@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.spec import DTYPES, GraphSpec, TensorSpec
 from cspd.engines.trt_load import EngineFile, LoadedEngine, Placement, load_engine
 from cspd.engines.trt_options import profile_shapes
-from torch import Tensor
 
 PLACEHOLDER_BYTES = 256
 
@@ -65,7 +66,7 @@ class TrtSession:
     ) -> None:
         """Allocate the buffers; BundleError if the engine has another contract or profile."""
         self.spec, self.device, self.loaded = spec, device, loaded
-        self._context = context = loaded.context
+        self._context = context = loaded.new_context()
         self._streams = TorchStreams() if streams is None else streams
         _check_engine(spec, loaded.engine)
         largest = spec.sizes("max")
@@ -90,6 +91,14 @@ class TrtSession:
     def save_cache(self) -> None:
         """Store the kernels compiled so far, so that the next start is fast (tensorrt-rtx)."""
         self.loaded.save_cache()
+
+    def fork(self) -> TrtSession:
+        """A session of the same engine with a context and outputs of its own.
+
+        A CUDA graph holds the state of the context it was captured from, which therefore must not
+        see other shapes: each captured graph gets a fork. Forks must not run at the same time.
+        """
+        return TrtSession(self.spec, self.loaded, device=self.device, streams=self._streams)
 
     def capture_refusal(self) -> str | None:
         """Why this engine cannot be captured in a CUDA graph; None if it can as far as is known."""
