@@ -111,7 +111,7 @@ def train(epochs: int, seed: int = 0) -> Classifier:
     """A classifier trained on the real training set, in eval mode."""
     torch.manual_seed(seed)
     images, labels = load_images("train")
-    model = Classifier().to(memory_format=torch.channels_last)
+    model = Classifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, weight_decay=0.02)
     steps = len(images) // BATCH * epochs
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps)
