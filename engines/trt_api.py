@@ -59,7 +59,8 @@ class TrtLog:
         try:
             yield messages
         finally:
-            self._collectors.remove(messages)
+            # By identity: equal lists of nested blocks must not be taken for each other.
+            self._collectors = [held for held in self._collectors if held is not messages]
 
     def _receive(self, severity: Any, message: str) -> None:
         if severity in self._severe:

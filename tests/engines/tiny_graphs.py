@@ -1,0 +1,83 @@
+"""Small real graphs for the tests of the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+from safetensors.torch import save_file
+from torch import nn
+
+from cspd.engines.spec import Axis, GraphSpec, TensorSpec
+from cspd.export.assemble import assemble_mar
+from cspd.export.graphs import PixelDecoder, decoder_spec, model_graphs
+from cspd.export.mar import Mar
+from cspd.export.onnx_export import export_graph, save_graph
+from cspd.export.presets import MarConfig
+from cspd.export.random_weights import random_state
+from cspd.export.scan_loop import export_loop
+
+TINY = MarConfig(
+    4, 32, 1, 1, 4, head_width=32, head_depth=1, token_dim=4, buffer_size=4, num_classes=10
+)
+MAX_BATCH, MAX_ROWS = 4, 16
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One exported graph: its ONNX file, its contract and the module it came from."""
+
+    path: Path
+    spec: GraphSpec
+    module: nn.Module
+
+
+GetGraph = Callable[[str, str], Graph]
+
+
+def export_tiny(name: str, precision: str, folder: Path) -> Graph:
+    path, weights = folder / f"{name}.onnx", folder / "weights.safetensors"
+    if name == "decoder":
+        spec = decoder_spec(TINY.grid, TINY.token_dim, (1, 8), MAX_BATCH)
+        module: nn.Module = PixelDecoder(2)
+        save_graph(export_graph(module, spec), path, None)
+        return Graph(path, spec, module)
+    with torch.device("meta"):
+        empty = Mar(TINY)
+    model = assemble_mar(TINY, random_state(empty, seed=1), precision)
+    save_file(model.state_dict(), weights)
+    module, spec = model_graphs(model, MAX_BATCH, MAX_ROWS)[name]
+    exported = export_loop(module, spec) if name == "denoiser_loop" else export_graph(module, spec)
+    save_graph(exported, path, weights)
+    return Graph(path, spec, module)
+
+
+def narrowed(spec: GraphSpec, **axes: tuple[int, int, int]) -> GraphSpec:
+    """`spec` with other (min, opt, max) for the named axes."""
+    changed = {name: Axis(min=a, opt=b, max=c) for name, (a, b, c) in axes.items()}
+    return spec.model_copy(update={"axes": {**spec.axes, **changed}})
+
+
+def write_onnx(path: Path, nodes: list[onnx.NodeProto], sizes: tuple = ("rows", 4)) -> Path:
+    """A graph from `x` to `y`, both float32 of the given sizes, made of `nodes`."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes) for name in "xy")
+    graph = helper.make_graph(nodes, "hand_made", [x], [y])
+    opset = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+    return path
+
+
+def xy_spec(**changes: object) -> GraphSpec:
+    """The contract of what `write_onnx` writes."""
+    shape = ("rows", 4)
+    spec = GraphSpec(
+        name="hand_made",
+        inputs=(TensorSpec(name="x", shape=shape),),
+        outputs=(TensorSpec(name="y", shape=shape),),
+        axes={"rows": Axis(min=1, opt=2, max=8)},
+    )
+    return spec.model_copy(update=changes)
