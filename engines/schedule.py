@@ -8,7 +8,7 @@ schedule, learned range of variances, and their respacing of the training steps.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -59,6 +59,10 @@ class Schedule:
     def num_steps(self) -> int:
         """Number of denoising steps S."""
         return len(self.timesteps)
+
+    def to(self, device: torch.device | str) -> Schedule:
+        """The same schedule with its table on `device`."""
+        return replace(self, table=self.table.to(device))
 
 
 def make_schedule(spec: ScheduleSpec, num_steps: int) -> Schedule:

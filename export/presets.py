@@ -52,6 +52,6 @@ PRESETS: dict[str, MarConfig] = {
         7, 192, 5, 3, 6, head_width=192, head_depth=3, buffer_size=4, num_classes=10
     ),
     "fashion-draft": MarConfig(
-        7, 96, 3, 2, 4, head_width=96, head_depth=2, buffer_size=4, num_classes=10
+        7, 96, 2, 2, 4, head_width=96, head_depth=2, buffer_size=4, num_classes=10
     ),
 }

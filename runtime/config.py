@@ -1,0 +1,95 @@
+"""The settings of a run, validated once; what `run.json` and every image record."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from cspd.engines.errors import CspdError
+from cspd.engines.manifest import Manifest
+from cspd.engines.spec import Record
+
+Method = Literal["target", "draft", "cspd", "lossless"]
+MAX_SEED = 2**64 - 1
+
+
+class RunConfig(Record):
+    """Everything that decides which images a bundle makes. Field names are those of the options."""
+
+    method: Method = "cspd"
+    labels: tuple[int, ...] = Field(min_length=1)
+    num_images: int = Field(ge=1, le=2**32)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
+    num_iter: int = Field(64, ge=1)
+    head_steps: int = Field(100, ge=2)
+    cfg: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
+    cfg_schedule: Literal["linear", "constant"] = "linear"
+    temperature: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
+    gamma: int = Field(8, ge=1)
+    prefill: float = Field(0.05, ge=0, le=1)
+    accept_temperature: float = Field(42.0, gt=0, le=1000, allow_inf_nan=False)
+    verify: Literal["parallel", "prefix"] = "parallel"
+    align: bool = True
+    on_reject: Literal["residual", "target"] = "residual"
+    window: int | None = Field(None, ge=1, le=64)
+    # Images that are computed together. With `reproducible`, batches are padded to this size, so
+    # that an image is the same to the last bit whatever it is generated with.
+    batch_size: int = Field(8, ge=1)
+    reproducible: bool = True
+    backend: str = "onnxruntime"
+
+    def label_of(self, image: int) -> int:
+        """Class of image number `image`: the labels in turn."""
+        return self.labels[image % len(self.labels)]
+
+
+def make_config(**values: object) -> RunConfig:
+    """A RunConfig from option values; CspdError names the option that is wrong."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
+        raise CspdError(f"{option} is {first['input']!r}: {first['msg']}") from None
+
+
+def check_config(config: RunConfig, manifest: Manifest) -> None:
+    """Raise CspdError unless the bundle can run `config`."""
+    geometry = manifest.geometry
+    for label in config.labels:
+        if not 0 <= label < geometry.num_classes:
+            raise CspdError(f"--labels: class {label}, expected 0..{geometry.num_classes - 1}")
+    limits = {"num_iter": config.num_iter}
+    if config.method == "cspd":
+        limits["gamma"] = config.gamma
+    for name, value in limits.items():
+        if value > geometry.num_tokens:
+            raise CspdError(
+                f"--{name.replace('_', '-')} is {value}, expected 1..{geometry.num_tokens}, "
+                "the number of tokens of an image"
+            )
+    last = manifest.schedule.last_timestep
+    if config.head_steps > last + 1:
+        raise CspdError(f"--head-steps is {config.head_steps}, expected 2..{last + 1} for this model")
+    if config.method in ("draft", "cspd") and "draft" not in manifest.models:
+        raise CspdError(
+            f"--method {config.method}: the bundle has no draft model; build it with --draft, "
+            "or use --method target or lossless"
+        )
+
+
+def parse_labels(text: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
+    """Class numbers from "207,360" or "sneaker,bag"; CspdError suggests the nearest name."""
+    by_name = {name.lower(): index for index, name in reversed(list(enumerate(class_names)))}
+    labels = []
+    for part in (piece.strip() for piece in text.split(",")):
+        if part.lstrip("-").isdecimal():
+            labels.append(int(part))
+        elif part.lower() in by_name:
+            labels.append(by_name[part.lower()])
+        else:
+            near = difflib.get_close_matches(part.lower(), by_name, n=1, cutoff=0.0)
+            raise CspdError(f"--labels: no class {part!r}; the nearest is {near[0]!r}")
+    return tuple(labels)

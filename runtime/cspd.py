@@ -1,0 +1,232 @@
+"""Continuous speculative decoding (arXiv 2411.11925): the draft proposes tokens, the target judges.
+
+Approximate by construction, see `runtime/acceptance.py`. Two ways to verify a window of drafts:
+`parallel`, as the authors released it, where the target conditions every drafted token on what was
+known before the window; and `prefix`, the paper's Algorithm 1, where it conditions each drafted step
+on the drafts before it, and the first rejection discards everything after it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cspd.runtime import acceptance
+from cspd.runtime.canvas import Batch, Canvas, Span
+from cspd.runtime.member import HeadSample, Member
+from cspd.runtime.noise import Purpose
+from cspd.runtime.sampler import Sampler
+from cspd.runtime.stats import Statistics, Verdicts
+
+
+@dataclass(frozen=True)
+class CspdOptions:
+    """Settings of the method; tokens are counted, not steps.
+
+    `gamma` tokens at least are drafted per window, `prefill` is the share of tokens that the target
+    generates first. `accept_temperature` widens both densities of the test: 1 is the paper's
+    formula, 42 what the authors released. `align` shares the noise between draft and target.
+    `on_reject` "residual" draws from the residual as the paper does, "target" takes the target's
+    own aligned sample.
+    """
+
+    gamma: int = 8
+    prefill: float = 0.05
+    accept_temperature: float = 42.0
+    verify: str = "parallel"
+    align: bool = True
+    on_reject: str = "residual"
+    max_tries: int = 100
+
+
+@dataclass(frozen=True)
+class Window:
+    """Drafted tokens of one round, in generation order, every tensor [B, P, ...] over one span.
+
+    `group` [B, P] is the index of the autoregressive step within the window that drafted each
+    token, `starts` [B][K] the known tokens before each of these steps.
+    """
+
+    span: Span
+    drafted: HeadSample
+    guidance: Tensor
+    group: Tensor
+    starts: list[list[int]]
+
+
+def decode_cspd(
+    sampler: Sampler, target: Member, draft: Member, options: CspdOptions, batch: Batch, channels: int
+) -> tuple[Canvas, Statistics]:
+    """Images by speculative decoding; the statistics hold the fate of every drafted token."""
+    canvas = Canvas.empty(batch, sampler.noise, sampler.plan.num_tokens, channels)
+    statistics = Statistics(per_image=[Verdicts() for _ in range(len(batch))])
+    prefill(sampler, target, options, batch, canvas, statistics)
+    while not canvas.done:
+        window = propose(sampler, draft, options, batch, canvas, statistics)
+        judged = verify(sampler, target, options, batch, canvas, window)
+        statistics.target_steps += 1
+        settle(sampler, options, batch, canvas, window, judged, statistics)
+        sampler.on_step(canvas, statistics)
+    return canvas, statistics
+
+
+def prefill(
+    sampler: Sampler, target: Member, options: CspdOptions, batch: Batch, canvas: Canvas,
+    statistics: Statistics,
+) -> None:  # fmt: skip
+    """Let the target generate the first tokens."""
+    wanted = math.floor(options.prefill * sampler.plan.num_tokens)
+    while canvas.known[0] < wanted:
+        sampler.step(target, canvas, batch)
+        statistics.target_steps += 1
+        sampler.on_step(canvas, statistics)
+    statistics.prefilled += sum(canvas.known)
+
+
+def propose(
+    sampler: Sampler, draft: Member, options: CspdOptions, batch: Batch, canvas: Canvas,
+    statistics: Statistics,
+) -> Window:  # fmt: skip
+    """Draft steps until every unfinished sample has `gamma` new tokens or is complete."""
+    ahead = canvas.clone()
+    length = sampler.plan.num_tokens
+    goal = [min(k + options.gamma, length) for k in canvas.known]
+    purpose = Purpose.DENOISE if options.align else Purpose.DENOISE_DRAFT
+    steps, starts = [], []
+    while any(k < g for k, g in zip(ahead.known, goal, strict=True)):
+        starts.append(list(ahead.known))
+        guidance = sampler.guidance(sampler.next_span(ahead))
+        span, sampled = sampler.step(draft, ahead, batch, purpose)
+        steps.append((span, sampled, guidance))
+        statistics.draft_steps += 1
+    return gather_window(sampler, canvas, ahead, steps, starts)
+
+
+def gather_window(
+    sampler: Sampler, canvas: Canvas, ahead: Canvas,
+    steps: list[tuple[Span, HeadSample, Tensor]], starts: list[list[int]],
+) -> Window:  # fmt: skip
+    """Join the drafted steps of ragged widths into one window in generation order."""
+    start, stop = canvas.known, ahead.known
+    width = max(b - a for a, b in zip(start, stop, strict=True))
+    if sampler.fixed_shapes and len(set(start)) > 1:
+        width = sum(span.width for span, _, _ in steps)
+    span = canvas.span(start, stop, width)
+    shape = (*span.valid.shape, canvas.tokens.shape[-1])
+    joined = [torch.zeros(shape, device=canvas.tokens.device) for _ in range(4)]
+    guidance = torch.ones(span.valid.shape, device=canvas.tokens.device)
+    group = torch.zeros(span.valid.shape, dtype=torch.int64, device=canvas.tokens.device)
+    origin = torch.tensor(start, device=canvas.tokens.device)
+    for index, (part, sampled, scale) in enumerate(steps):
+        rows, columns = part.valid.nonzero(as_tuple=True)
+        slots = torch.tensor(part.start, device=origin.device)[rows] - origin[rows] + columns
+        values = (sampled.sample, sampled.mean, sampled.log_std, sampled.sum_log_std)
+        for whole, value in zip(joined, values, strict=True):
+            whole[rows, slots] = value[rows, columns]
+        guidance[rows, slots] = scale[rows, columns]
+        group[rows, slots] = index
+    by_sample = [list(column) for column in zip(*starts, strict=True)]
+    return Window(span, HeadSample(*joined), guidance, group, by_sample)
+
+
+def verify(
+    sampler: Sampler, target: Member, options: CspdOptions, batch: Batch, canvas: Canvas, window: Window
+) -> HeadSample:
+    """The target's own samples of all drafted tokens, from the same noise and guidance, [B, P, C]."""
+    if options.verify == "parallel":
+        z = sampler.conditions(target, canvas, batch, window.span)
+    else:
+        z = prefix_conditions(sampler, target, batch, canvas, window)
+    return sampler.sample(target, z, window.guidance, batch, window.span, Purpose.DENOISE)
+
+
+def prefix_conditions(
+    sampler: Sampler, target: Member, batch: Batch, canvas: Canvas, window: Window
+) -> Tensor:
+    """Target conditions [G, B, P, D] where each drafted step sees the drafts before it.
+
+    All prefixes of all samples are one batch: the tokens are the same, only the number of visible
+    ones differs.
+    """
+    ahead = canvas.clone()
+    ahead.place(window.span, window.drafted.sample)
+    groups = len(window.starts[0])
+    visible = [known for starts in window.starts for known in starts]
+    many = Canvas(
+        ahead.tokens.repeat_interleave(groups, 0), ahead.sequence.repeat_interleave(groups, 0), visible
+    )
+    images = Batch(
+        batch.images.repeat_interleave(groups), batch.labels.repeat_interleave(groups), batch.null_label
+    )
+    positions = window.span.positions.repeat_interleave(groups, 0)
+    span = Span(visible, visible, positions, window.span.valid.repeat_interleave(groups, 0))
+    z = sampler.conditions(target, many, images, span)
+    z = z.reshape(z.shape[0], len(batch), groups, *z.shape[2:])
+    index = window.group[None, :, None, :, None].expand(z.shape[0], -1, 1, -1, z.shape[-1])
+    return z.gather(2, index)[:, :, 0]
+
+
+def settle(
+    sampler: Sampler, options: CspdOptions, batch: Batch, canvas: Canvas, window: Window,
+    judged: HeadSample, statistics: Statistics,
+) -> None:  # fmt: skip
+    """Accept or replace the drafted tokens, write the result to `canvas` and count it."""
+    span = window.span
+    images = batch.images[:, None].expand_as(span.positions)
+    positions = span.positions.long()
+    zero = torch.zeros((), dtype=torch.int64, device=positions.device)
+    uniform = sampler.noise.uniform(Purpose.ACCEPT, images, positions, zero)[..., 0]
+    log_ratio = acceptance.accept_log_ratio(
+        window.drafted.sample, window.drafted, judged, options.accept_temperature
+    )
+    accepted = acceptance.accept(log_ratio, uniform) & span.valid
+    rejected = span.valid & ~accepted
+    kept = span.valid
+    if options.verify == "prefix":
+        # Keep everything before the first rejection, and the rejected token itself, replaced.
+        kept = span.valid & (rejected.cumsum(1) - rejected.int() == 0)
+        accepted, rejected = accepted & kept, rejected & kept
+    replaced = judged.sample.clone()
+    found = replace(sampler, options, images, positions, window.drafted, judged, rejected, replaced)
+    values = torch.where(accepted[..., None], window.drafted.sample, replaced)
+    canvas.place(Span(span.start, span.stop, span.positions, kept), values)
+    known = canvas.known
+    canvas.known = [k + n for k, n in zip(known, kept.sum(1).tolist(), strict=True)]
+    distance = (window.drafted.sample - judged.sample).norm(dim=-1)
+    statistics.distance_sum += float((distance * kept).sum())
+    masks = (span.valid, accepted, found, rejected & ~found, span.valid & ~kept)
+    counts = torch.stack(masks).sum(-1).T.tolist()
+    for row, start in enumerate(known):
+        verdicts = Verdicts(*counts[row])
+        statistics.record(start, verdicts)
+        statistics.per_image[row].add(verdicts)
+
+
+def replace(
+    sampler: Sampler, options: CspdOptions, images: Tensor, positions: Tensor,
+    drafted: HeadSample, judged: HeadSample, rejected: Tensor, values: Tensor,
+) -> Tensor:  # fmt: skip
+    """Put residual samples into `values` where `rejected`; returns where one was found, [B, P] bool.
+
+    Elsewhere `values` keeps the target's own aligned sample: never zeros, never NaN.
+    """
+    found = torch.zeros_like(rejected)
+    rows, columns = rejected.nonzero(as_tuple=True)
+    if options.on_reject == "target" or not len(rows):
+        return found
+    select = [
+        HeadSample(*(t[rows, columns] for t in (s.sample, s.mean, s.log_std, s.sum_log_std)))
+        for s in (drafted, judged)
+    ]
+    tries = torch.arange(options.max_tries, device=rows.device)[:, None]
+    keys = (images[rows, columns], positions[rows, columns], tries)
+    normal = sampler.noise.normal(Purpose.RESAMPLE, *keys, values.shape[-1])
+    uniform = sampler.noise.uniform(Purpose.RESAMPLE_ACCEPT, *keys)[..., 0]
+    drawn = acceptance.resample(*select, options.accept_temperature, normal, uniform)
+    usable = drawn.found & drawn.values.isfinite().all(-1)
+    values[rows[usable], columns[usable]] = drawn.values[usable]
+    found[rows, columns] = usable
+    return found

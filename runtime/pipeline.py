@@ -1,0 +1,152 @@
+"""From a bundle and a configuration to images: opens the sessions, walks over batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from cspd.engines.backends import open_session
+from cspd.engines.bundle import Bundle
+from cspd.engines.schedule import make_schedule
+from cspd.engines.session import CallStats, TimedSession
+from cspd.runtime.canvas import Batch, Canvas
+from cspd.runtime.config import RunConfig, check_config
+from cspd.runtime.cspd import CspdOptions, decode_cspd
+from cspd.runtime.member import Head, LoopHead, Member, StepHead
+from cspd.runtime.noise import Noise
+from cspd.runtime.plan import MaskPlan
+from cspd.runtime.sampler import Sampler, decode_alone, ignore_progress
+from cspd.runtime.stats import Statistics, Verdicts
+
+# Batches are padded to one of these when byte-identity across batch sizes is not asked for.
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ENGINES = ("tensorrt", "tensorrt-rtx")
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """One image: `pixels` [H, W, C] uint8, its index and class, the fate of its drafted tokens."""
+
+    index: int
+    label: int
+    pixels: np.ndarray
+    verdicts: Verdicts
+
+
+@dataclass
+class Pipeline:
+    """Networks of a bundle on one backend. Sessions are opened when first needed, and kept."""
+
+    bundle: Bundle
+    backend: str = "onnxruntime"
+    device: str = "cpu"
+    threads: int = 0
+    _sessions: dict[str, TimedSession] = field(default_factory=dict)
+
+    def session(self, label: str) -> TimedSession:
+        """The session of graph `label`."""
+        if label not in self._sessions:
+            session = open_session(
+                self.bundle, label, self.backend, device=self.device, threads=self.threads
+            )
+            self._sessions[label] = TimedSession(session)
+        return self._sessions[label]
+
+    @property
+    def calls(self) -> dict[str, CallStats]:
+        """Calls and time of every graph since the pipeline was made."""
+        return {label: session.stats for label, session in self._sessions.items()}
+
+    def member(self, role: str) -> Member:
+        """Draft or target."""
+        head: Head
+        if self.backend in ENGINES:
+            head = StepHead(self.session(f"{role}/denoiser"))
+        else:
+            head = LoopHead(self.session(f"{role}/denoiser_loop"))
+        return Member(role, self.session(f"{role}/backbone"), head)
+
+    def generate(
+        self,
+        config: RunConfig,
+        indices: range | list[int] | None = None,
+        on_step: Callable[[Canvas, Statistics], None] = ignore_progress,
+    ) -> Iterator[tuple[list[GeneratedImage], Statistics]]:
+        """Yield the images of `config`, a batch at a time; `indices` limits it to some of them."""
+        check_config(config, self.bundle.manifest)
+        wanted = list(range(config.num_images) if indices is None else indices)
+        sampler = self.sampler(config, on_step)
+        for first in range(0, len(wanted), config.batch_size):
+            chunk = wanted[first : first + config.batch_size]
+            canvas, statistics = self._decode(config, sampler, self._batch(config, chunk))
+            del statistics.per_image[len(chunk) :]
+            yield self._images(config, chunk, canvas, statistics), statistics
+
+    def sampler(
+        self, config: RunConfig, on_step: Callable[[Canvas, Statistics], None] = ignore_progress
+    ) -> Sampler:
+        """The shared ground of the decoding methods for `config`."""
+        manifest = self.bundle.manifest
+        schedule = make_schedule(manifest.schedule, config.head_steps).to(self.device)
+        plan = MaskPlan(
+            manifest.geometry.num_tokens, config.num_iter, config.cfg, config.cfg_schedule
+        )
+        noise = Noise(config.seed, self.device)
+        return Sampler(plan, schedule, noise, config.temperature, config.reproducible, on_step)
+
+    def _batch(self, config: RunConfig, chunk: list[int]) -> Batch:
+        """The images of `chunk`, padded with repetitions of the first one."""
+        size = config.batch_size
+        if not config.reproducible:
+            size = min(b for b in (*BUCKETS, config.batch_size) if b >= len(chunk))
+        padded = chunk + chunk[:1] * (size - len(chunk))
+        labels = [config.label_of(image) for image in padded]
+        return Batch(
+            torch.tensor(padded, device=self.device),
+            torch.tensor(labels, device=self.device),
+            self.bundle.manifest.geometry.num_classes,
+        )
+
+    def _decode(
+        self, config: RunConfig, sampler: Sampler, batch: Batch
+    ) -> tuple[Canvas, Statistics]:
+        channels = self.bundle.manifest.geometry.token_dim
+        if config.method == "cspd":
+            options = CspdOptions(
+                config.gamma, config.prefill, config.accept_temperature, config.verify,
+                config.align, config.on_reject,
+            )  # fmt: skip
+            members = self.member("target"), self.member("draft")
+            return decode_cspd(sampler, *members, options, batch, channels)
+        return decode_alone(sampler, self.member(config.method), batch, channels)
+
+    def _images(
+        self, config: RunConfig, chunk: list[int], canvas: Canvas, statistics: Statistics
+    ) -> list[GeneratedImage]:
+        grid = self.bundle.manifest.geometry.grid
+        latents = canvas.tokens.transpose(1, 2).unflatten(2, (grid, grid)).contiguous()
+        session = self.session("decoder")
+        outputs = session(latents=latents)
+        session.spec.check_finite(outputs, f"images {chunk[0]}..{chunk[-1]}")
+        pixels = outputs["images"].add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+        arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        verdicts = statistics.per_image or [Verdicts() for _ in chunk]
+        return [
+            GeneratedImage(image, config.label_of(image), arrays[row], verdicts[row])
+            for row, image in enumerate(chunk)
+        ]
+
+
+def timed(generator: Iterator[tuple[list[GeneratedImage], Statistics]]) -> Iterator[tuple[float, list[GeneratedImage], Statistics]]:
+    """The batches of `generator` with the wall-clock seconds that each took."""
+    while True:
+        start = time.perf_counter()
+        try:
+            images, statistics = next(generator)
+        except StopIteration:
+            return
+        yield time.perf_counter() - start, images, statistics

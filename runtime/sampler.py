@@ -1,0 +1,127 @@
+"""Shared ground of the decoding methods: the settings of a run and one autoregressive step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cspd.engines.errors import NonFiniteError
+from cspd.engines.schedule import Schedule
+from cspd.runtime.canvas import Batch, Canvas, Span
+from cspd.runtime.member import HeadSample, Member, Rows
+from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.plan import MaskPlan
+from cspd.runtime.stats import Statistics
+
+
+def ignore_progress(canvas: Canvas, statistics: Statistics) -> None:
+    """The progress callback that does nothing."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What every method needs: plan, schedule, noise, temperature.
+
+    With `fixed_shapes`, paddings depend on the settings alone and never on the other samples of a
+    batch, so that an image is the same to the last bit whatever it is generated with.
+    `on_step` is called after every autoregressive step.
+    """
+
+    plan: MaskPlan
+    schedule: Schedule
+    noise: Noise
+    temperature: float = 1.0
+    fixed_shapes: bool = True
+    on_step: Callable[[Canvas, Statistics], None] = field(default=ignore_progress)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional branch is needed at all."""
+        return self.plan.cfg != 1.0
+
+    def next_span(self, canvas: Canvas) -> Span:
+        """The tokens of each sample's next autoregressive step (none for finished samples)."""
+        length = self.plan.num_tokens
+        stop = [self.plan.stop(k) if k < length else k for k in canvas.known]
+        ragged = len(set(canvas.known)) > 1
+        return canvas.span(canvas.known, stop, self.plan.widest if ragged and self.fixed_shapes else None)
+
+    def guidance(self, span: Span) -> Tensor:
+        """Guidance scale of every token of `span`, [B, P] on its device."""
+        length = self.plan.num_tokens
+        scales = [self.plan.guidance(min(k, length - 1)) for k in span.start]
+        column = torch.tensor(scales, device=span.positions.device)
+        return column[:, None].expand(-1, span.width)
+
+    def visible_width(self, known: list[int]) -> int:
+        """Padded number of visible tokens for samples that know `known` tokens."""
+        if len(set(known)) > 1 and self.fixed_shapes:
+            return self.plan.num_tokens
+        return max(known)
+
+    def conditions(self, member: Member, canvas: Canvas, batch: Batch, span: Span) -> Tensor:
+        """Conditions [G, B, P, D] of `span` from the tokens that come before it."""
+        width = self.visible_width(span.start)
+        return member.conditions(
+            canvas, batch, span, guided=self.guided, visible=span.start, width=width
+        )
+
+    def sample(
+        self, member: Member, z: Tensor, guidance: Tensor, batch: Batch, span: Span, purpose: Purpose
+    ) -> HeadSample:
+        """Tokens of `span` from their conditions `z` [G, B, P, D]; every result is [B, P, C]."""
+        images = batch.images[:, None].expand(-1, span.width).flatten()
+        rows = Rows(
+            conditions=z.flatten(1, 2).contiguous(),
+            guidance=guidance.flatten().contiguous(),
+            temperature=torch.full((len(images),), self.temperature, device=z.device),
+            images=images,
+            positions=span.positions.flatten().long(),
+        )
+        out = member.head(rows, self.schedule, self.noise, purpose)
+        shape = (len(batch), span.width, -1)
+        parts = (out.sample, out.mean, out.log_std, out.sum_log_std)
+        sampled = HeadSample(*(part.reshape(shape) for part in parts))
+        check_finite(member, sampled, batch, span)
+        return sampled
+
+    def step(
+        self, member: Member, canvas: Canvas, batch: Batch, purpose: Purpose = Purpose.DENOISE
+    ) -> tuple[Span, HeadSample]:
+        """One autoregressive step of `member`: writes its tokens to `canvas`."""
+        span = self.next_span(canvas)
+        z = self.conditions(member, canvas, batch, span)
+        sampled = self.sample(member, z, self.guidance(span), batch, span, purpose)
+        canvas.place(span, sampled.sample)
+        canvas.known = list(span.stop)
+        return span, sampled
+
+
+def check_finite(member: Member, sampled: HeadSample, batch: Batch, span: Span) -> None:
+    """Raise NonFiniteError for the first image whose tokens are not finite: one reduction a step."""
+    finite = sampled.sample.isfinite().all(-1).all(-1)
+    if bool(finite.all()):
+        return
+    row = int((~finite).nonzero()[0])
+    raise NonFiniteError(
+        f"{member.name} denoiser: NaN or infinity in image {int(batch.images[row])} at the "
+        f"autoregressive step that starts with {span.start[row]} known tokens; no image of this batch "
+        "was saved. Try --precision fp32 or bf16 at export, and run cspd-export parity on the bundle"
+    )
+
+
+def decode_alone(sampler: Sampler, member: Member, batch: Batch, channels: int) -> tuple[Canvas, Statistics]:
+    """Images by one model alone, the baseline of every comparison."""
+    canvas = Canvas.empty(batch, sampler.noise, sampler.plan.num_tokens, channels)
+    statistics = Statistics()
+    while not canvas.done:
+        sampler.step(member, canvas, batch)
+        if member.name == "draft":
+            statistics.draft_steps += 1
+        else:
+            statistics.target_steps += 1
+        sampler.on_step(canvas, statistics)
+    return canvas, statistics

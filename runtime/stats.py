@@ -1,0 +1,68 @@
+"""What a run counted: calls, proposals and their fate, per autoregressive step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+@dataclass
+class Verdicts:
+    """Fate of proposed tokens. A rejected token is `resampled`, or, if that fails, a `fallback`.
+
+    `discarded` tokens were proposed after a rejection and never judged (prefix verification).
+    """
+
+    proposed: int = 0
+    accepted: int = 0
+    resampled: int = 0
+    fallback: int = 0
+    discarded: int = 0
+
+    def add(self, other: Verdicts) -> None:
+        """Add the counts of `other`."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted tokens per judged token; None if nothing was judged."""
+        judged = self.proposed - self.discarded
+        return self.accepted / judged if judged else None
+
+
+@dataclass
+class Statistics:
+    """Counts of one batch or, summed up, of a run.
+
+    `rounds` maps the number of known tokens at the start of a verification round to its verdicts;
+    `distances` are squared distances between draft and target tokens, `log_ratios` the logarithms
+    of the acceptance ratio (both only sums, for means).
+    """
+
+    verdicts: Verdicts = field(default_factory=Verdicts)
+    rounds: dict[int, Verdicts] = field(default_factory=dict)
+    target_steps: int = 0
+    draft_steps: int = 0
+    prefilled: int = 0
+    distance_sum: float = 0.0
+    per_image: list[Verdicts] = field(default_factory=list)
+
+    def record(self, known: int, verdicts: Verdicts) -> None:
+        """Count a verification round that began with `known` tokens."""
+        self.verdicts.add(verdicts)
+        self.rounds.setdefault(known, Verdicts()).add(verdicts)
+
+    def add(self, other: Statistics) -> None:
+        """Add the counts of another batch."""
+        for known, verdicts in other.rounds.items():
+            self.record(known, verdicts)
+        self.target_steps += other.target_steps
+        self.draft_steps += other.draft_steps
+        self.prefilled += other.prefilled
+        self.distance_sum += other.distance_sum
+        self.per_image += other.per_image
+
+    @property
+    def mean_distance(self) -> float | None:
+        """Mean Euclidean distance between draft tokens and the target's aligned samples."""
+        judged = self.verdicts.proposed - self.verdicts.discarded
+        return self.distance_sum / judged if judged else None
