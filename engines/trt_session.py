@@ -101,13 +101,8 @@ class TrtSession:
         return TrtSession(self.spec, self.loaded, device=self.device, streams=self._streams)
 
     def capture_refusal(self) -> str | None:
-        """Why this engine cannot be captured in a CUDA graph; None if it can as far as is known."""
-        if not self.spec.capturable:
-            return f"{self.spec.name} holds a loop"
-        ask = getattr(self._context, "is_stream_capturable", None)
-        if ask is not None and not ask(self._streams.current(self.device)):
-            return f"{self.spec.name}: TensorRT says that this engine cannot be captured"
-        return None
+        """Why this engine cannot be captured in a CUDA graph; None if it is worth trying."""
+        return None if self.spec.capturable else f"{self.spec.name} holds a loop"
 
     def _bind(self, tensors: Mapping[str, Tensor]) -> None:
         """Hand over shapes and addresses; the tensors are kept until the next call."""

@@ -1,4 +1,4 @@
-"""The report of the machine: what stands in it for machines we do not have is computed from checks."""
+"""The report of this machine; of machines that are not at hand, it is computed from checks."""
 
 import json
 import subprocess
@@ -94,6 +94,7 @@ def test_no_tensorrt_is_imported_with_the_engines():
     code = (
         "import sys, cspd.engines.doctor, cspd.engines.lint, cspd.engines.trt_build,"
         "cspd.engines.trt_session, cspd.engines.cuda_graph;"
-        "sys.exit(any(m in sys.modules for m in ('tensorrt', 'tensorrt_rtx', 'onnx', 'onnxruntime')))"
+        "heavy = ('tensorrt', 'tensorrt_rtx', 'onnx', 'onnxruntime');"
+        "sys.exit(any(name in sys.modules for name in heavy))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

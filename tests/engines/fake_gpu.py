@@ -1,0 +1,103 @@
+"""A stand-in for TensorRT's run time that reads and writes the addresses it is given.
+
+ONNX Runtime computes what the engine would. Everything that TensorRT requires of its caller is
+checked here: shapes inside the profile, an address for every tensor that differs from all others,
+a stream, and no other context at work in the shared memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+from tiny_graphs import Graph
+
+from cspd.engines.spec import TensorSpec
+from cspd.engines.trt_options import profile_shapes
+
+NUMPY = {"float32": np.float32, "int32": np.int32}
+
+
+class FakeEngine:
+    """The surface of ICudaEngine that a session uses. `log`: runs as (context, stream)."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.spec = graph.spec
+        self.profile = profile_shapes(graph.spec)
+        self.names = [t.name for t in (*graph.spec.inputs, *graph.spec.outputs)]
+        self.location = "DEVICE"
+        self.log: list[tuple[int, int]] = []
+        self.contexts: list[FakeContext] = []
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.network = onnxruntime.InferenceSession(graph.path, options)
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.names)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def get_tensor_location(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=self.location)
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list:
+        assert profile == 0
+        return [list(shape) for shape in self.profile[name]]
+
+    def new_context(self) -> FakeContext:
+        self.contexts.append(FakeContext(self))
+        return self.contexts[-1]
+
+
+class FakeContext:
+    """The surface of IExecutionContext that the session uses."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        low, _, high = self.engine.profile[name]
+        inside = all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+        if inside:
+            self.shapes[name] = shape
+        return inside
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        assert name in self.engine.names
+        self.addresses[name] = memory
+        return memory != 0
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        assert stream_handle, "a stream is a handle, and the default one is refused"
+        assert set(self.addresses) == set(self.engine.names), "a tensor has no address"
+        assert len(set(self.addresses.values())) == len(self.addresses), "an address serves twice"
+        assert set(self.shapes) == {t.name for t in self.engine.spec.inputs}
+        feeds = {t.name: self._read(t) for t in self.engine.spec.inputs}
+        names = [t.name for t in self.engine.spec.outputs]
+        results = self.engine.network.run(names, feeds)
+        for name, result in zip(names, results, strict=True):
+            ctypes.memmove(self.addresses[name], result.ctypes.data, result.nbytes)
+        self.engine.log.append((self.engine.contexts.index(self), stream_handle))
+        return True
+
+    def _read(self, tensor: TensorSpec) -> np.ndarray:
+        """A copy of what lies at the tensor's address."""
+        array = np.empty(self.shapes[tensor.name], NUMPY[tensor.dtype])
+        ctypes.memmove(array.ctypes.data, self.addresses[tensor.name], array.nbytes)
+        return array
+
+
+class FakeStreams:
+    """A current stream that tests can change."""
+
+    def __init__(self) -> None:
+        self.handle = 77
+
+    def current(self, device: object) -> int:
+        return self.handle
