@@ -1,0 +1,107 @@
+"""Records of speculative denoising: what goes in, how it runs, what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cspd.engines.errors import CspdError
+from cspd.runtime.member import HeadSample
+
+
+@dataclass(frozen=True)
+class SpeculationOptions:
+    """At most `window` rows per token and call (1: plain denoising), `candidates` of a residual.
+
+    `row_buckets` are the row counts that calls may have; none means any. With a single bucket every
+    call has exactly one shape, so that a token does not depend on the batch that it is in.
+    """
+
+    window: int = 8
+    candidates: int = 16
+    row_buckets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.candidates < 1:
+            raise CspdError(
+                f"speculation: window {self.window} and candidates {self.candidates}, expected >= 1"
+            )
+        if self.row_buckets and min(self.row_buckets) < self.window:
+            raise CspdError(
+                f"speculation: row bucket {min(self.row_buckets)} cannot hold the window of "
+                f"{self.window} rows of one token; use --window or larger buckets"
+            )
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Most tokens that one call can carry; None if any number."""
+        return max(self.row_buckets) // self.window if self.row_buckets else None
+
+    def padded_tokens(self, tokens: int) -> int:
+        """Tokens of the call that carries `tokens`."""
+        sizes = (rows // self.window for rows in self.row_buckets)
+        return min((size for size in sizes if size >= tokens), default=tokens)
+
+    def padded_rows(self, rows: int) -> int:
+        """Rows of the call that carries `rows`."""
+        return min((size for size in self.row_buckets if size >= rows), default=rows)
+
+
+@dataclass(frozen=True)
+class SpeculationStats:
+    """What one batch cost. Steps count tokens: `tested[s]` tokens had a draft tested at step s.
+
+    `rounds` is the number of head calls until the slowest token is done (of the slowest chunk),
+    `calls` all head calls, `rows` the evaluated rows with padding, `draws` residual candidates.
+    """
+
+    tokens: int
+    rounds: int
+    calls: int
+    rows: int
+    draws: int
+    tested: Tensor = field(repr=False)
+    accepted: Tensor = field(repr=False)
+
+    def __add__(self, other: SpeculationStats) -> SpeculationStats:
+        names = ("tokens", "calls", "rows", "draws", "tested", "accepted")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return SpeculationStats(rounds=max(self.rounds, other.rounds), **sums)
+
+
+@dataclass(frozen=True)
+class SpeculativeSample(HeadSample):
+    """Sampled tokens and what they cost."""
+
+    stats: SpeculationStats
+
+
+class StepLog:
+    """Outcomes of the rounds of one batch by token, on the device until `stats` is asked for."""
+
+    def __init__(self, tokens: int, num_steps: int) -> None:
+        self.tokens, self.num_steps = tokens, num_steps
+        self.rounds = self.rows = 0
+        self._outcomes: list[Tensor] = []
+
+    def add(self, step: Tensor, accepted: Tensor, draws: Tensor, rows: int) -> None:
+        """One round: per token [N] its first step (-1: finished), accepted tests, draws."""
+        self._outcomes.append(torch.stack([step, accepted, draws]))
+        self.rounds += 1
+        self.rows += rows
+
+    def stats(self) -> SpeculationStats:
+        """Counts over all rounds."""
+        step, accepted, draws = torch.cat(self._outcomes, dim=1).long()
+        step, accepted, draws = (v[step >= 0] for v in (step, accepted, draws))
+        end = step - accepted
+        refused = end[draws > 0].bincount(minlength=self.num_steps)
+        # Accepted are the steps above `end` up to `step`: a difference array, summed downwards.
+        starts, ends = (v.bincount(minlength=self.num_steps) for v in (step, end))
+        passed = (starts - ends).flip(0).cumsum(0).flip(0)
+        return SpeculationStats(
+            tokens=self.tokens, rounds=self.rounds, calls=self.rounds, rows=self.rows,
+            draws=int(draws.sum()), tested=passed + refused, accepted=passed,
+        )  # fmt: skip

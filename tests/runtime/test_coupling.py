@@ -1,0 +1,144 @@
+"""Acceptance and residual against quadrature and closed forms.
+
+False alarms: every statistical test is at level 1e-3 after Bonferroni over its whole grid and runs
+on fixed seeds, so that each either always passes or always fails on one machine.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from cspd.runtime import coupling
+from cspd.runtime.coupling import Gaussian
+
+LEVEL = 1e-3
+DRAWS = 20_000
+GRID = list(itertools.product((0.0, 0.5, 1.0, 2.0, 4.0, 6.0), (0.5, 1.0, 2.0)))
+
+
+def kernel(mean, log_std, temperature=1.0, rows=1):
+    mean, log_std = (torch.tensor(v, dtype=torch.float32).expand(rows, -1) for v in (mean, log_std))
+    return Gaussian.kernel(mean, log_std, torch.full((rows,), temperature))
+
+
+def couple(target, drafted, rows, seed=0):
+    """Values of the coupling, and whether the draft was kept, for `rows` independent draws."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = target.mean.shape[-1]
+    noise = torch.randn(rows, channels, generator=generator)
+    draft = drafted.at(noise)
+    ratio = coupling.log_ratio(target, drafted, draft, noise)
+    kept = coupling.accept(torch.rand(rows, generator=generator).log(), ratio)
+    values, missing = draft.clone(), ~kept
+    while missing.any():
+        at = missing.nonzero()[:, 0]
+        part = [
+            Gaussian(*(v.expand(rows, -1)[at] for v in vars(g).values())) for g in (target, drafted)
+        ]
+        candidates = torch.randn(len(at), 64, channels, generator=generator)
+        log_keep = torch.rand(len(at), 64, generator=generator).log()
+        found, index = coupling.residual(*part, candidates, log_keep)
+        solved = at[index < 64]
+        values[solved] = found[index < 64]
+        missing[solved] = False
+    return values, kept
+
+
+def overlap(shift, ratio):
+    """1 - total variation of N(0, 1) and N(shift, ratio^2), by quadrature."""
+    grid = np.linspace(-40, 40, 400_001)
+    low = np.minimum(stats.norm.pdf(grid), stats.norm.pdf(grid, shift, ratio))
+    return float(low.sum() * (grid[1] - grid[0]))
+
+
+@pytest.mark.parametrize(("shift", "ratio"), GRID)
+def test_law_and_acceptance_in_one_dimension(shift, ratio):
+    target, drafted = kernel([0.0], [0.0]), kernel([shift], [math.log(ratio)])
+    values, kept = couple(target, drafted, DRAWS)
+    level = LEVEL / (2 * len(GRID))
+    assert stats.kstest(values[:, 0].numpy(), "norm").pvalue > level
+    expected = overlap(shift, ratio)
+    if expected > 1 - 1e-6:
+        assert kept.all()
+    else:
+        assert stats.binomtest(int(kept.sum()), DRAWS, expected).pvalue > level
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_law_in_several_dimensions(temperature):
+    target = kernel([0.0, 1.0, -1.0], [-1.0, 0.3, 0.0], temperature)
+    drafted = kernel([0.4, 1.2, -1.5], [-0.7, 0.0, 0.2], temperature)
+    values, kept = couple(target, drafted, DRAWS)
+    assert 0.1 < kept.float().mean() < 0.9
+    score = ((values - target.mean) / target.std).numpy()
+    # Three coordinates, their sum and the log density: five tests for each of two temperatures.
+    samples = [(score[:, i], stats.norm()) for i in range(3)]
+    samples += [(score.sum(1), stats.norm(0, 3**0.5)), ((score**2).sum(1), stats.chi2(3))]
+    for sample, law in samples:
+        assert stats.kstest(sample, law.cdf).pvalue > LEVEL / 10
+
+
+def test_log_ratio_is_that_of_the_densities():
+    generator = torch.Generator().manual_seed(3)
+    mean, log_std, other_mean, other_log_std, noise = torch.randn(5, 7, 4, generator=generator)
+    temperature = torch.rand(7, generator=generator) + 0.5
+    target = Gaussian.kernel(mean, log_std, temperature)
+    drafted = Gaussian.kernel(other_mean, other_log_std, temperature)
+    x = drafted.at(noise)
+    density = [
+        torch.distributions.Normal(g.mean, g.std).log_prob(x).sum(-1) for g in (target, drafted)
+    ]
+    torch.testing.assert_close(
+        coupling.log_ratio(target, drafted, x, noise), density[0] - density[1], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_equal_kernels_accept_every_draft():
+    target = kernel([0.3, -2.0], [-5.0, 0.1], rows=1000)
+    noise = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+    # Equal up to the rounding of x - mean: 1e-4 of the smaller standard deviation.
+    ratio = coupling.log_ratio(target, target, target.at(noise), noise)
+    assert ratio.abs().max() < 1e-3
+    assert coupling.accept(torch.full((1000,), math.log(0.998)), ratio).all()
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_broken_draft_is_refused_and_replaced_by_the_target(broken):
+    target, drafted = kernel([0.0, 0.0], [0.0, 0.0]), kernel([broken, 0.0], [0.0, 0.0])
+    noise = torch.zeros(1, 2)
+    ratio = coupling.log_ratio(target, drafted, drafted.at(noise), noise)
+    assert not coupling.accept(torch.tensor([-1e30]), ratio).any()
+    values, index = coupling.residual(
+        target, drafted, torch.ones(1, 3, 2), torch.full((1, 3), -1.0)
+    )
+    assert index.item() == 0 and torch.equal(values, torch.ones(1, 2))
+
+
+def test_broken_target_shows_in_the_sample_at_once():
+    target, drafted = kernel([math.nan], [0.0]), kernel([0.0], [0.0])
+    values, index = coupling.residual(
+        target, drafted, torch.ones(1, 3, 1), torch.full((1, 3), -1.0)
+    )
+    assert index.item() == 0 and values.isnan().all()
+
+
+def test_residual_reports_the_first_kept_candidate_or_none():
+    target, drafted = kernel([0.0], [0.0], rows=3), kernel([1.0], [0.0], rows=3)
+    # (p - q)+ lives below 1/2. Uniform numbers near 1 keep whatever has p > q.
+    candidates = torch.tensor([[2.0, -3.0, -4.0], [-3.0, 2.0, 2.0], [1.0, 2.0, 3.0]])[..., None]
+    values, index = coupling.residual(target, drafted, candidates, torch.full((3, 3), -1e-6))
+    assert index.tolist() == [1, 0, 3]
+    assert values[:2, 0].tolist() == [-3.0, -3.0]
+
+
+@pytest.mark.parametrize("shift", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("weight", [1.0, 1.5, 3.0])
+def test_excess_mass_is_the_integral(shift, weight):
+    grid = np.linspace(-20, 20, 400_001)
+    q, p = stats.norm.pdf(grid, shift), stats.norm.pdf(grid)
+    integral = np.maximum(q - weight * p, 0).sum() * (grid[1] - grid[0])
+    assert coupling.excess_mass(shift, weight) == pytest.approx(integral, abs=1e-6)
