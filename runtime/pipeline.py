@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -60,6 +59,13 @@ class Pipeline:
     def calls(self) -> dict[str, CallStats]:
         """Calls and time of every graph since the pipeline was made."""
         return {label: session.stats for label, session in self._sessions.items()}
+
+    def open(self, config: RunConfig) -> None:
+        """Open every session that `config` needs."""
+        roles = {"cspd": ("target", "draft"), "draft": ("draft",)}.get(config.method, ("target",))
+        for role in roles:
+            self.member(role)
+        self.session("decoder")
 
     def member(self, role: str) -> Member:
         """Draft or target."""
@@ -140,13 +146,3 @@ class Pipeline:
             for row, image in enumerate(chunk)
         ]
 
-
-def timed(generator: Iterator[tuple[list[GeneratedImage], Statistics]]) -> Iterator[tuple[float, list[GeneratedImage], Statistics]]:
-    """The batches of `generator` with the wall-clock seconds that each took."""
-    while True:
-        start = time.perf_counter()
-        try:
-            images, statistics = next(generator)
-        except StopIteration:
-            return
-        yield time.perf_counter() - start, images, statistics

@@ -1,0 +1,166 @@
+"""`cspd-run`: generate images from a bundle, replay one, check the machine."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from cspd.engines.backends import BACKENDS
+from cspd.engines.bundle import Bundle, open_bundle
+from cspd.engines.commands import Commands
+from cspd.runtime import run
+from cspd.runtime.config import RunConfig, make_config, parse_labels
+from cspd.runtime.images import write_png
+from cspd.runtime.outputs import image_metadata
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cspd")
+def main() -> None:
+    """Continuous speculative decoding of autoregressive image models."""
+
+
+def shipped_bundle() -> Path:
+    """The trained pair inside the package."""
+    return Path(str(importlib.resources.files("cspd.demo_pair") / "bundle"))
+
+
+def machine_options(command: Command) -> Command:
+    """Options that choose what runs the networks."""
+    for option in (
+        click.option("--threads", default=0, show_default="all cores", help="CPU threads."),
+        click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"])),
+    ):
+        command = option(command)
+    return command
+
+
+# Option names are RunConfig's fields. A default of None means: what the bundle says, and where it
+# says nothing, RunConfig's own default.
+SAMPLING = (
+    click.option("--num-images", type=int, help="Number of images.  [default: one per label]"),
+    click.option("--method", type=click.Choice(["target", "draft", "cspd"]), help="Decoding method."),
+    click.option("--seed", type=int, help="Seed; image k of a seed is always the same image."),
+    click.option("--num-iter", type=int, help="Autoregressive steps."),
+    click.option("--head-steps", type=int, help="Denoising steps of the diffusion head."),
+    click.option("--cfg", type=float, help="Guidance scale; 1 is none."),
+    click.option("--cfg-schedule", type=click.Choice(["linear", "constant"]), help="Guidance over steps."),
+    click.option("--temperature", type=float, help="Factor on the noise of every denoising step."),
+    click.option("--gamma", type=int, help="cspd: tokens drafted per verification."),
+    click.option("--prefill", type=float, help="cspd: share of tokens that the target makes first."),
+    click.option(
+        "--accept-temperature", type=float,
+        help="cspd: width of the acceptance test; 1 is the paper's formula, 42 the released code.",
+    ),
+    click.option(
+        "--verify", type=click.Choice(["parallel", "prefix"]),
+        help="cspd: judge a window at once (released code), or up to the first rejection (paper).",
+    ),
+    click.option("--align/--no-align", default=None, help="cspd: share noise between draft and target."),
+    click.option(
+        "--on-reject", type=click.Choice(["residual", "target"]),
+        help="cspd: what replaces a rejected token.",
+    ),
+    click.option("--batch-size", type=int, help="Images computed together."),
+    click.option(
+        "--reproducible/--no-reproducible", default=None,
+        help="Pad batches so that an image never depends on its batch.  [default: on]",
+    ),
+    click.option("--backend", type=click.Choice(list(BACKENDS)), help="What runs the networks."),
+)  # fmt: skip
+
+
+def sampling_options(command: Command) -> Command:
+    """Options that decide which images are made."""
+    for option in reversed(SAMPLING):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.argument("bundle", type=FOLDER, required=False)
+@click.option("--labels", help='Classes in turn: "207,360" or "sneaker,bag".  [default: all]')
+@sampling_options
+@machine_options
+@click.option("--baseline", is_flag=True, help="Also run the target alone and print the speed ratio.")
+@click.option("--out", type=FOLDER, default=Path("out"), show_default=True, help="Folder to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier run in --out.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print run.json instead of a table.")
+def generate(
+    bundle: Path | None, labels: str | None, device: str, threads: int, baseline: bool, out: Path,
+    overwrite: bool, quiet: bool, as_json: bool, **sampling: Any,
+) -> None:  # fmt: skip
+    """Generate images with BUNDLE, by default the small trained pair inside the package."""
+    opened = open_bundle(bundle or shipped_bundle())
+    config = configure(opened, labels, sampling)
+    record, outcomes = run.generate(
+        opened, config, out, device=device, threads=threads, overwrite=overwrite,
+        baseline=baseline, quiet=quiet,
+    )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(record, indent=1))
+    else:
+        Console().print(outcome_table(outcomes, opened))
+        click.echo(f"{out / 'grid.png'}")
+
+
+@main.command()
+@click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("bundle", type=FOLDER, required=False)
+@machine_options
+@click.option("--out", type=FOLDER, help="Also write the image that was made.")
+def replay(image: Path, bundle: Path | None, device: str, threads: int, out: Path | None) -> None:
+    """Make IMAGE again from the settings inside it, and say whether it came out the same."""
+    opened = open_bundle(bundle or shipped_bundle())
+    made, same = run.replay(opened, image, device=device, threads=threads)
+    if out is not None:
+        config = RunConfig.model_validate(run.read_metadata(image)["config"])
+        write_png(out, made.pixels, image_metadata(config, opened, made))
+    if not same:
+        raise click.ClickException(
+            f"{image}: the pixels differ; same bundle and settings, so the machine or a library does"
+        )
+    click.echo(f"{image}: identical")
+
+
+def configure(bundle: Bundle, labels: str | None, sampling: dict[str, Any]) -> RunConfig:
+    """The configuration from options, the bundle's defaults, and RunConfig's own, in this order."""
+    manifest = bundle.manifest
+    chosen = {name: value for name, value in sampling.items() if value is not None}
+    values: dict[str, Any] = {**manifest.defaults, **chosen}
+    classes = range(manifest.geometry.num_classes)
+    values["labels"] = parse_labels(labels, manifest.class_names) if labels else tuple(classes)
+    values.setdefault("num_images", len(values["labels"]))
+    values.setdefault("method", "cspd" if "draft" in manifest.models else "target")
+    return make_config(**values)
+
+
+def outcome_table(outcomes: list[run.Outcome], bundle: Bundle) -> Table:
+    """A line per method: images, time, acceptance, calls, speed against the target alone."""
+    baseline = next((o.seconds for o in outcomes if o.config.method == "target"), None)
+    title = "synthetic weights: images mean nothing" if bundle.manifest.synthetic else None
+    table = Table("method", "images", "seconds", "acceptance", "target calls", "draft calls", title=title)
+    table.add_column("speed vs target")
+    for outcome in outcomes:
+        rate = outcome.statistics.verdicts.acceptance_rate
+        table.add_row(
+            outcome.config.method,
+            str(outcome.config.num_images),
+            f"{outcome.seconds:.2f}",
+            "-" if rate is None else f"{rate:.1%}",
+            str(outcome.statistics.target_steps),
+            str(outcome.statistics.draft_steps),
+            "-" if baseline is None else f"{baseline / outcome.seconds:.2f}x",
+        )
+    return table

@@ -1,0 +1,71 @@
+"""Progress on stderr: a live bar on a terminal, plain lines otherwise, nothing with --quiet."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cspd.runtime.canvas import Canvas
+from cspd.runtime.stats import Statistics
+
+PLAIN_SECONDS = 10.0
+
+
+class RunProgress:
+    """Shows images done, tokens of the batch in work, acceptance, and the time left."""
+
+    def __init__(self, title: str, num_images: int, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        self._title, self._total, self._done = title, num_images, 0
+        self._in_work, self._last = 0, time.monotonic()
+        self._bar: Progress | None = None
+        if self._console.is_terminal and not quiet:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(title, total=num_images, note="")
+
+    def __enter__(self) -> RunProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def begin_batch(self, size: int) -> None:
+        """Say how many images the batch in work will finish."""
+        self._in_work = size
+
+    def on_step(self, canvas: Canvas, statistics: Statistics) -> None:
+        """Called after every autoregressive step."""
+        share = sum(canvas.known) / canvas.sequence.numel()
+        note = f"tokens {share:4.0%}"
+        rate = statistics.verdicts.acceptance_rate
+        if rate is not None:
+            note += f"  accepted {rate:4.0%}"
+        self._show(self._done + share * self._in_work, note)
+
+    def advance(self, images: int) -> None:
+        """Count finished images."""
+        self._done += images
+        self._in_work = 0
+        self._show(self._done, "", force=self._done == self._total)
+
+    def _show(self, done: float, note: str, force: bool = False) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=done, note=note)
+        elif force or time.monotonic() - self._last > PLAIN_SECONDS:
+            self._last = time.monotonic()
+            self._console.print(f"{self._title}: {int(done)}/{self._total} images  {note}".rstrip())
