@@ -86,9 +86,13 @@ def _build(
         config = _configure(trt, builder, spec, options)
         monitor = config.progress_monitor = make_monitor(trt, progress)
         done = _serialize(builder, network, config, sink)
-        failure = monitor.failure or sink.failure
-        if failure is not None:
-            raise failure
+        if monitor.failure is not None:
+            raise monitor.failure
+        if sink.failure is not None:
+            reason = sink.failure.strerror
+            raise CspdError(
+                f"{out}: cannot be written ({reason}); make room or choose another --out"
+            )
         if not done:
             raise CspdError(f"{spec.name}: TensorRT built no engine:\n" + last_words(messages))
     _save_timing_cache(config, options)

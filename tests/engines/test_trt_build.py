@@ -3,6 +3,7 @@
 import hashlib
 import io
 import re
+import resource
 import sys
 
 import pytest
@@ -123,6 +124,18 @@ def test_interrupt_in_the_callback_stops_the_build(graph: GetGraph, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build_engine(tiny.path, tiny.spec, BuildOptions(), tmp_path / "graph.engine", interrupt)
     assert len(calls) == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(graph: GetGraph, tmp_path):
+    tiny = graph("decoder", "fp32")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(CspdError, match=r"graph\.engine: cannot be written \(File too large\)"):
+            build_engine(tiny.path, tiny.spec, BuildOptions(), tmp_path / "graph.engine")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,8 +13,11 @@ import torch
 from fake_gpu import FakeEngine, FakeStreams
 from tiny_graphs import GetGraph, narrowed
 
-from cspd.engines import trt_load
+from cspd.engines import trt_load, trt_session
+from cspd.engines.backends import open_session
+from cspd.engines.bundle import Bundle
 from cspd.engines.errors import BundleError, CspdError
+from cspd.engines.manifest import EngineRecord, FileRecord, GraphRecord
 from cspd.engines.trt_build import build_engine
 from cspd.engines.trt_load import EngineFile, LoadedEngine, Placement, load_engine
 from cspd.engines.trt_options import BuildOptions
@@ -298,6 +301,59 @@ def test_compiled_kernels_are_kept_per_engine_and_gpu(tmp_path):
     assert "kernels are compiled again" in stale.notes[0]
     stale.save_cache()
     assert path.read_bytes() == b"fresh+"
+
+
+# Opening from a bundle
+
+
+@pytest.fixture
+def bundle(backbone, tmp_path) -> Bundle:
+    """A bundle with one graph and a record of its tensorrt-rtx engine."""
+    built = EngineRecord(
+        file="target/backbone.engine",
+        version="1.7",
+        compute_capabilities=(),
+        seconds=1.0,
+        peak_memory_mb=1.0,
+    )
+    record = GraphRecord(
+        spec=backbone.spec, file="x.onnx", engines={"tensorrt-rtx": built}, measured_error=0.0
+    )
+    manifest = SimpleNamespace(
+        graphs=lambda: {"target/backbone": record},
+        files={"target/backbone.engine": FileRecord(sha256="a" * 64, bytes=6)},
+    )
+    return Bundle(tmp_path, manifest)
+
+
+def test_a_bundle_opens_what_its_manifest_vouches_for(bundle, engine, monkeypatch):
+    asked = []
+
+    def load(file: EngineFile, placement: Placement) -> LoadedEngine:
+        asked.append((file, placement.capturable))
+        return LoadedEngine(engine, engine.new_context)
+
+    monkeypatch.setattr(trt_session, "load_engine", load)
+    monkeypatch.setattr(trt_session, "_cuda_device", lambda flavour, device: CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    session = open_session(bundle, "target/backbone", "tensorrt-rtx", device="cuda")
+    assert session.spec == engine.spec
+    path = bundle.folder / "target/backbone.engine"
+    assert asked == [(EngineFile(path, "tensorrt-rtx", "1.7", "a" * 64), True)]
+
+
+def test_a_bundle_without_an_engine_says_how_to_get_one(bundle):
+    words = "target/backbone has no tensorrt engine; build it with: cspd-export build --backend"
+    with pytest.raises(BundleError, match=words):
+        open_session(bundle, "target/backbone", "tensorrt", device="cuda")
+
+
+def test_engines_do_not_run_on_the_cpu(bundle, monkeypatch):
+    with pytest.raises(CspdError, match="tensorrt-rtx runs on a GPU, got cpu; use --device cuda"):
+        open_session(bundle, "target/backbone", "tensorrt-rtx", device="cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CspdError, match="torch sees no GPU; run cspd-run doctor"):
+        open_session(bundle, "target/backbone", "tensorrt-rtx", device="cuda")
 
 
 @pytest.mark.gpu
