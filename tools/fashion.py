@@ -11,11 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cspd.engines.errors import CspdError
+from cspd.export.pairs import FASHION_CLASSES as CLASS_NAMES
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
-CLASS_NAMES = (
-    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
-)  # fmt: skip
 PATCH = 4
 
 

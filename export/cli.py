@@ -1,0 +1,154 @@
+"""`cspd-export`: turn checkpoints into a bundle, and look into one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from cspd.engines.bundle import open_bundle
+from cspd.engines.commands import Commands
+from cspd.engines.errors import MissingExtraError
+from cspd.engines.manifest import Manifest
+
+PRESETS = ("mar-b", "mar-l", "mar-h")
+FILE = click.Path(path_type=Path, dir_okay=True)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cspd")
+def main() -> None:
+    """Export pairs of autoregressive image models to ONNX and TensorRT."""
+
+
+def require_exporter() -> None:
+    """Raise MissingExtraError unless what an export needs is installed."""
+    for library, extra in (("onnx", "export"), ("onnxscript", "export"), ("onnxruntime", "cpu")):
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtraError(library, extra)
+
+
+@main.command()
+@click.option("--target", required=True, type=click.Choice(PRESETS), help="Size of the target model.")
+@click.option("--draft", type=click.Choice(PRESETS), help="Size of the draft model.")
+@click.option("--target-weights", type=FILE, help="Checkpoint of the target.")
+@click.option("--draft-weights", type=FILE, help="Checkpoint of the draft.")
+@click.option("--vae", type=FILE, help="Checkpoint of the KL-16 decoder.")
+@click.option("--random-weights", is_flag=True, help="No checkpoints: random weights, marked synthetic.")
+@click.option("--allow-non-ema", is_flag=True, help="Accept weights without moving average.")
+@click.option(
+    "--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "fp16", "bf16"])
+)
+@click.option("--max-batch", default=16, show_default=True, help="Largest batch (guidance doubles it).")
+@click.option("--max-rows", default=1024, show_default=True, help="Most tokens in one head call.")
+@click.option(
+    "--clip-timesteps", type=int, help="Sample from this time on instead of 999; changes the law."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option("--overwrite", is_flag=True, help="Replace the bundle in --out.")
+def build(
+    target: str, draft: str | None, target_weights: Path | None, draft_weights: Path | None,
+    vae: Path | None, random_weights: bool, allow_non_ema: bool, precision: str, max_batch: int,
+    max_rows: int, clip_timesteps: int | None, out: Path, overwrite: bool,
+) -> None:  # fmt: skip
+    """Export a pair of MAR models and its decoder as one verified bundle."""
+    require_exporter()
+    from cspd.export.build import BuildOptions, build_bundle
+    from cspd.export.pairs import mar_plan
+
+    presets = {"target": target} | ({"draft": draft} if draft else {})
+    plan = mar_plan(
+        presets, {"target": target_weights, "draft": draft_weights}, vae,
+        BuildOptions(max_batch, max_rows, precision), random_weights=random_weights,
+        allow_non_ema=allow_non_ema, clip_timesteps=clip_timesteps, warn=note,
+    )  # fmt: skip
+    build_bundle(plan, out, overwrite, report=note)
+    click.echo(out)
+
+
+@main.command("demo-pair")
+@click.argument("weights", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option("--overwrite", is_flag=True, help="Replace the bundle in --out.")
+def demo_pair(weights: Path, out: Path, overwrite: bool) -> None:
+    """Rebuild the shipped bundle from target.safetensors and draft.safetensors in WEIGHTS."""
+    require_exporter()
+    from cspd.export.build import build_bundle
+    from cspd.export.pairs import demo_plan
+
+    build_bundle(demo_plan(weights), out, overwrite, report=note)
+    click.echo(out)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
+@click.option("--no-verify", is_flag=True, help="Do not hash the files.")
+def inspect(bundle: Path, as_json: bool, no_verify: bool) -> None:
+    """Show what BUNDLE holds, and check every file against its hash; loads no engine."""
+    opened = open_bundle(bundle)
+    if not no_verify:
+        for name in opened.manifest.files:
+            opened.file(name)
+    if as_json:
+        click.echo(json.dumps(opened.manifest.model_dump(mode="json"), indent=1))
+        return
+    console = Console()
+    for line in summary(opened.manifest, opened.sha256):
+        console.print(line, highlight=False)
+    console.print(graph_table(opened.manifest))
+
+
+def summary(manifest: Manifest, sha256: str) -> list[str]:
+    """What a bundle is, in a few lines."""
+    geometry, schedule = manifest.geometry, manifest.schedule
+    clip = f", clipped at {schedule.clip_timesteps}" if schedule.clip_timesteps else ""
+    lines = [
+        f"bundle {sha256[:16]}, made by cspd {manifest.tool_version}, opset {manifest.opset}",
+        f"{geometry.num_tokens} tokens of {geometry.token_dim} channels, "
+        f"images {geometry.image_channels} x {geometry.image_size} x {geometry.image_size}, "
+        f"{geometry.num_classes} classes; {schedule.kind} schedule{clip}",
+    ]
+    lines += [
+        f"{role}: {model.preset}, {model.precision}, weights from {model.source}"
+        + (f" of {model.source_sha256[:16]}" if model.source_sha256 else "")
+        for role, model in manifest.models.items()
+    ]
+    if manifest.synthetic:
+        lines.append("SYNTHETIC: random weights; images and acceptance rates mean nothing")
+    return lines
+
+
+def graph_table(manifest: Manifest) -> Table:
+    """A row per graph: file size, weights, error against PyTorch, engines."""
+    table = Table("graph", "ONNX", "error vs PyTorch", "engines")
+    for label, graph in manifest.graphs().items():
+        table.add_row(
+            label,
+            human_bytes(manifest.files[graph.file].bytes),
+            f"{graph.measured_error:.1e}",
+            ", ".join(graph.engines) or "-",
+        )
+    for name, record in manifest.files.items():
+        if name.endswith(".safetensors"):
+            table.add_row(name, human_bytes(record.bytes), "", "")
+    return table
+
+
+def human_bytes(size: float) -> str:
+    """A size with its unit."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
+def note(message: Any) -> None:
+    """A line of progress or a warning."""
+    click.echo(message, err=True)

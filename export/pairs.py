@@ -1,0 +1,124 @@
+"""From the options of `cspd-export build` to a plan: which weights, which decoder, which classes."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from cspd.engines.errors import CspdError
+from cspd.engines.manifest import Geometry
+from cspd.engines.schedule import ScheduleSpec
+from cspd.export.build import BuildOptions, BundlePlan, Source
+from cspd.export.checkpoint import find_default_weights, load_mar, load_vae
+from cspd.export.mar import Mar
+from cspd.export.presets import PRESETS, MarConfig
+from cspd.export.random_weights import random_state
+from cspd.export.vae import VaeDecoder
+from cspd.export.weight_files import file_sha256
+
+# The authors' best guidance with a linear schedule, 256 steps (LTH14/mar, README).
+GUIDANCE = {"mar-b": 2.9, "mar-l": 3.0, "mar-h": 3.2}
+FASHION_CLASSES = (
+    "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
+)  # fmt: skip
+# Chosen on 2,000 samples per setting, see docs/results.md. The clip belongs to the model: it was
+# trained on times up to 950 only.
+FASHION_SCHEDULE = ScheduleSpec(clip_timesteps=950)
+FASHION_DEFAULTS = {"num_iter": 49, "head_steps": 100, "cfg": 2.0, "cfg_schedule": "linear"}
+
+
+def mar_plan(
+    presets: dict[str, str],
+    weights: dict[str, Path | None],
+    vae: Path | None,
+    options: BuildOptions,
+    *,
+    random_weights: bool,
+    allow_non_ema: bool,
+    clip_timesteps: int | None,
+    warn: Callable[[str], None],
+) -> BundlePlan:
+    """Plan of a bundle of published MAR models; `presets` and `weights` are by role."""
+    models = {}
+    for seed, (role, preset) in enumerate(presets.items()):
+        if random_weights:
+            models[role] = _random_model(preset, seed)
+        else:
+            models[role] = _loaded_model(preset, weights[role], allow_non_ema, warn)
+    config = models["target"].config
+    assert config is not None
+    if config.token_dim != 16:
+        raise CspdError(f"target: tokens of {config.token_dim} channels, the KL-16 decoder takes 16")
+    names = imagenet_classes()
+    if len(names) != config.num_classes:
+        names = tuple(f"class {i}" for i in range(config.num_classes))
+    return BundlePlan(
+        models=models,
+        decoder=_decoder(vae, random_weights, warn),
+        geometry=Geometry(
+            grid=config.grid, token_dim=16, num_classes=config.num_classes,
+            image_channels=3, image_size=16 * config.grid,
+        ),
+        class_names=names,
+        schedule=ScheduleSpec(clip_timesteps=clip_timesteps),
+        options=options,
+        defaults={"num_iter": 64, "head_steps": 100, "cfg": GUIDANCE[presets["target"]]},
+    )  # fmt: skip
+
+
+def demo_plan(folder: Path) -> BundlePlan:
+    """Plan of the shipped pair from `target.safetensors` and `draft.safetensors` in `folder`."""
+    models = {}
+    for role in ("target", "draft"):
+        path = folder / f"{role}.safetensors"
+        if not path.is_file():
+            raise CspdError(f"{path}: not found; train it with python -m cspd.tools.train_demo")
+        preset = f"fashion-{role}"
+        state, config = load_file(path), PRESETS[preset]
+        models[role] = Source(preset, state, "model_ema", file_sha256(path), config)
+    return BundlePlan(
+        models=models,
+        decoder=None,
+        geometry=Geometry(grid=7, token_dim=16, num_classes=10, image_channels=1, image_size=28),
+        class_names=FASHION_CLASSES,
+        schedule=FASHION_SCHEDULE,
+        options=BuildOptions(max_batch=64, max_rows=4096, storage="fp16"),
+        defaults=FASHION_DEFAULTS,
+    )
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """Names of the 1,000 ImageNet classes: first WordNet lemma, a second one where two are alike."""
+    text = importlib.resources.files("cspd.export").joinpath("imagenet_classes.txt").read_text()
+    return tuple(text.splitlines())
+
+
+def _loaded_model(
+    preset: str, path: Path | None, allow_non_ema: bool, warn: Callable[[str], None]
+) -> Source:
+    loaded = load_mar(path or find_default_weights(preset), preset, allow_non_ema=allow_non_ema)
+    for warning in loaded.warnings:
+        warn(warning)
+    return Source(preset, loaded.state, loaded.source, loaded.sha256, loaded.config)
+
+
+def _random_model(preset: str, seed: int) -> Source:
+    config: MarConfig = PRESETS[preset]
+    with torch.device("meta"):
+        module = Mar(config)
+    return Source(preset, random_state(module, seed), "random", None, config)
+
+
+def _decoder(path: Path | None, random_weights: bool, warn: Callable[[str], None]) -> Source:
+    if random_weights and path is None:
+        with torch.device("meta"):
+            module = VaeDecoder()
+        return Source("kl16", random_state(module, seed=2), "random")
+    loaded = load_vae(path or find_default_weights("kl16"))
+    for warning in loaded.warnings:
+        warn(warning)
+    return Source("kl16", loaded.state, loaded.source, loaded.sha256)
