@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from cspd.engines.schedule import ScheduleSpec
 from cspd.engines.spec import GraphSpec, Record
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 SHA256 = r"^[0-9a-f]{64}$"
 Role = Literal["target", "draft"]
 Precision = Literal["fp32", "fp16", "bf16"]

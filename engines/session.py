@@ -20,8 +20,15 @@ class Session(Protocol):
     changed. Outputs stay valid until the next call of the same session; keep a clone otherwise.
     """
 
-    spec: GraphSpec
-    device: torch.device
+    @property
+    def spec(self) -> GraphSpec:
+        """Contract of the network."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs and outputs live."""
+        ...
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Run the network once."""

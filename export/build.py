@@ -203,11 +203,16 @@ def _build_graph(
     done, weights = path.with_suffix(".done.json"), path.with_name(WEIGHTS)
     if done.is_file():
         finished = FinishedGraph.model_validate_json(done.read_bytes())
-        if all((staging / n).is_file() and hash_file(staging / n) == f for n, f in finished.files.items()):
+        if all(
+            (staging / n).is_file() and hash_file(staging / n) == f
+            for n, f in finished.files.items()
+        ):
             report(f"{label}: already finished")
             return finished.graph
-    loop = isinstance(module, DenoiserLoopGraph)
-    model = export_loop(module, spec) if loop else export_graph(module, spec)
+    if isinstance(module, DenoiserLoopGraph):
+        model = export_loop(module, spec)
+    else:
+        model = export_graph(module, spec)
     save_graph(model, path, weights if weights.is_file() else None)
     del model
     onnx.checker.check_model(str(path))

@@ -34,17 +34,23 @@ def require_exporter() -> None:
 
 
 @main.command()
-@click.option("--target", required=True, type=click.Choice(PRESETS), help="Size of the target model.")
+@click.option(
+    "--target", required=True, type=click.Choice(PRESETS), help="Size of the target model."
+)
 @click.option("--draft", type=click.Choice(PRESETS), help="Size of the draft model.")
 @click.option("--target-weights", type=FILE, help="Checkpoint of the target.")
 @click.option("--draft-weights", type=FILE, help="Checkpoint of the draft.")
 @click.option("--vae", type=FILE, help="Checkpoint of the KL-16 decoder.")
-@click.option("--random-weights", is_flag=True, help="No checkpoints: random weights, marked synthetic.")
+@click.option(
+    "--random-weights", is_flag=True, help="No checkpoints: random weights, marked synthetic."
+)
 @click.option("--allow-non-ema", is_flag=True, help="Accept weights without moving average.")
 @click.option(
     "--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "fp16", "bf16"])
 )
-@click.option("--max-batch", default=16, show_default=True, help="Largest batch (guidance doubles it).")
+@click.option(
+    "--max-batch", default=16, show_default=True, help="Largest batch (guidance doubles it)."
+)
 @click.option("--max-rows", default=1024, show_default=True, help="Most tokens in one head call.")
 @click.option(
     "--clip-timesteps", type=int, help="Sample from this time on instead of 999; changes the law."

@@ -146,10 +146,16 @@ def backbone_spec(config: MarConfig, max_batch: int) -> GraphSpec:
         inputs=(
             TensorSpec(name="tokens", shape=("batch", length, config.token_dim)),
             TensorSpec(
-                name="visible", dtype="int32", shape=("batch", "visible"), below=length, distinct=True
+                name="visible",
+                dtype="int32",
+                shape=("batch", "visible"),
+                below=length,
+                distinct=True,
             ),
             TensorSpec(name="visible_len", dtype="int32", shape=("batch",), below="visible"),
-            TensorSpec(name="labels", dtype="int32", shape=("batch",), below=config.num_classes + 1),
+            TensorSpec(
+                name="labels", dtype="int32", shape=("batch",), below=config.num_classes + 1
+            ),
             TensorSpec(name="positions", dtype="int32", shape=("batch", "positions"), below=length),
         ),
         outputs=(
@@ -220,13 +226,17 @@ def decoder_spec(grid: int, channels: int, image: tuple[int, int], max_batch: in
         name="decoder",
         inputs=(TensorSpec(name="latents", shape=("batch", channels, grid, grid)),),
         outputs=(
-            TensorSpec(name="images", shape=("batch", colours, side, side), tolerance=GRAPH_TOLERANCE),
+            TensorSpec(
+                name="images", shape=("batch", colours, side, side), tolerance=GRAPH_TOLERANCE
+            ),
         ),
         axes={"batch": Axis(min=1, opt=max_batch, max=max_batch)},
     )
 
 
-def model_graphs(model: Mar, max_batch: int, max_rows: int) -> dict[str, tuple[nn.Module, GraphSpec]]:
+def model_graphs(
+    model: Mar, max_batch: int, max_rows: int
+) -> dict[str, tuple[nn.Module, GraphSpec]]:
     """Every graph of one pair member by name, with its contract."""
     head = model.diffloss
     return {

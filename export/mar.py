@@ -52,7 +52,12 @@ class Mar(nn.Module):
         self.diffloss = DiffusionLoss(config)
 
     def forward(
-        self, tokens: Tensor, visible: Tensor, visible_len: Tensor, labels: Tensor, positions: Tensor
+        self,
+        tokens: Tensor,
+        visible: Tensor,
+        visible_len: Tensor,
+        labels: Tensor,
+        positions: Tensor,
     ) -> Tensor:
         """Conditions `z` [B, P, D] float32 of the tokens at `positions`.
 
@@ -60,9 +65,13 @@ class Mar(nn.Module):
         `visible_len` [B] count and the rest is padding; `labels` [B] int32, where `num_classes`
         means unconditional; `positions` [B, P] int32. V may be 0.
         """
-        return self.decode(self.encode(tokens, visible, visible_len, labels), visible, visible_len, positions)
+        return self.decode(
+            self.encode(tokens, visible, visible_len, labels), visible, visible_len, positions
+        )
 
-    def encode(self, tokens: Tensor, visible: Tensor, visible_len: Tensor, labels: Tensor) -> Tensor:
+    def encode(
+        self, tokens: Tensor, visible: Tensor, visible_len: Tensor, labels: Tensor
+    ) -> Tensor:
         """Encoder states [B, buffer + V, D] of the class buffer and the visible tokens."""
         buffer = self.config.buffer_size
         known = self.z_proj(gather_rows(tokens, visible))
@@ -96,7 +105,7 @@ class Mar(nn.Module):
         """Logit bias [B, 1, 1, buffer + V] that hides padded entries of `visible`."""
         slot = torch.arange(visible.shape[1], device=visible.device, dtype=visible.dtype)
         padded = (slot[None] >= visible_len[:, None]).float() * MASKED_LOGIT
-        kept = padded.new_zeros(visible.shape[0], self.config.buffer_size)
+        kept = torch.zeros(visible.shape[0], self.config.buffer_size, device=visible.device)
         return torch.cat([kept, padded], dim=1)[:, None, None]
 
     def _source_rows(self, visible: Tensor, visible_len: Tensor) -> Tensor:

@@ -32,7 +32,10 @@ SAFETENSORS_DTYPES = {
 
 
 def trace_graph(
-    module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str], dynamic: Mapping[str, list[int]]
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: list[str],
+    dynamic: Mapping[str, list[int]],
 ) -> ir.Model:
     """Export `module` called with `inputs` in order; `dynamic` lists the free axes of each input."""
     shapes = tuple(
@@ -59,7 +62,11 @@ def trace_graph(
 def _keep_weights(node: ir.Node) -> bool | None:
     """Stop the optimiser from folding weights (transposing them): they must stay those of the file."""
     weights = (v for v in node.inputs if v is not None and v.is_initializer())
-    return False if any(v.const_value is not None and v.const_value.size > 64 for v in weights) else None
+    return (
+        False
+        if any(v.const_value is not None and v.const_value.size > 64 for v in weights)
+        else None
+    )
 
 
 def export_graph(module: nn.Module, spec: GraphSpec) -> ir.Model:
@@ -79,7 +86,9 @@ def finish(model: ir.Model, spec: GraphSpec) -> ir.Model:
     """Name the model and its axes after `spec` and drop the exporter's traces of the source code."""
     graph = model.graph
     graph.name = spec.name
-    for value, tensor in zip([*graph.inputs, *graph.outputs], [*spec.inputs, *spec.outputs], strict=True):
+    for value, tensor in zip(
+        [*graph.inputs, *graph.outputs], [*spec.inputs, *spec.outputs], strict=True
+    ):
         if value.name != tensor.name:
             raise CspdError(f"{spec.name}: exported {value.name}, the contract says {tensor.name}")
         value.shape = _checked_shape(value, tensor)
@@ -90,8 +99,10 @@ def finish(model: ir.Model, spec: GraphSpec) -> ir.Model:
             # Inner shapes carry the exporter's symbols, which mean nothing beside our axis names.
             if value not in graph.outputs:
                 value.shape = None
-    for holder in (model, graph, *graph.inputs, *graph.outputs, *graph.initializers.values()):
-        holder.metadata_props.clear()
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
     return model
 
 
@@ -134,7 +145,10 @@ def _cast_initializer(graph: ir.Graph, value: ir.Value, stored: ir.ExternalTenso
     name, dtype = str(value.name), value.dtype
     graph.initializers.pop(name)
     source = ir.Value(
-        name=f"{name}.stored", shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored
+        name=f"{name}.stored",
+        shape=stored.shape,
+        type=ir.TensorType(stored.dtype),
+        const_value=stored,
     )
     graph.register_initializer(source)
     assert dtype is not None

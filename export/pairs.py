@@ -28,7 +28,12 @@ FASHION_CLASSES = (
 # Chosen on 2,000 samples per setting, see docs/results.md. The clip belongs to the model: it was
 # trained on times up to 950 only.
 FASHION_SCHEDULE = ScheduleSpec(clip_timesteps=950)
-FASHION_DEFAULTS = {"num_iter": 49, "head_steps": 100, "cfg": 2.0, "cfg_schedule": "linear"}
+FASHION_DEFAULTS: dict[str, float | int | str] = {
+    "num_iter": 49,
+    "head_steps": 100,
+    "cfg": 2.0,
+    "cfg_schedule": "linear",
+}
 
 
 def mar_plan(
@@ -52,7 +57,9 @@ def mar_plan(
     config = models["target"].config
     assert config is not None
     if config.token_dim != 16:
-        raise CspdError(f"target: tokens of {config.token_dim} channels, the KL-16 decoder takes 16")
+        raise CspdError(
+            f"target: tokens of {config.token_dim} channels, the KL-16 decoder takes 16"
+        )
     names = imagenet_classes()
     if len(names) != config.num_classes:
         names = tuple(f"class {i}" for i in range(config.num_classes))

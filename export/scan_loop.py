@@ -27,7 +27,9 @@ def export_loop(module: DenoiserLoopGraph, spec: GraphSpec) -> ir.Model:
     for tensor in spec.inputs:
         if tensor.name not in inputs:
             inputs[tensor.name] = ir.Value(
-                name=tensor.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(ir.DataType.FLOAT)
+                name=tensor.name,
+                shape=ir.Shape(tensor.shape),
+                type=ir.TensorType(ir.DataType.FLOAT),
             )
     added, time, condition = prelude.graph.outputs
     constants = (condition, inputs["guidance"], inputs["temperature"])
@@ -119,7 +121,7 @@ def _hoist_invariants(body: ir.Graph, outer: ir.Graph) -> None:
 def _scalar(graph: ir.Graph, name: str, number: float) -> ir.Value:
     tensor = ir.tensor(torch.tensor(number).numpy(), name=name)
     value = ir.Value(
-        name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+        name=name, shape=ir.Shape([]), type=ir.TensorType(tensor.dtype), const_value=tensor
     )
     graph.register_initializer(value)
     return value

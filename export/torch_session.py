@@ -38,7 +38,9 @@ def decoder_module(bundle: Bundle) -> nn.Module:
     manifest = bundle.manifest
     if manifest.decoder_weights is None:
         return PixelDecoder(manifest.geometry.image_size // manifest.geometry.grid)
-    return assemble_vae(load_file(bundle.file(manifest.decoder_weights)), manifest.decoder_precision)
+    return assemble_vae(
+        load_file(bundle.file(manifest.decoder_weights)), manifest.decoder_precision
+    )
 
 
 @lru_cache(maxsize=2)

@@ -12,11 +12,15 @@ from cspd.runtime.noise import Noise
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that are generated together. `images`, `labels` [B] int64; `null_label` means none."""
+    """Images that are generated together: `images` and `labels` [B] int64.
+
+    `null_label` means no class. Only the first `count` samples are wanted, the rest is padding.
+    """
 
     images: Tensor
     labels: Tensor
     null_label: int
+    count: int
 
     def __len__(self) -> int:
         return len(self.images)

@@ -58,11 +58,16 @@ class Window:
 
 
 def decode_cspd(
-    sampler: Sampler, target: Member, draft: Member, options: CspdOptions, batch: Batch, channels: int
+    sampler: Sampler,
+    target: Member,
+    draft: Member,
+    options: CspdOptions,
+    batch: Batch,
+    channels: int,
 ) -> tuple[Canvas, Statistics]:
     """Images by speculative decoding; the statistics hold the fate of every drafted token."""
     canvas = Canvas.empty(batch, sampler.noise, sampler.plan.num_tokens, channels)
-    statistics = Statistics(per_image=[Verdicts() for _ in range(len(batch))])
+    statistics = Statistics(per_image=[Verdicts() for _ in range(batch.count)])
     prefill(sampler, target, options, batch, canvas, statistics)
     while not canvas.done:
         window = propose(sampler, draft, options, batch, canvas, statistics)
@@ -83,7 +88,7 @@ def prefill(
         sampler.step(target, canvas, batch)
         statistics.target_steps += 1
         sampler.on_step(canvas, statistics)
-    statistics.prefilled += sum(canvas.known)
+    statistics.prefilled += sum(canvas.known[: batch.count])
 
 
 def propose(
@@ -133,7 +138,12 @@ def gather_window(
 
 
 def verify(
-    sampler: Sampler, target: Member, options: CspdOptions, batch: Batch, canvas: Canvas, window: Window
+    sampler: Sampler,
+    target: Member,
+    options: CspdOptions,
+    batch: Batch,
+    canvas: Canvas,
+    window: Window,
 ) -> HeadSample:
     """The target's own samples of all drafted tokens, from the same noise and guidance, [B, P, C]."""
     if options.verify == "parallel":
@@ -156,10 +166,15 @@ def prefix_conditions(
     groups = len(window.starts[0])
     visible = [known for starts in window.starts for known in starts]
     many = Canvas(
-        ahead.tokens.repeat_interleave(groups, 0), ahead.sequence.repeat_interleave(groups, 0), visible
+        ahead.tokens.repeat_interleave(groups, 0),
+        ahead.sequence.repeat_interleave(groups, 0),
+        visible,
     )
     images = Batch(
-        batch.images.repeat_interleave(groups), batch.labels.repeat_interleave(groups), batch.null_label
+        batch.images.repeat_interleave(groups),
+        batch.labels.repeat_interleave(groups),
+        batch.null_label,
+        count=0,
     )
     positions = window.span.positions.repeat_interleave(groups, 0)
     span = Span(visible, visible, positions, window.span.valid.repeat_interleave(groups, 0))
@@ -196,10 +211,10 @@ def settle(
     known = canvas.known
     canvas.known = [k + n for k, n in zip(known, kept.sum(1).tolist(), strict=True)]
     distance = (window.drafted.sample - judged.sample).norm(dim=-1)
-    statistics.distance_sum += float((distance * kept).sum())
+    statistics.distance_sum += float((distance * kept)[: batch.count].sum())
     masks = (span.valid, accepted, found, rejected & ~found, span.valid & ~kept)
     counts = torch.stack(masks).sum(-1).T.tolist()
-    for row, start in enumerate(known):
+    for row, start in enumerate(known[: batch.count]):
         verdicts = Verdicts(*counts[row])
         statistics.record(start, verdicts)
         statistics.per_image[row].add(verdicts)
@@ -217,15 +232,17 @@ def replace(
     rows, columns = rejected.nonzero(as_tuple=True)
     if options.on_reject == "target" or not len(rows):
         return found
-    select = [
+    drafted_rows, judged_rows = (
         HeadSample(*(t[rows, columns] for t in (s.sample, s.mean, s.log_std, s.sum_log_std)))
         for s in (drafted, judged)
-    ]
+    )
     tries = torch.arange(options.max_tries, device=rows.device)[:, None]
     keys = (images[rows, columns], positions[rows, columns], tries)
     normal = sampler.noise.normal(Purpose.RESAMPLE, *keys, values.shape[-1])
     uniform = sampler.noise.uniform(Purpose.RESAMPLE_ACCEPT, *keys)[..., 0]
-    drawn = acceptance.resample(*select, options.accept_temperature, normal, uniform)
+    drawn = acceptance.resample(
+        drafted_rows, judged_rows, options.accept_temperature, normal, uniform
+    )
     usable = drawn.found & drawn.values.isfinite().all(-1)
     values[rows[usable], columns[usable]] = drawn.values[usable]
     found[rows, columns] = usable

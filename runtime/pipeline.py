@@ -89,7 +89,6 @@ class Pipeline:
         for first in range(0, len(wanted), config.batch_size):
             chunk = wanted[first : first + config.batch_size]
             canvas, statistics = self._decode(config, sampler, self._batch(config, chunk))
-            del statistics.per_image[len(chunk) :]
             yield self._images(config, chunk, canvas, statistics), statistics
 
     def sampler(
@@ -115,6 +114,7 @@ class Pipeline:
             torch.tensor(padded, device=self.device),
             torch.tensor(labels, device=self.device),
             self.bundle.manifest.geometry.num_classes,
+            len(chunk),
         )
 
     def _decode(
@@ -145,4 +145,3 @@ class Pipeline:
             GeneratedImage(image, config.label_of(image), arrays[row], verdicts[row])
             for row, image in enumerate(chunk)
         ]
-

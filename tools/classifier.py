@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cspd.engines.errors import CspdError
-from cspd.tools.fashion import CLASS_NAMES, load_images
+from cspd.export.pairs import FASHION_CLASSES
+from cspd.tools.fashion import load_images
 
 FEATURES = 128
 SIDE = 28
@@ -44,7 +45,7 @@ class Classifier(nn.Module):
             nn.Dropout(0.2),
             nn.Linear(128 * 9, FEATURES),
         )
-        self.head = nn.Linear(FEATURES, len(CLASS_NAMES))
+        self.head = nn.Linear(FEATURES, len(FASHION_CLASSES))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, 10] of `images` [N, 1, 28, 28] in [-1, 1]."""

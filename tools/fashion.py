@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cspd.engines.errors import CspdError
-from cspd.export.pairs import FASHION_CLASSES as CLASS_NAMES
 
 DATA = Path("/usr/share/datasets/fashion-mnist")
 PATCH = 4
 
 
 def load_images(split: str, folder: Path = DATA) -> tuple[Tensor, Tensor]:
-    """Images [N, 1, 28, 28] float32 in [-1, 1] and labels [N] int64 of `split`, "train" or "t10k"."""
+    """Images [N, 1, 28, 28] float32 in [-1, 1] and labels [N] int64: "train" or "t10k"."""
     files = [folder / f"{split}-{name}" for name in ("images-idx3-ubyte", "labels-idx1-ubyte")]
     images, labels = (_read_idx(file) for file in files)
     return torch.from_numpy(images).float()[:, None] / 127.5 - 1, torch.from_numpy(labels).long()

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from cspd.engines.errors import CspdError
 from cspd.tools.classifier import Classifier, embed, load_classifier
-from cspd.tools.fashion import CLASS_NAMES, load_images
+from cspd.export.pairs import FASHION_CLASSES
+from cspd.tools.fashion import load_images
 
 PER_CLASS = 1000  # real images per class behind each half of the reference
 KEPT_PER_CLASS = 200  # of these, whose features are stored: for neighbours and for the noise floor
@@ -149,7 +150,7 @@ def _radius(points: Tensor, neighbours: int) -> Tensor:
 def class_distances(features: Tensor, labels: Tensor) -> Tensor:
     """Mean distance between two images of a class, [10]; NaN for classes with fewer than two."""
     found = []
-    for label in range(len(CLASS_NAMES)):
+    for label in range(len(FASHION_CLASSES)):
         rows = features[labels == label].double()
         pairs = len(rows) * (len(rows) - 1)
         found.append(torch.cdist(rows, rows).sum() / pairs if pairs else torch.tensor(torch.nan))
@@ -167,7 +168,7 @@ def _check_images(images: Tensor, labels: Tensor) -> None:
         raise CspdError(f"scores need {MIN_IMAGES} images or more, got {len(images)}")
     if labels.shape != images.shape[:1]:
         raise CspdError(f"scores: {len(images)} images, but labels are {list(labels.shape)}")
-    if labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
+    if labels.min() < 0 or labels.max() >= len(FASHION_CLASSES):
         raise CspdError(f"scores: labels reach {int(labels.min())}..{int(labels.max())}, not 0..9")
     if not images.abs().max() <= 1.001:
         raise CspdError("scores: images hold NaN or values beyond [-1, 1]; clamp them first")
@@ -219,7 +220,7 @@ def save_reference(weights: Path, out: Path) -> None:
         stats = feature_stats(features)
         tensors |= {f"{name}.mean": stats.mean, f"{name}.cov": stats.cov}
     # The loop ends with the test images.
-    tensors["features"] = features[: KEPT_PER_CLASS * len(CLASS_NAMES)].half()
+    tensors["features"] = features[: KEPT_PER_CLASS * len(FASHION_CLASSES)].half()
     tensors["class_distance"] = class_distances(features, labels)
     tensors["accuracy"] = (classifier.logits(features).argmax(1) == labels).double().mean()
     metadata = {
@@ -231,7 +232,7 @@ def save_reference(weights: Path, out: Path) -> None:
 
 def interleaved(labels: Tensor, per_class: int) -> Tensor:
     """Rows of the first `per_class` members of each class, [10 * per_class], class i mod 10."""
-    classes = range(len(CLASS_NAMES))
+    classes = range(len(FASHION_CLASSES))
     return torch.stack([(labels == c).nonzero()[:per_class, 0] for c in classes], 1).flatten()
 
 

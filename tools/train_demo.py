@@ -54,7 +54,7 @@ def initialise(model: Mar) -> None:
 
 
 def random_mask(batch: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Visible and masked positions, [B, V] and [B, L - V] int32; the share follows the cosine schedule."""
+    """Visible and masked positions, [B, V] and [B, L - V] int32; the share is a cosine."""
     masked = max(1, math.ceil(num_tokens * math.cos(math.pi / 2 * torch.rand(()).item())))
     order = torch.rand(batch, num_tokens).argsort(1).int()
     return order[:, masked:], order[:, :masked]
@@ -70,7 +70,7 @@ class DiffusionTrainer:
         self.signal, self.noise = ab.sqrt().float(), (1 - ab).sqrt().float()
 
     def loss(self, model: Mar, x0: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squared noise error and variance bound (nats per channel) for tokens [N, C], z [N, D]."""
+        """Mean squared noise error and variance bound (nats) for tokens [N, C], z [N, D]."""
         step = torch.randint(len(self.table), (len(x0),))
         noise = torch.randn_like(x0)
         x = self.signal[step, None] * x0 + self.noise[step, None] * noise

@@ -1,0 +1,34 @@
+# Everything installs into .venv; the marker file says which extras are in.
+PYTHON ?= python3
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/run
+	$(BIN)/cspd-run generate --num-images 16 --method cspd --baseline --out out/demo --overwrite
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+# mypy reads the package through a folder of links, because cspd.* maps to top-level folders.
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/types/cspd
+	for part in engines export runtime tools demo_pair; do ln -sfn ../../../$$part build/types/cspd/$$part; done
+	MYPYPATH=build/types $(BIN)/mypy -p cspd.engines -p cspd.export -p cspd.runtime -p cspd.tools
+
+clean:
+	rm -rf .venv build out
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[cpu]'
+	touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[cpu,rtx,export,test,dev]'
+	touch .venv/run $@
