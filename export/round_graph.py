@@ -119,9 +119,9 @@ def round_spec(config: MarConfig, max_rows: int) -> GraphSpec:
     `row` [R] names the evaluated rows among the N * L drafted states, `slot` [N, L] the way back.
 
     Out: the advanced state `next_*`; `mean` and `log_std` of the target at the last committed step,
-    `sum_log_std` over the committed steps but step 0; `accepted` drafts; `draws` of the residual law
-    (0: not needed; more than the candidates: none was kept, and the host goes on from the drafted
-    kernel that the last two float outputs describe).
+    `sum_log_std` over the committed steps but step 0; `accepted` drafts; `draws` of the residual
+    law (0: not needed; more than the candidates: none was kept, and the host goes on from the drafted
+    kernel that `drafted_mean` and `drafted_log_std` describe).
     """
     channels, dim, per_token = config.token_dim, config.embed_dim, ("tokens",)
     state = ("tokens", channels)

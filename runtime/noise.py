@@ -28,9 +28,7 @@ class Purpose(IntEnum):
     ACCEPT = 3
     RESAMPLE = 4
     RESAMPLE_ACCEPT = 5
-    LOSSLESS_ACCEPT = 6  # test of one drafted denoising step
-    LOSSLESS_PROPOSE = 7  # candidates of the residual law, keyed by round and attempt
-    LOSSLESS_KEEP = 8
+    SPECULATE = 6  # tests and repairs of speculative denoising, keyed by round and attempt
 
 
 class Noise:

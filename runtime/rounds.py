@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
@@ -23,78 +24,81 @@ class Window:
     """Drafted states of N tokens over L steps, before the target has seen them.
 
     `steps` [N, L] int32, clamped at 0 where the chain has ended; `states` [N, L, C], the inputs of
-    the steps; `noise` [N, L, C]; `kernel` [N, L, C], the law that the next state was drafted from.
+    the steps, and `reached` [N, L, C], what they lead to; `noise` [N, L, C]; `kernel` [N, L, C],
+    the law that `reached` was drafted from.
     """
 
     steps: Tensor
     states: Tensor
+    reached: Tensor
     noise: Tensor
     kernel: Gaussian
 
 
-def draft_table(schedule: Schedule, window: int) -> Tensor:
-    """Drafted states as linear maps, [S, L, L + 2] float32 for `window` = L.
+def draft_tables(schedule: Schedule, window: int) -> dict[str, Tensor]:
+    """Drafted states as linear maps: `draft_state` [S, L, 2] and `draft_noise` [S, L, L] float32.
 
-    With x0 frozen a denoising step is x' = a x + b x0 + sigma xi, so that state j of a window that
-    starts at step s is a fixed combination of (x, x0, sigma_0 xi_0, ..., sigma_{L-1} xi_{L-1}): row
-    [s, j] holds its coefficients. Sums of products in float64, never a quotient of products.
+    With x0 frozen a denoising step is x' = a x + b x0 + sigma xi. Row j of a window of L that starts
+    at step s therefore reaches the state draft_state[s, j] @ (x, x0) plus draft_noise[s, j] @
+    (sigma_0 xi_0, ..., sigma_j xi_j). Sums of products in float64, never a quotient of products.
     """
     columns = (schedule.table[:, COLUMNS.index(name)].double() for name in ("mean_x0", "mean_x"))
     mean_x0, mean_x = columns
     start = torch.arange(schedule.num_steps)
-    table = torch.zeros(schedule.num_steps, window, window + 2, dtype=torch.float64)
-    table[:, 0, 0] = 1
-    for j in range(1, window):
-        step = (start - j + 1).clamp(min=0)
-        table[:, j] = mean_x[step, None] * table[:, j - 1]
-        table[:, j, 1] += mean_x0[step]
-        table[:, j, j + 1] = 1
-    return table.float()
+    state = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(len(start), 2)
+    noise = torch.zeros(len(start), window, dtype=torch.float64)
+    states, noises = [], []
+    for j in range(window):
+        step = (start - j).clamp(min=0)
+        shift = torch.stack([torch.zeros(len(start)), mean_x0[step]], dim=1)
+        state, noise = mean_x[step, None] * state + shift, mean_x[step, None] * noise
+        noise[:, j] = 1
+        states.append(state)
+        noises.append(noise)
+    tables = {"draft_state": torch.stack(states, 1), "draft_noise": torch.stack(noises, 1)}
+    return {name: table.float() for name, table in tables.items()}
 
 
-def rows_of(length: Tensor, window: int, count: int) -> dict[str, Tensor]:
+def rows_of(length: np.ndarray, window: int, count: int) -> dict[str, Tensor]:
     """Which (token, drafted state) pairs a round evaluates, as inputs of the round (all int32).
 
-    `length` [N] int64: rows of each token, 0 for finished ones, at most `window` = L; `count` of
-    rows, padded with copies of the first. Returns `row` [R], an index into the N * L drafted
-    states, `row_token` [R], `slot` [N, L], the row of each state (beyond the last: the token's last
-    row), and `length`.
+    `length` [N]: rows of each token, 0 for finished ones, at most `window` = L; `count` of rows,
+    padded with copies of the first. Returns `row` [R], an index into the N * L drafted states,
+    `row_token` [R], `slot` [N, L], the row of each state (beyond the last: the token's last row),
+    and `length`.
     """
-    offset = torch.arange(window, device=length.device)
-    row = (offset < length[:, None]).flatten().nonzero()[:, 0]
-    row = torch.nn.functional.pad(row, (0, count - len(row)))
-    first = (length.cumsum(0) - length).clamp(max=len(row) - 1)
-    slot = first[:, None] + torch.minimum(offset, (length - 1).clamp(min=0)[:, None])
+    offset = np.arange(window)
+    row = np.zeros(count, dtype=np.int64)
+    used = np.flatnonzero(offset < length[:, None])
+    row[: len(used)] = used
+    first = (length.cumsum() - length).clip(max=count - 1)
+    slot = first[:, None] + np.minimum(offset, (length - 1).clip(min=0)[:, None])
     rows = {"row": row, "row_token": row // window, "slot": slot, "length": length}
-    return {name: value.int() for name, value in rows.items()}
+    return {name: torch.from_numpy(value.astype(np.int32)) for name, value in rows.items()}
 
 
 def draft(
     x: Tensor, step: Tensor, x0: Tensor, fraction: Tensor, temperature: Tensor, noise: Tensor,
-    schedule: Tensor, drafts: Tensor,
+    schedule: Tensor, draft_state: Tensor, draft_noise: Tensor,
 ) -> Window:  # fmt: skip
     """States of the next L steps if every step predicted the frozen `x0` and `fraction` [N, C].
 
-    `x` [N, C] at `step` [N] int32; `noise` [N, S, C] by step; `drafts` [S, L, L + 2] is
-    `draft_table`.
+    `x` [N, C] at `step` [N] int32; `noise` [N, S, C] by step; the last two are `draft_tables`.
     """
-    offset = torch.arange(drafts.shape[1], dtype=torch.int32, device=x.device)
+    offset = torch.arange(draft_noise.shape[1], dtype=torch.int32, device=x.device)
     steps = (step[:, None] - offset).clamp(min=0)
     *_, mean_x0, mean_x, low, high = embedding(steps, schedule).split(1, dim=-1)
     fraction = fraction[:, None]
     log_std = fraction * high + (1 - fraction) * low
     std = temperature[:, None, None] * log_std.exp()
-    xi = embedding(by_step(steps, schedule), noise.flatten(0, 1))
-    sources = torch.cat([x[:, None], x0[:, None], std * xi], dim=1)
-    states = drafts[step.clamp(min=0)] @ sources
+    token = torch.arange(len(x), dtype=torch.int32, device=x.device)
+    xi = embedding(token[:, None] * len(schedule) + steps, noise.flatten(0, 1))
+    start = steps[:, 0]
+    ends = torch.stack([x, x0], dim=1)
+    reached = draft_state[start] @ ends + draft_noise[start] @ (std * xi)
+    states = torch.cat([x[:, None], reached[:, :-1]], dim=1)
     mean = mean_x0 * x0[:, None] + mean_x * states
-    return Window(steps, states, xi, Gaussian(mean, log_std, std))
-
-
-def by_step(steps: Tensor, schedule: Tensor) -> Tensor:
-    """Index [N, L] of each token's `steps` in a table of N tokens times S steps."""
-    token = torch.arange(len(steps), dtype=torch.int32, device=steps.device)
-    return token[:, None] * len(schedule) + steps
+    return Window(steps, states, reached, xi, Gaussian(mean, log_std, std))
 
 
 class ReferenceRound:
@@ -108,7 +112,7 @@ class ReferenceRound:
         t = tensors
         window = draft(
             t["x"], t["step"], t["x0"], t["fraction"], t["temperature"], t["noise"],
-            t["schedule"], t["drafts"],
+            t["schedule"], t["draft_state"], t["draft_noise"],
         )  # fmt: skip
         rows = self.verify(window, t)
         mean, log_std = (embedding(t["slot"], rows[name]) for name in ("mean", "log_std"))
@@ -122,10 +126,10 @@ class ReferenceRound:
         repaired, index = coupling.residual(at, drafted, t["candidates"], t["log_keep"])
         newest = pick(t["slot"], last)
         return {
-            "x": torch.where(rejected[:, None], repaired, drawn),
-            "step": (t["step"] - last - 1).clamp(min=-1).int(),
-            "x0": rows["x0"].index_select(0, newest),
-            "fraction": rows["fraction"].index_select(0, newest),
+            "next_x": torch.where(rejected[:, None], repaired, drawn),
+            "next_step": (t["step"] - last - 1).clamp(min=-1).int(),
+            "next_x0": rows["x0"].index_select(0, newest),
+            "next_fraction": rows["fraction"].index_select(0, newest),
             "mean": at.mean,
             "log_std": at.log_std,
             "sum_log_std": committed_log_std(window.steps, target.log_std, last),
@@ -148,14 +152,10 @@ class ReferenceRound:
 
     def accept(self, window: Window, target: Gaussian, t: dict[str, Tensor]) -> Tensor:
         """Row at which each token's round ends, [N] int64: the drafts of all rows before passed."""
-        transitions = Gaussian(*(v[:, :-1] for v in vars(target).values()))
-        source = Gaussian(*(v[:, :-1] for v in vars(window.kernel).values()))
-        noise, reached = window.noise[:, :-1], window.states[:, 1:]
-        ratio = coupling.log_ratio(transitions, source, reached, noise)
-        at = by_step(window.steps[:, :-1], t["schedule"])
-        log_uniform = t["log_accept"].flatten()[at.long()]
-        tests = torch.arange(at.shape[1], device=at.device)
-        passed = coupling.accept(log_uniform, ratio) & (tests < t["length"][:, None] - 1)
+        ratio = coupling.log_ratio(target, window.kernel, window.reached, window.noise)
+        drafted = torch.arange(ratio.shape[1], device=ratio.device) < t["length"][:, None] - 1
+        # Step 0 adds no noise: a Dirac, which no draft can meet.
+        passed = coupling.accept(t["log_accept"], ratio) & drafted & (window.steps > 0)
         return passed.long().cumprod(1).sum(1)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from cspd.engines.errors import CspdError
 from cspd.runtime.member import HeadSample
@@ -62,8 +61,8 @@ class SpeculationStats:
     calls: int
     rows: int
     draws: int
-    tested: Tensor = field(repr=False)
-    accepted: Tensor = field(repr=False)
+    tested: np.ndarray = field(repr=False)
+    accepted: np.ndarray = field(repr=False)
 
     def __add__(self, other: SpeculationStats) -> SpeculationStats:
         names = ("tokens", "calls", "rows", "draws", "tested", "accepted")
@@ -79,28 +78,28 @@ class SpeculativeSample(HeadSample):
 
 
 class StepLog:
-    """Outcomes of the rounds of one batch by token, on the device until `stats` is asked for."""
+    """Outcomes of the rounds of one batch by token, until `stats` adds them up."""
 
     def __init__(self, tokens: int, num_steps: int) -> None:
         self.tokens, self.num_steps = tokens, num_steps
         self.rounds = self.rows = 0
-        self._outcomes: list[Tensor] = []
+        self._outcomes: list[np.ndarray] = []
 
-    def add(self, step: Tensor, accepted: Tensor, draws: Tensor, rows: int) -> None:
+    def add(self, step: np.ndarray, accepted: np.ndarray, draws: np.ndarray, rows: int) -> None:
         """One round: per token [N] its first step (-1: finished), accepted tests, draws."""
-        self._outcomes.append(torch.stack([step, accepted, draws]))
+        self._outcomes.append(np.stack([step, accepted, draws]))
         self.rounds += 1
         self.rows += rows
 
     def stats(self) -> SpeculationStats:
         """Counts over all rounds."""
-        step, accepted, draws = torch.cat(self._outcomes, dim=1).long()
+        step, accepted, draws = np.concatenate(self._outcomes, axis=1)
         step, accepted, draws = (v[step >= 0] for v in (step, accepted, draws))
         end = step - accepted
-        refused = end[draws > 0].bincount(minlength=self.num_steps)
+        refused = np.bincount(end[draws > 0], minlength=self.num_steps)
         # Accepted are the steps above `end` up to `step`: a difference array, summed downwards.
-        starts, ends = (v.bincount(minlength=self.num_steps) for v in (step, end))
-        passed = (starts - ends).flip(0).cumsum(0).flip(0)
+        starts, ends = (np.bincount(v, minlength=self.num_steps) for v in (step, end))
+        passed = np.cumsum((starts - ends)[::-1])[::-1]
         return SpeculationStats(
             tokens=self.tokens, rounds=self.rounds, calls=self.rounds, rows=self.rows,
             draws=int(draws.sum()), tested=passed + refused, accepted=passed,

@@ -1,0 +1,134 @@
+"""The round as one graph against the runtime's reference: equal to the bit, and close in ONNX."""
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from cspd.engines.ort_session import ort_session
+from cspd.engines.schedule import ScheduleSpec, make_schedule
+from cspd.engines.session import TorchSession
+from cspd.export.graphs import DenoiserGraph, denoiser_spec
+from cspd.export.mar import DiffusionLoss
+from cspd.export.onnx_export import export_graph
+from cspd.export.presets import MarConfig
+from cspd.export.round_graph import CANDIDATES, SpeculativeRoundGraph, round_spec
+from cspd.runtime.lossless import SpeculativeHead
+from cspd.runtime.member import Rows
+from cspd.runtime.noise import Noise
+from cspd.runtime.rounds import ReferenceRound
+from cspd.runtime.speculation import SpeculationOptions
+
+CONFIG = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2)
+SCHEDULE = make_schedule(ScheduleSpec(clip_timesteps=950), 20)
+CPU = torch.device("cpu")
+DISCRETE = ("next_step", "accepted", "draws")
+
+
+@pytest.fixture(scope="module")
+def head():
+    torch.manual_seed(1)
+    head = DiffusionLoss(CONFIG)
+    with torch.no_grad():
+        # As small as in a trained head, so that drafts are often, but not always, accepted.
+        head.net.final_layer.linear.weight.mul_(0.3)
+    return head.eval()
+
+
+@pytest.fixture(scope="module")
+def reference(head):
+    return ReferenceRound(TorchSession(denoiser_spec(CONFIG, 512), DenoiserGraph(head), CPU))
+
+
+@pytest.fixture(scope="module")
+def model(head):
+    return export_graph(SpeculativeRoundGraph(head), round_spec(CONFIG, 512))
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("round") / "round.onnx"
+    ir.save(model, path)
+    return ort_session(str(path), round_spec(CONFIG, 512), threads=1)
+
+
+def tokens(count, branches=2):
+    conditions = torch.randn(branches, count, 24, generator=torch.Generator().manual_seed(4))
+    guidance, temperature = torch.linspace(1, 2, count), torch.linspace(0.9, 1.1, count)
+    return Rows(conditions, guidance, temperature, torch.arange(count), torch.arange(count) % 3)
+
+
+class Recorder:
+    """A round session that keeps the inputs of every call."""
+
+    def __init__(self, session):
+        self.session, self.calls = session, []
+
+    def __call__(self, **tensors):
+        self.calls.append(tensors)
+        return self.session(**tensors)
+
+
+def recorded_inputs(reference, count=9, branches=2, **options):
+    """Inputs of all rounds of one run: tokens at many steps, windows of all lengths."""
+    recorder = Recorder(reference)
+    result = SpeculativeHead(recorder, SpeculationOptions(**options), CONFIG.token_dim)(
+        tokens(count, branches), SCHEDULE, Noise(3)
+    )
+    return recorder.calls, result
+
+
+@pytest.mark.parametrize(
+    ("branches", "options"),
+    [(2, {"window": 6}), (1, {"window": 4}), (2, {"window": 8, "row_buckets": (16, 40)})],
+)
+def test_equals_the_reference_to_the_bit_in_pytorch(head, reference, branches, options):
+    graph = TorchSession(round_spec(CONFIG, 512), SpeculativeRoundGraph(head), CPU)
+    calls, result = recorded_inputs(reference, branches=branches, **options)
+    for inputs in calls:
+        expected, got = reference(**inputs), graph(**inputs)
+        assert expected.keys() == got.keys()
+        for name, value in expected.items():
+            assert torch.equal(value, got[name]), name
+            assert value.dtype == got[name].dtype
+    # The comparison has seen acceptances, refusals, and rows that end a window.
+    assert 0 < result.stats.accepted.sum() < result.stats.tested.sum()
+
+
+def test_onnx_runtime_agrees(reference, exported):
+    calls, _ = recorded_inputs(reference, window=6)
+    decisions = agreed = 0
+    for inputs in calls:
+        expected, got = reference(**inputs), exported(**inputs)
+        same = torch.stack([expected[name] == got[name] for name in DISCRETE]).all(0)
+        decisions, agreed = decisions + len(same), agreed + int(same.sum())
+        for spec in exported.spec.outputs:
+            if spec.name not in DISCRETE:
+                error = (expected[spec.name] - got[spec.name])[same].norm()
+                assert error <= spec.tolerance * expected[spec.name][same].norm(), spec.name
+    # Rounding can turn a test whose number lies within 1e-4 of its bound; none of these does.
+    assert agreed == decisions > 50
+
+
+def test_a_run_through_onnx_runtime_is_the_run_of_the_reference(reference, exported):
+    options = SpeculationOptions(window=6)
+    runs = [
+        SpeculativeHead(session, options, CONFIG.token_dim)(tokens(9), SCHEDULE, Noise(3))
+        for session in (reference, exported)
+    ]
+    assert runs[0].stats.rounds == runs[1].stats.rounds
+    torch.testing.assert_close(runs[0].sample, runs[1].sample, rtol=1e-3, atol=1e-3)
+
+
+def test_search_without_an_end_is_reported(reference, exported):
+    calls, _ = recorded_inputs(reference, window=6)
+    # Numbers near 0 keep no candidate: all that were refused must say so.
+    for inputs in calls:
+        refused = reference(**inputs)["draws"] > 0
+        none = inputs | {"log_keep": torch.full_like(inputs["log_keep"], -1e9)}
+        for session in (reference, exported):
+            assert torch.equal(session(**none)["draws"], refused.int() * (CANDIDATES + 1))
+
+
+def test_no_loop_and_no_branch(model):
+    kinds = {node.op_type for node in model.graph}
+    assert not kinds & {"Loop", "If", "Scan", "NonZero", "Random"}
