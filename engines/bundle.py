@@ -87,7 +87,9 @@ def open_bundle(folder: Path) -> Bundle:
             "cspd-export build --target mar-h --draft mar-b --out DIR"
         )
     if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB, not a manifest")
+        raise BundleError(
+            f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB, not a manifest of cspd-export"
+        )
     try:
         return Bundle(folder, Manifest.model_validate_json(path.read_bytes()))
     except ValidationError as error:

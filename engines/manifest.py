@@ -99,7 +99,8 @@ class Manifest(Record):
     def _inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
         for name in files:
             path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or "\\" in name or str(path) != name:
+            odd = "\\" in name or not name.isprintable() or str(path) != name
+            if odd or path.is_absolute() or ".." in path.parts:
                 raise ValueError(f"file name {name!r} leaves the bundle")
         return files
 
