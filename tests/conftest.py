@@ -1,6 +1,7 @@
 """Shared fixtures: golden vectors, the tiny model, and its exported bundle (built once a run)."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,3 +15,26 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def golden_settings() -> dict:
     return json.loads((Path(__file__).parent / "golden" / "mar_tiny.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def built_tiny(tmp_path_factory) -> tuple[Path, Path]:
+    """The tiny pair's bundle, and its unfinished build as it was before the last graph."""
+    from tiny_pair import build_tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    unfinished = folder / "unfinished"
+
+    def report(message: str) -> None:
+        if message.startswith("decoder"):
+            shutil.copytree(folder / ".bundle.building", unfinished)
+
+    return build_tiny(folder / "bundle", report), unfinished
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(built_tiny):
+    """The opened bundle of the tiny pair; copy its folder before changing anything."""
+    from cspd.engines.bundle import open_bundle
+
+    return open_bundle(built_tiny[0])
