@@ -120,8 +120,8 @@ def round_spec(config: MarConfig, max_rows: int) -> GraphSpec:
 
     Out: the advanced state `next_*`; `mean` and `log_std` of the target at the last committed step,
     `sum_log_std` over the committed steps but step 0; `accepted` drafts; `draws` of the residual
-    law (0: not needed; more than the candidates: none was kept, and the host goes on from the drafted
-    kernel that `drafted_mean` and `drafted_log_std` describe).
+    law (0: not needed; more than the candidates: none was kept, and the host goes on from the
+    drafted kernel that `drafted_mean` and `drafted_log_std` describe).
     """
     channels, dim, per_token = config.token_dim, config.embed_dim, ("tokens",)
     state = ("tokens", channels)

@@ -38,8 +38,8 @@ class Window:
 def draft_tables(schedule: Schedule, window: int) -> dict[str, Tensor]:
     """Drafted states as linear maps: `draft_state` [S, L, 2] and `draft_noise` [S, L, L] float32.
 
-    With x0 frozen a denoising step is x' = a x + b x0 + sigma xi. Row j of a window of L that starts
-    at step s therefore reaches the state draft_state[s, j] @ (x, x0) plus draft_noise[s, j] @
+    With x0 frozen a denoising step is x' = a x + b x0 + sigma xi. Row j of a window of L that
+    starts at step s therefore reaches draft_state[s, j] @ (x, x0) + draft_noise[s, j] @
     (sigma_0 xi_0, ..., sigma_j xi_j). Sums of products in float64, never a quotient of products.
     """
     columns = (schedule.table[:, COLUMNS.index(name)].double() for name in ("mean_x0", "mean_x"))
@@ -123,7 +123,7 @@ class ReferenceRound:
         # The last row of a window was never drafted: its kernel is known, so draw from it.
         drawn = at.at(pick(window.noise, last))
         rejected = (last < t["length"] - 1) & (pick(window.steps, last) > 0)
-        repaired, index = coupling.residual(at, drafted, t["candidates"], t["log_keep"])
+        repaired, index = self.repair(at, drafted, drawn, t)
         newest = pick(t["slot"], last)
         return {
             "next_x": torch.where(rejected[:, None], repaired, drawn),
@@ -152,11 +152,22 @@ class ReferenceRound:
 
     def accept(self, window: Window, target: Gaussian, t: dict[str, Tensor]) -> Tensor:
         """Row at which each token's round ends, [N] int64: the drafts of all rows before passed."""
-        ratio = coupling.log_ratio(target, window.kernel, window.reached, window.noise)
-        drafted = torch.arange(ratio.shape[1], device=ratio.device) < t["length"][:, None] - 1
+        row = torch.arange(window.steps.shape[1], device=window.steps.device)
         # Step 0 adds no noise: a Dirac, which no draft can meet.
-        passed = coupling.accept(t["log_accept"], ratio) & drafted & (window.steps > 0)
+        tested = (row < t["length"][:, None] - 1) & (window.steps > 0)
+        passed = self.test(window, target, t) & tested
         return passed.long().cumprod(1).sum(1)
+
+    def test(self, window: Window, target: Gaussian, t: dict[str, Tensor]) -> Tensor:
+        """Which drafts pass, bool [N, L]: the exact rule."""
+        ratio = coupling.log_ratio(target, window.kernel, window.reached, window.noise)
+        return coupling.accept(t["log_accept"], ratio)
+
+    def repair(
+        self, target: Gaussian, drafted: Gaussian, drawn: Tensor, t: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Replacement [N, C] for refused drafts, and the index of the candidate that it is."""
+        return coupling.residual(target, drafted, t["candidates"], t["log_keep"])
 
 
 def committed_log_std(steps: Tensor, log_std: Tensor, last: Tensor) -> Tensor:

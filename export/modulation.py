@@ -1,0 +1,112 @@
+"""The share of the head that does not depend on the noisy token, computed once before the loop.
+
+All shifts, scales and gates follow from the condition and the time step alone, and they are most of
+the head's weights: 3 of 5 matrices per block. `head_modulation` computes them for every token and
+step in one large product; `denoiser_hoisted` then only looks them up. Exact up to rounding.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from cspd.engines.schedule import COLUMNS
+from cspd.engines.spec import Axis, GraphSpec, TensorSpec
+from cspd.export.graphs import GRAPH_TOLERANCE, MAX_STEPS, guided_kernel
+from cspd.export.mar import DiffusionLoss
+from cspd.export.presets import MarConfig
+
+
+def modulation_width(config: MarConfig) -> int:
+    """Numbers per token, step and branch: three vectors per block, two for the last layer."""
+    return (3 * config.head_depth + 2) * config.head_width
+
+
+def modulation_bytes(config: MarConfig, num_steps: int, branches: int) -> int:
+    """Size in float32 of all modulations of one token, for chunking to a memory budget."""
+    return 4 * num_steps * branches * modulation_width(config)
+
+
+class HeadModulationGraph(nn.Module):
+    """All modulations of some tokens over a whole schedule."""
+
+    def __init__(self, diffloss: DiffusionLoss) -> None:
+        super().__init__()
+        self.diffloss = diffloss
+
+    def forward(self, conditions: Tensor, schedule: Tensor) -> Tensor:
+        """Modulations [N, S, G, M] for `conditions` [G, N, D] and a `schedule` [S, K]."""
+        head = self.diffloss.net
+        time = head.time_embed(schedule[:, 0])
+        condition = head.cond_embed(conditions).transpose(0, 1)
+        return head.modulations(condition[:, None] + time[:, None])
+
+
+class HoistedDenoiserGraph(nn.Module):
+    """One denoising step of rows at their own steps, with the modulations looked up."""
+
+    def __init__(self, diffloss: DiffusionLoss) -> None:
+        super().__init__()
+        self.diffloss = diffloss
+
+    def forward(
+        self, x: Tensor, step: Tensor, token: Tensor, modulation: Tensor, guidance: Tensor,
+        schedule: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """See `hoisted_spec` for shapes; returns mean, log_std, x0, fraction, each [R, C]."""
+        tokens, steps, branches, width = modulation.shape
+        table = modulation.reshape(tokens * steps, branches * width)
+        looked_up = embedding(token * steps + step, table).unflatten(1, (branches, width))
+        noise, variance = self.diffloss.net.denoise(
+            x.expand(branches, -1, -1), looked_up.transpose(0, 1)
+        )
+        return guided_kernel(noise, variance, x, guidance, embedding(step, schedule))
+
+
+def modulation_spec(config: MarConfig, max_rows: int) -> GraphSpec:
+    """Contract of `head_modulation`; its output is large, see `modulation_bytes`."""
+    return GraphSpec(
+        name="head_modulation",
+        inputs=(
+            TensorSpec(name="conditions", shape=("branches", "tokens", config.embed_dim)),
+            TensorSpec(name="schedule", shape=("steps", len(COLUMNS))),
+        ),
+        outputs=(
+            TensorSpec(
+                name="modulation",
+                shape=("tokens", "steps", "branches", modulation_width(config)),
+                tolerance=GRAPH_TOLERANCE,
+            ),
+        ),
+        axes=_axes(max_rows),
+    )
+
+
+def hoisted_spec(config: MarConfig, max_rows: int) -> GraphSpec:
+    """Contract of `denoiser_hoisted`: as `denoiser`, with modulations in place of conditions."""
+    row = ("rows", config.token_dim)
+    table = ("tokens", "steps", "branches", modulation_width(config))
+    return GraphSpec(
+        name="denoiser_hoisted",
+        inputs=(
+            TensorSpec(name="x", shape=row),
+            TensorSpec(name="step", dtype="int32", shape=("rows",), below="steps"),
+            TensorSpec(name="token", dtype="int32", shape=("rows",), below="tokens"),
+            TensorSpec(name="modulation", shape=table),
+            TensorSpec(name="guidance", shape=("rows",)),
+            TensorSpec(name="schedule", shape=("steps", len(COLUMNS))),
+        ),
+        outputs=tuple(
+            TensorSpec(name=name, shape=row, tolerance=GRAPH_TOLERANCE)
+            for name in ("mean", "log_std", "x0", "fraction")
+        ),
+        axes={"rows": Axis(min=1, opt=min(64, max_rows), max=max_rows), **_axes(max_rows)},
+    )
+
+
+def _axes(max_rows: int) -> dict[str, Axis]:
+    return {
+        "tokens": Axis(min=1, opt=min(8, max_rows), max=max_rows),
+        "steps": Axis(min=2, opt=100, max=MAX_STEPS),
+        "branches": Axis(min=1, opt=2, max=2),
+    }

@@ -1,0 +1,213 @@
+"""How far to speculate: from measured costs of calls and the share of drafts that pass, by step.
+
+Speculation trades calls for rows. What that is worth depends on the machine (a call of few rows
+costs the weights' traffic, a call of many their products), on the model (how long a frozen
+prediction stays right) and on how many tokens share a call. The choice changes time, never the law.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cspd.engines.errors import CspdError
+from cspd.engines.spec import Record
+from cspd.runtime.speculation import SpeculationStats
+
+REACH = (
+    0.05,
+    0.1,
+    0.2,
+    0.35,
+    0.5,
+    0.7,
+)  # least probabilities of being reached that rows are tried at
+PRIOR_WEIGHT = 8.0  # tests that the prior acceptance counts for, per step
+MARGIN = 0.97  # speculation must promise to take less than this share of plain stepping
+CORRECTION_RATE = 0.3
+
+
+class CostRecord(Record):
+    """Measured milliseconds: `plain` (tokens, whole chain), `rounds` (rows of a call, one round).
+
+    `num_steps` of the chain; `key` identifies bundle, backend and machine (see `cost_key`).
+    """
+
+    schema_version: int = 1
+    key: str
+    num_steps: int
+    plain: tuple[tuple[float, float], ...]
+    rounds: tuple[tuple[float, float], ...]
+
+    def require(self, key: str) -> CostRecord:
+        """This record, or a CspdError if it was measured for something else."""
+        if self.key != key:
+            raise CspdError(
+                f"costs were measured for {self.key[:12]}, this is {key[:12]} (another bundle, "
+                "backend, machine or version); measure again with: cspd-run tune"
+            )
+        return self
+
+
+def cost_key(facts: Mapping[str, str]) -> str:
+    """SHA-256 of what a measurement depends on, such as file hashes, backend, CPU and versions."""
+    return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
+
+
+def measure_costs(
+    plain: Callable[[int], float], rounds: Callable[[int, int], tuple[float, float]], *,
+    key: str, num_steps: int, tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
+    windows: tuple[int, ...] = (4, 16), repeats: int = 3,
+) -> CostRecord:  # fmt: skip
+    """Measure both ways end to end, noise and host included; the least of `repeats` runs counts.
+
+    `plain(tokens)` steps through a chain and returns its milliseconds; `rounds(tokens, window)`
+    speculates and returns (mean rows per call, milliseconds per round). Each is run once before.
+    """
+    chains, calls = [], []
+    for count in tokens:
+        chains.append((float(count), _least(lambda: plain(count), repeats)))  # noqa: B023
+        for window in windows:
+            rounds(count, window)
+            calls.append(min((rounds(count, window) for _ in range(repeats)), key=lambda p: p[1]))
+    return CostRecord(
+        key=key, num_steps=num_steps, plain=tuple(chains), rounds=tuple(sorted(calls))
+    )
+
+
+def _least(run: Callable[[], float], repeats: int) -> float:
+    run()
+    return min(run() for _ in range(repeats))
+
+
+def cost_at(points: tuple[tuple[float, float], ...], size: np.ndarray | float) -> np.ndarray:
+    """Cost at `size`: a non-decreasing, piecewise linear curve through `points`, extrapolated."""
+    sizes, costs = np.array(points).T
+    costs = np.maximum.accumulate(costs)
+    slope = (costs[-1] - costs[0]) / max(sizes[-1] - sizes[0], 1e-9)
+    return np.interp(size, sizes, costs) + slope * np.maximum(np.asarray(size) - sizes[-1], 0)
+
+
+def depths(acceptance: np.ndarray, window: int, reach: float) -> np.ndarray:
+    """Rows per starting step [S]: those reached with probability `reach`, at most `window`.
+
+    `acceptance` [S]: share of drafts that pass at each step.
+    """
+    arrival = arrivals(acceptance, window)
+    worth = (arrival >= reach) & (np.arange(window) <= np.arange(len(acceptance))[:, None])
+    worth[:, 0] = True
+    return worth.cumprod(1).sum(1)
+
+
+def arrivals(acceptance: np.ndarray, window: int) -> np.ndarray:
+    """Probability [S, window] that row j of a window that starts at step s is reached."""
+    step = np.arange(len(acceptance))[:, None] - np.arange(window - 1)
+    passes = np.where(step > 0, acceptance[step.clip(min=0)], 0.0)
+    return np.concatenate([np.ones((len(acceptance), 1)), passes.cumprod(1)], axis=1)
+
+
+def predict(
+    acceptance: np.ndarray, depth: np.ndarray, tokens: int, cost: Callable[[np.ndarray], np.ndarray]
+) -> float:
+    """Expected milliseconds until all of `tokens` independent tokens are done.
+
+    A Markov chain over steps: a round that starts at s ends at row j with the probability of
+    reaching j and failing there, and always at its last row. `cost(rows)` is that of one round.
+    """
+    num_steps, window = len(acceptance), int(depth.max())
+    arrival = arrivals(acceptance, window) * (np.arange(window) < depth[:, None])
+    ends = arrival - np.concatenate([arrival[:, 1:], np.zeros((num_steps, 1))], axis=1)
+    moves = np.zeros((num_steps, num_steps))
+    start, row = np.nonzero(ends[:, :num_steps])
+    stays = start - row - 1 >= 0
+    moves[start[stays], start[stays] - row[stays] - 1] = ends[start[stays], row[stays]]
+    where, total = np.zeros(num_steps), 0.0
+    where[-1] = 1.0
+    for _ in range(num_steps):
+        busy = 1 - (1 - min(where.sum(), 1.0)) ** tokens
+        if busy < 1e-6:
+            break
+        total += busy * float(cost(tokens * (where @ depth) / busy))
+        where = where @ moves
+    return total
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to sample: `depth` [S] rows per step, or None for plain stepping; and why."""
+
+    depth: np.ndarray | None
+    expected_ms: float
+    plain_ms: float
+
+    @property
+    def reason(self) -> str:
+        """The choice in words."""
+        if self.depth is None:
+            return f"plain stepping: {self.plain_ms:.1f} ms expected, no window promises less"
+        return (
+            f"speculation with up to {int(self.depth.max())} rows a token: "
+            f"{self.expected_ms:.1f} ms expected, plain stepping {self.plain_ms:.1f} ms"
+        )
+
+
+@dataclass
+class WindowChooser:
+    """Chooses per number of tokens, and learns from what it observes.
+
+    `prior` [S]: acceptance by step before anything was observed. Do not `observe` where results
+    must be the same to the bit whatever was generated before: rounding depends on the depth.
+    """
+
+    costs: CostRecord
+    prior: np.ndarray
+    max_window: int = 16
+    tested: np.ndarray = field(init=False)
+    accepted: np.ndarray = field(init=False)
+    correction: float = field(init=False, default=1.0)
+    _choices: dict[int, Choice] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tested = np.full(len(self.prior), PRIOR_WEIGHT)
+        self.accepted = PRIOR_WEIGHT * self.prior
+
+    @property
+    def acceptance(self) -> np.ndarray:
+        """Share of drafts that pass, by step [S]."""
+        return self.accepted / self.tested
+
+    def choose(self, tokens: int) -> Choice:
+        """The cheapest way to sample `tokens` tokens together: plain unless clearly beaten."""
+        if tokens not in self._choices:
+            self._choices[tokens] = self._choose(tokens)
+        return self._choices[tokens]
+
+    def observe(self, choice: Choice, stats: SpeculationStats, milliseconds: float) -> None:
+        """Take in a speculative run: its acceptance, and what it took against the expectation."""
+        self.tested += stats.tested
+        self.accepted += stats.accepted
+        ratio = self.correction * milliseconds / choice.expected_ms
+        self.correction += CORRECTION_RATE * (ratio - self.correction)
+        self._choices.clear()
+
+    def _choose(self, tokens: int) -> Choice:
+        plain = float(cost_at(self.costs.plain, tokens))
+        acceptance = self.acceptance
+        best = Choice(None, plain, plain)
+        for depth in self._candidates(acceptance):
+            spent = self.correction * predict(acceptance, depth, tokens, self._round_cost)
+            if spent < MARGIN * plain and spent < best.expected_ms:
+                best = Choice(depth, spent, plain)
+        return best
+
+    def _candidates(self, acceptance: np.ndarray) -> list[np.ndarray]:
+        windows = {min(w, self.max_window) for w in (2, 3, 4, 6, 8, 12, 16, 24, 32)}
+        tried = {tuple(depths(acceptance, w, r)) for w in windows for r in REACH}
+        return [np.array(depth) for depth in sorted(tried)]
+
+    def _round_cost(self, rows: np.ndarray) -> np.ndarray:
+        return cost_at(self.costs.rounds, rows)

@@ -1,0 +1,90 @@
+"""Hoisted modulations give the denoiser that computes them itself, in PyTorch and through ONNX."""
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from cspd.engines.ort_session import ort_session
+from cspd.engines.schedule import ScheduleSpec, make_schedule
+from cspd.engines.session import TorchSession
+from cspd.export.graphs import DenoiserGraph, denoiser_spec
+from cspd.export.mar import DiffusionLoss
+from cspd.export.modulation import (
+    HeadModulationGraph,
+    HoistedDenoiserGraph,
+    hoisted_spec,
+    modulation_bytes,
+    modulation_spec,
+)
+from cspd.export.onnx_export import export_graph
+from cspd.export.presets import MarConfig
+
+CONFIG = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2)
+SCHEDULE = make_schedule(ScheduleSpec(), 12)  # with the ill-conditioned first step
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def head():
+    torch.manual_seed(1)
+    return DiffusionLoss(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def pytorch(head):
+    return (
+        TorchSession(modulation_spec(CONFIG, 64), HeadModulationGraph(head), CPU),
+        TorchSession(hoisted_spec(CONFIG, 64), HoistedDenoiserGraph(head), CPU),
+    )
+
+
+@pytest.fixture(scope="module")
+def onnx(head, tmp_path_factory):
+    folder, sessions = tmp_path_factory.mktemp("modulation"), []
+    for graph, spec in (
+        (HeadModulationGraph(head), modulation_spec(CONFIG, 64)),
+        (HoistedDenoiserGraph(head), hoisted_spec(CONFIG, 64)),
+    ):
+        ir.save(export_graph(graph, spec), folder / f"{spec.name}.onnx")
+        sessions.append(ort_session(str(folder / f"{spec.name}.onnx"), spec, threads=1))
+    return sessions
+
+
+def inputs(branches):
+    """Every step of every token once, in no order."""
+    generator = torch.Generator().manual_seed(5)
+    pairs = torch.randperm(3 * SCHEDULE.num_steps, generator=generator).int()
+    return {
+        "x": torch.randn(len(pairs), CONFIG.token_dim, generator=generator),
+        "step": pairs // 3,
+        "token": pairs % 3,
+        "conditions": torch.randn(branches, 3, CONFIG.embed_dim, generator=generator),
+        "guidance": torch.linspace(1, 4, len(pairs)),
+        "schedule": SCHEDULE.table,
+    }
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "onnx"])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_equals_the_denoiser_up_to_rounding(request, head, backend, branches):
+    modulate, hoisted = request.getfixturevalue(backend)
+    rows = inputs(branches)
+    expected = TorchSession(denoiser_spec(CONFIG, 64), DenoiserGraph(head), CPU)(**rows)
+    conditions = rows.pop("conditions")
+    table = modulate(conditions=conditions, schedule=SCHEDULE.table)["modulation"].clone()
+    assert table.nbytes == 3 * modulation_bytes(CONFIG, SCHEDULE.num_steps, branches)
+    got = hoisted(**rows, modulation=table)
+    for spec in hoisted.spec.outputs:
+        error = (got[spec.name] - expected[spec.name]).norm() / expected[spec.name].norm()
+        assert error <= spec.tolerance, spec.name
+
+
+def test_hoisted_denoiser_holds_no_modulation_weights(head):
+    def sizes(graph, spec):
+        weights = export_graph(graph, spec).graph.initializers.values()
+        return sum(w.const_value.size for w in weights if w.const_value is not None)
+
+    with_conditions = sizes(DenoiserGraph(head), denoiser_spec(CONFIG, 64))
+    hoisted = sizes(HoistedDenoiserGraph(head), hoisted_spec(CONFIG, 64))
+    width, depth = CONFIG.head_width, CONFIG.head_depth
+    assert with_conditions - hoisted > (3 * depth + 2) * width * width
