@@ -1,0 +1,181 @@
+"""Look inside a run: record inputs of the networks, replace sessions, go round by round.
+
+Shared by the parity ladder and the benchmark; a production run never passes through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from cspd.engines.bundle import Bundle
+from cspd.engines.ort_session import OrtCpuSession, import_onnxruntime
+from cspd.engines.session import Session, TimedSession
+from cspd.runtime.canvas import Batch, Canvas
+from cspd.runtime.config import RunConfig
+from cspd.runtime.cspd import CspdOptions, Window, prefill, propose, settle, verify
+from cspd.runtime.member import HeadSample, Member
+from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sampler import Sampler
+from cspd.runtime.stats import Statistics, Verdicts
+
+MAX_RECORDED = 256  # calls kept per graph; later ones are counted, not kept
+
+
+def unchanged(label: str, session: Session) -> Session:
+    """The session as it is."""
+    return session
+
+
+@dataclass
+class ProbePipeline(Pipeline):
+    """A pipeline whose sessions pass through `wrap(label, session)` when they are opened."""
+
+    wrap: Callable[[str, Session], Session] = unchanged
+
+    def session(self, label: str) -> TimedSession:
+        """The wrapped session of graph `label`."""
+        if label not in self._sessions:
+            opened = super().session(label)
+            self._sessions[label] = TimedSession(self.wrap(label, opened.session))
+        return self._sessions[label]
+
+
+@dataclass
+class Recorder:
+    """Keeps a copy of the inputs of every call, by graph label."""
+
+    calls: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)
+
+    def wrap(self, label: str, session: Session) -> Session:
+        """`session`, recorded under `label`."""
+        return _RecordedSession(session, self.calls.setdefault(label, []))
+
+
+@dataclass
+class _RecordedSession:
+    """A session that keeps copies of its inputs on the CPU."""
+
+    session: Session
+    kept: list[dict[str, Tensor]]
+
+    @property
+    def spec(self):
+        return self.session.spec
+
+    @property
+    def device(self) -> torch.device:
+        return self.session.device
+
+    def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
+        if len(self.kept) < MAX_RECORDED:
+            self.kept.append({name: tensor.cpu().clone() for name, tensor in tensors.items()})
+        return self.session(**tensors)
+
+
+def record_inputs(
+    bundle: Bundle, configs: list[RunConfig], backend: str = "torch"
+) -> dict[str, list[dict[str, Tensor]]]:
+    """Inputs of every call that generating the images of `configs` makes, by graph label."""
+    recorder = Recorder()
+    pipeline = ProbePipeline(bundle, backend, wrap=recorder.wrap)
+    for config in configs:
+        for _ in pipeline.generate(config):
+            pass
+    return recorder.calls
+
+
+def unoptimised_session(bundle: Bundle, label: str) -> Session:
+    """ONNX Runtime on the CPU with every graph optimisation off: the graph exactly as exported."""
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    path = str(bundle.graph_file(label))
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return OrtCpuSession(session, bundle.graph(label).spec)
+
+
+def call(session: Session, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs of `session` for CPU tensors, as CPU tensors of their own."""
+    outputs = session(**{name: tensor.to(session.device) for name, tensor in inputs.items()})
+    return {name: value.detach().cpu().clone() for name, value in outputs.items()}
+
+
+@dataclass(frozen=True)
+class Players:
+    """Everything a round of speculative decoding needs on one backend."""
+
+    sampler: Sampler
+    target: Member
+    draft: Member
+    options: CspdOptions
+
+    def propose(self, batch: Batch, canvas: Canvas, statistics: Statistics) -> Window:
+        """Drafts of the next window; `canvas` is not changed."""
+        return propose(self.sampler, self.draft, self.options, batch, canvas, statistics)
+
+    def verify(self, batch: Batch, canvas: Canvas, window: Window) -> HeadSample:
+        """The target's aligned samples of the tokens in `window`."""
+        return verify(self.sampler, self.target, self.options, batch, canvas, window)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One verification round: the canvas before it, the drafts, the target's tokens, what was kept.
+
+    `accepted` [B, P] bool says which tokens of the window now stand on the canvas as drafted.
+    """
+
+    before: Canvas
+    window: Window
+    judged: HeadSample
+    accepted: Tensor
+    judged_mask: Tensor
+
+
+def players(pipeline: Pipeline, config: RunConfig) -> Players:
+    """Draft, target and sampler of `config` on the backend of `pipeline`."""
+    values = config.model_dump()
+    options = CspdOptions(
+        **{f.name: values[f.name] for f in fields(CspdOptions) if f.name in values}
+    )
+    return Players(
+        pipeline.sampler(config), pipeline.member("target"), pipeline.member("draft"), options
+    )
+
+
+def batch_of(pipeline: Pipeline, config: RunConfig) -> Batch:
+    """All images of `config` as one batch."""
+    labels = [config.label_of(image) for image in range(config.num_images)]
+    classes = pipeline.bundle.manifest.geometry.num_classes
+    images = torch.arange(config.num_images, device=pipeline.device)
+    return Batch(images, torch.tensor(labels, device=pipeline.device), classes, len(labels))
+
+
+def rounds(pipeline: Pipeline, config: RunConfig) -> Iterator[Round]:
+    """Every verification round of the images of `config`, generated as one batch."""
+    play, batch = players(pipeline, config), batch_of(pipeline, config)
+    channels = pipeline.bundle.manifest.geometry.token_dim
+    canvas = Canvas.empty(batch, play.sampler.noise, play.sampler.plan.num_tokens, channels)
+    statistics = Statistics(per_image=[Verdicts() for _ in range(len(batch))])
+    prefill(play.sampler, play.target, play.options, batch, canvas, statistics)
+    while not canvas.done:
+        before = canvas.clone()
+        window = play.propose(batch, canvas, statistics)
+        judged = play.verify(batch, canvas, window)
+        settle(play.sampler, play.options, batch, canvas, window, judged, statistics)
+        yield Round(before, window, judged, *_outcome(before, canvas, window))
+
+
+def _outcome(before: Canvas, after: Canvas, window: Window) -> tuple[Tensor, Tensor]:
+    """Which tokens of the window were accepted, and which judged, both [B, P] bool."""
+    positions = window.span.positions.long()[..., None].expand(-1, -1, after.tokens.shape[-1])
+    same = (after.tokens.gather(1, positions) == window.drafted.sample).all(-1)
+    kept = torch.tensor(after.known)[:, None] - torch.tensor(before.known)[:, None]
+    judged = torch.arange(window.span.width) < kept
+    judged = window.span.valid & judged.to(window.span.valid.device)
+    return same & judged, judged
