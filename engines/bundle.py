@@ -50,7 +50,9 @@ class Bundle:
         record = self.manifest.files[name]
         rebuild = "copy the bundle again, or rebuild it with cspd-export build"
         if path.is_symlink() or not path.resolve().is_relative_to(self.folder.resolve()):
-            raise BundleError(f"{path}: a link that leads out of the bundle is not followed; {rebuild}")
+            raise BundleError(
+                f"{path}: a link that leads out of the bundle is not followed; {rebuild}"
+            )
         if not path.is_file():
             raise BundleError(f"{path}: missing from the bundle; {rebuild}")
         if path.stat().st_size != record.bytes or hash_file(path) != record:
@@ -62,9 +64,11 @@ class Bundle:
         """Verified ONNX file of the graph `label`, its weights verified too."""
         manifest, (role, _, _) = self.manifest, label.partition("/")
         model = manifest.models.get(role)  # type: ignore[call-overload]
-        weights = model.weights if model else manifest.decoder_weights
-        if weights is not None:
-            self.file(weights)
+        weights = [manifest.decoder_weights]
+        if model is not None:
+            weights = [model.weights, model.first_weights]
+        for name in filter(None, weights):
+            self.file(name)
         return self.file(self.graph(label).file)
 
     def graph(self, label: str) -> GraphRecord:

@@ -11,7 +11,9 @@ class MissingExtraError(CspdError):
     """A library of an optional extra is not installed."""
 
     def __init__(self, library: str, extra: str) -> None:
-        super().__init__(f"{library} is not installed; install it with: pip install 'cspd[{extra}]'")
+        super().__init__(
+            f"{library} is not installed; install it with: pip install 'cspd[{extra}]'"
+        )
         self.library, self.extra = library, extra
 
 

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cspd.engines.schedule import ScheduleSpec
 from cspd.engines.spec import GraphSpec, Record
+from cspd.engines.trt_options import BuildReport
 
 SCHEMA_VERSION: Literal[1] = 1
 SHA256 = r"^[0-9a-f]{64}$"
@@ -26,14 +27,10 @@ class FileRecord(Record):
     bytes: int = Field(ge=0)
 
 
-class EngineRecord(Record):
-    """A serialized engine and what it was built for."""
+class EngineRecord(BuildReport):
+    """A serialized engine: its file, and everything its build reported."""
 
     file: str
-    version: str
-    compute_capabilities: tuple[str, ...]
-    seconds: float
-    peak_memory_mb: float
 
 
 class GraphRecord(Record):
@@ -41,9 +38,11 @@ class GraphRecord(Record):
 
     spec: GraphSpec
     file: str
-    engines: dict[str, EngineRecord] = {}
-    # Largest relative error of the norm of any output against PyTorch float32, by ONNX Runtime.
+    engines: dict[str, EngineRecord] = Field(default_factory=dict)
+    # Largest relative error of the norm of any output against PyTorch in float32, of the ONNX file
+    # on the CPU; or of the PyTorch module behind it, where ONNX Runtime lacks the number format.
     measured_error: float
+    measured_by: Literal["onnxruntime", "torch"] = "onnxruntime"
 
 
 class ModelRecord(Record):
@@ -52,6 +51,8 @@ class ModelRecord(Record):
     preset: str
     config: dict[str, Any]
     weights: str
+    # Float32 weights of the head for the first denoising step, of models in reduced precision.
+    first_weights: str | None = None
     source: str
     source_sha256: str | None
     precision: Precision
@@ -86,7 +87,7 @@ class Manifest(Record):
     class_names: tuple[str, ...]
     schedule: ScheduleSpec
     # Guidance scale, denoising steps and so on that the model is best used with.
-    defaults: dict[str, float | int | str] = {}
+    defaults: dict[str, float | int | str] = Field(default_factory=dict)
     models: dict[Role, ModelRecord]
     decoder: GraphRecord
     # None for pixel-space models, whose decoder has no weights.
@@ -129,7 +130,8 @@ class Manifest(Record):
     def referenced_files(self) -> list[str]:
         """Every file that a model, a graph or an engine names."""
         graphs = list(self.graphs().values())
-        names = [model.weights for model in self.models.values()]
+        weights = [(model.weights, model.first_weights) for model in self.models.values()]
+        names = [name for pair in weights for name in pair if name]
         names += [self.decoder_weights] if self.decoder_weights else []
         names += [graph.file for graph in graphs]
         return names + [engine.file for graph in graphs for engine in graph.engines.values()]

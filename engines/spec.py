@@ -72,7 +72,9 @@ class GraphSpec(Record):
     def _axes_known(self) -> GraphSpec:
         used = {a for t in (*self.inputs, *self.outputs) for a in t.shape if isinstance(a, str)}
         if used - set(self.axes):
-            raise ValueError(f"graph {self.name}: axes without a range: {sorted(used - set(self.axes))}")
+            raise ValueError(
+                f"graph {self.name}: axes without a range: {sorted(used - set(self.axes))}"
+            )
         return self
 
     def sizes(self, which: str) -> dict[str, int]:
@@ -93,14 +95,18 @@ class GraphSpec(Record):
                 value = torch.rand(*shape[:-1], limit or 1, generator=generator).argsort(-1)
                 inputs[tensor.name] = value[..., : shape[-1]].int()
             else:
-                inputs[tensor.name] = torch.randint(max(limit or 1, 1), shape, generator=generator).int()
+                inputs[tensor.name] = torch.randint(
+                    max(limit or 1, 1), shape, generator=generator
+                ).int()
         return inputs
 
     def bind(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         """Axis sizes of `tensors`; raises CspdError unless they fit the contract exactly."""
         expected = {tensor.name for tensor in self.inputs}
         if set(tensors) != expected:
-            raise CspdError(f"{self.name}: got inputs {sorted(tensors)}, expected {sorted(expected)}")
+            raise CspdError(
+                f"{self.name}: got inputs {sorted(tensors)}, expected {sorted(expected)}"
+            )
         sizes: dict[str, int] = {}
         for spec in self.inputs:
             self._bind_tensor(spec, tensors[spec.name], sizes)

@@ -1,36 +1,35 @@
-"""Build a bundle: weights in, exported and verified graphs out, published in one rename.
-
-Every finished graph leaves a record beside it, so that an interrupted build goes on where it was.
-"""
+"""Build a bundle: weights in, exported and verified graphs out, published in one rename."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
-import onnx
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cspd.engines.bundle import MANIFEST, check_target, hash_file, publish, record_files
+from cspd.engines.bundle import MANIFEST, check_target, publish, record_files
 from cspd.engines.errors import CspdError
-from cspd.engines.manifest import FileRecord, Geometry, GraphRecord, Manifest, ModelRecord
-from cspd.engines.schedule import Schedule, ScheduleSpec, make_schedule
-from cspd.engines.spec import GraphSpec, Record
+from cspd.engines.manifest import Geometry, GraphRecord, Manifest, ModelRecord, Precision, Role
+from cspd.engines.schedule import ScheduleSpec, make_schedule
+from cspd.engines.trt_options import BuildOptions as EngineOptions
+from cspd.engines.trt_progress import ProgressCallback
 from cspd.export.assemble import assemble_mar, assemble_vae
-from cspd.export.graphs import DenoiserLoopGraph, PixelDecoder, decoder_spec, model_graphs
-from cspd.export.onnx_export import OPSET, export_graph, save_graph
+from cspd.export.build_graph import DONE, GraphBuilder, ShowProgress
+from cspd.export.graphs import FIRST, PixelDecoder, decoder_spec, model_graphs, with_tolerance
+from cspd.export.onnx_export import OPSET
 from cspd.export.presets import MarConfig
-from cspd.export.scan_loop import export_loop
-from cspd.export.verify import verify_graph
 
 WEIGHTS = "weights.safetensors"
+FIRST_WEIGHTS = "first.safetensors"
 VERIFY_STEPS = 10
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime")
 
@@ -48,13 +47,14 @@ class Source:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Ranges and number formats of the graphs."""
+    """Ranges and number formats of the graphs, and the engines to build from them."""
 
     max_batch: int = 16
     max_rows: int = 1024
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     # Number format of the weights on disk when it differs from that of the computation.
-    storage: str | None = None
+    storage: Literal["fp16"] | None = None
+    engines: tuple[EngineOptions, ...] = ()
 
     def __post_init__(self) -> None:
         for name, low, high in (("max_batch", 1, 4096), ("max_rows", 1, 1 << 20)):
@@ -68,7 +68,7 @@ class BuildOptions:
 class BundlePlan:
     """Everything that goes into a bundle. `decoder` is None for pixel-space models."""
 
-    models: Mapping[str, Source]
+    models: Mapping[Role, Source]
     decoder: Source | None
     geometry: Geometry
     class_names: tuple[str, ...]
@@ -87,53 +87,54 @@ class BundlePlan:
         sources = {name: (s.preset, s.origin, s.sha256) for name, s in self.models.items()}
         decoder = (self.decoder.origin, self.decoder.sha256) if self.decoder else None
         parts = [sources, decoder, asdict(self.options), self.schedule.model_dump(), _libraries()]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-class FinishedGraph(Record):
-    """Record of one finished graph in the staging folder."""
-
-    graph: GraphRecord
-    files: dict[str, FileRecord]
+@contextlib.contextmanager
+def no_progress(name: str) -> Iterator[ProgressCallback]:
+    """The progress bar that shows nothing."""
+    yield lambda fraction, phase: None
 
 
 def build_bundle(
-    plan: BundlePlan, out: Path, overwrite: bool = False, report: Callable[[str], None] = print
+    plan: BundlePlan,
+    out: Path,
+    overwrite: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+    show: ShowProgress = no_progress,
 ) -> Path:
-    """Export, verify and publish the bundle of `plan` at `out`; `report` gets a line per graph.
+    """Export, verify and publish the bundle of `plan` at `out`; `report` gets a line per piece.
 
-    An old bundle at `out` is untouched until the new one is complete. Raises CspdError if a graph
-    differs from PyTorch by more than its contract allows.
+    An old bundle at `out` is untouched until the new one is complete. An interrupted build of the
+    same plan goes on where it was. Raises CspdError if a graph differs from PyTorch by more than
+    its contract allows.
     """
     check_target(out, overwrite)
     check_pair(plan)
     staging = _staging(plan, out)
     schedule = make_schedule(plan.schedule, VERIFY_STEPS)
+    builder = GraphBuilder(staging, schedule, plan.options.engines, report, show)
     models = {
-        role: _build_model(staging, role, source, plan.options, schedule, report)
+        role: _build_model(builder, role, source, plan.options)
         for role, source in plan.models.items()
     }
-    decoder = _build_decoder(staging, plan, schedule, report)
-    manifest = _manifest(plan, staging, models, decoder)
-    for record in staging.rglob("*.done.json"):
-        record.unlink()
-    (staging / "build.key").unlink()
+    manifest = _manifest(plan, models, _build_decoder(builder, plan), staging)
     (staging / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+    _remove_unlisted(staging, manifest)
     publish(staging, out, overwrite)
     return out
 
 
 def check_pair(plan: BundlePlan) -> None:
     """Raise CspdError unless draft and target see the same tokens and classes."""
-    configs = {role: source.config for role, source in plan.models.items()}
-    target, draft = configs["target"], configs.get("draft")
-    if target is None or draft is None:
+    target, draft = plan.models["target"], plan.models.get("draft")
+    if target.config is None or draft is None or draft.config is None:
         return
     for field in ("grid", "token_dim", "num_classes"):
-        if getattr(target, field) != getattr(draft, field):
+        got, expected = getattr(draft.config, field), getattr(target.config, field)
+        if got != expected:
             raise CspdError(
-                f"draft {plan.models['draft'].preset}: {field} is {getattr(draft, field)}, the "
-                f"target {plan.models['target'].preset} has {getattr(target, field)}; "
+                f"draft {draft.preset}: {field} is {got}, the target {target.preset} has {expected}; "
                 "a pair must share grid, token size and classes"
             )
 
@@ -145,103 +146,80 @@ def _staging(plan: BundlePlan, out: Path) -> Path:
     if staging.exists() and not (key.is_file() and key.read_text() == plan.key()):
         shutil.rmtree(staging)
     if not staging.exists():
-        staging.mkdir(parents=True)
+        try:
+            staging.mkdir(parents=True)
+        except OSError as error:
+            raise CspdError(f"{out}: cannot write there: {error.strerror}") from None
         key.write_text(plan.key())
     return staging
 
 
 def _build_model(
-    staging: Path,
-    role: str,
-    source: Source,
-    options: BuildOptions,
-    schedule: Schedule,
-    report: Callable[[str], None],
+    builder: GraphBuilder, role: Role, source: Source, options: BuildOptions
 ) -> ModelRecord:
     assert source.config is not None
-    (staging / role).mkdir(exist_ok=True)
-    model = assemble_mar(source.config, source.state, options.precision)
-    _write_weights(model, staging / role / WEIGHTS, options.storage)
-    graphs = {}
-    for name, (module, spec) in model_graphs(model, options.max_batch, options.max_rows).items():
-        graphs[name] = _build_graph(staging, f"{role}/{name}", module, spec, schedule, report)
+    folder = builder.staging / role
+    folder.mkdir(exist_ok=True)
+    exact = assemble_mar(source.config, source.state, "fp32")
+    model = exact
+    if options.precision != "fp32":
+        model = assemble_mar(source.config, source.state, options.precision)
+        _write_weights(exact.diffloss, folder / FIRST_WEIGHTS, None, prefix="diffloss.")
+    _write_weights(model, folder / WEIGHTS, options.storage)
+    limits = (options.max_batch, options.max_rows)
+    graphs = model_graphs(model, *limits, options.precision, exact.diffloss)
+    references = {**graphs, **model_graphs(exact, *limits)}
     return ModelRecord(
         preset=source.preset,
         config=asdict(source.config),
         weights=f"{role}/{WEIGHTS}",
+        first_weights=f"{role}/{FIRST_WEIGHTS}" if FIRST in graphs else None,
         source=source.origin,
         source_sha256=source.sha256,
         precision=options.precision,
-        graphs=graphs,
-    )
+        graphs={
+            name: builder.build(
+                f"{role}/{name}", module, spec, references[name][0],
+                f"{role}/{FIRST_WEIGHTS if name == FIRST else WEIGHTS}",
+            )
+            for name, (module, spec) in graphs.items()
+        },
+    )  # fmt: skip
 
 
-def _build_decoder(
-    staging: Path, plan: BundlePlan, schedule: Schedule, report: Callable[[str], None]
-) -> GraphRecord:
-    geometry, folder = plan.geometry, staging / "decoder"
+def _build_decoder(builder: GraphBuilder, plan: BundlePlan) -> GraphRecord:
+    geometry, folder = plan.geometry, builder.staging / "decoder"
     folder.mkdir(exist_ok=True)
     module: nn.Module = PixelDecoder(geometry.image_size // geometry.grid)
+    exact, weights = module, None
     if plan.decoder is not None:
+        exact = assemble_vae(plan.decoder.state, "fp32")
         module = assemble_vae(plan.decoder.state, plan.options.precision)
+        weights = f"decoder/{WEIGHTS}"
         _write_weights(module, folder / WEIGHTS, plan.options.storage)
     image = (geometry.image_channels, geometry.image_size)
     spec = decoder_spec(geometry.grid, geometry.token_dim, image, plan.options.max_batch)
-    return _build_graph(staging, "decoder/decoder", module, spec, schedule, report)
+    if plan.decoder is not None:
+        spec = with_tolerance(spec, plan.options.precision)
+    return builder.build("decoder/decoder", module, spec, exact, weights)
 
 
-def _build_graph(
-    staging: Path,
-    label: str,
-    module: nn.Module,
-    spec: GraphSpec,
-    schedule: Schedule,
-    report: Callable[[str], None],
-) -> GraphRecord:
-    """Export and verify one graph, unless an interrupted build left it finished and intact."""
-    path = staging / f"{label}.onnx"
-    done, weights = path.with_suffix(".done.json"), path.with_name(WEIGHTS)
-    if done.is_file():
-        finished = FinishedGraph.model_validate_json(done.read_bytes())
-        if all(
-            (staging / n).is_file() and hash_file(staging / n) == f
-            for n, f in finished.files.items()
-        ):
-            report(f"{label}: already finished")
-            return finished.graph
-    if isinstance(module, DenoiserLoopGraph):
-        model = export_loop(module, spec)
-    else:
-        model = export_graph(module, spec)
-    save_graph(model, path, weights if weights.is_file() else None)
-    del model
-    onnx.checker.check_model(str(path))
-    error = verify_graph(path, spec, module, schedule)
-    report(f"{label}: exported, differs from PyTorch by {error:.1e}")
-    record = GraphRecord(spec=spec, file=f"{label}.onnx", measured_error=error)
-    names = [f"{label}.onnx"] + [str(weights.relative_to(staging))] * weights.is_file()
-    finished = FinishedGraph(graph=record, files=record_files(staging, names))
-    done.with_suffix(".tmp").write_text(finished.model_dump_json())
-    done.with_suffix(".tmp").replace(done)
-    return record
-
-
-def _write_weights(module: nn.Module, path: Path, storage: str | None) -> None:
-    dtype = {"fp16": torch.float16, None: None}[storage]
-    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in module.state_dict().items()}
-    save_file(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").chmod(0o644)
-    path.with_suffix(".tmp").replace(path)
+def _write_weights(module: nn.Module, path: Path, storage: str | None, prefix: str = "") -> None:
+    state = {
+        prefix + name: tensor.half() if storage == "fp16" else tensor
+        for name, tensor in module.state_dict().items()
+    }
+    temporary = path.with_suffix(".tmp")
+    save_file(state, temporary)
+    temporary.chmod(0o644)
+    temporary.replace(path)
 
 
 def _manifest(
-    plan: BundlePlan, staging: Path, models: dict[str, ModelRecord], decoder: GraphRecord
+    plan: BundlePlan, models: dict[Role, ModelRecord], decoder: GraphRecord, staging: Path
 ) -> Manifest:
     weights = f"decoder/{WEIGHTS}" if plan.decoder else None
-    names = [decoder.file, *([weights] if weights else [])]
-    for model in models.values():
-        names += [model.weights, *(graph.file for graph in model.graphs.values())]
-    return Manifest(
+    manifest = Manifest.model_construct(
         tool_version=importlib.metadata.version("cspd"),
         libraries=_libraries(),
         opset=OPSET,
@@ -254,8 +232,19 @@ def _manifest(
         decoder=decoder,
         decoder_weights=weights,
         decoder_precision=plan.options.precision,
-        files=record_files(staging, names),
+        files={},
     )
+    files = record_files(staging, manifest.referenced_files())
+    return Manifest.model_validate({**manifest.model_dump(), "files": files})
+
+
+def _remove_unlisted(staging: Path, manifest: Manifest) -> None:
+    """Drop records of finished graphs and whatever a killed build left half-written."""
+    for path in staging.rglob("*"):
+        name = path.relative_to(staging).as_posix()
+        if path.is_file() and name != MANIFEST and name not in manifest.files:
+            assert name.endswith((DONE, ".tmp", "build.key")), name
+            path.unlink()
 
 
 def _libraries() -> dict[str, str]:

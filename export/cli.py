@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ from rich.table import Table
 from cspd.engines.bundle import open_bundle
 from cspd.engines.commands import Commands
 from cspd.engines.errors import MissingExtraError
-from cspd.engines.manifest import Manifest
+from cspd.engines.manifest import Manifest, Precision, Role
+from cspd.engines.trt_options import BuildOptions as EngineOptions
+from cspd.engines.trt_progress import ProgressCallback, rich_progress
 
 PRESETS = ("mar-b", "mar-l", "mar-h")
 FILE = click.Path(path_type=Path, dir_okay=True)
@@ -55,26 +60,80 @@ def require_exporter() -> None:
 @click.option(
     "--clip-timesteps", type=int, help="Sample from this time on instead of 999; changes the law."
 )
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    help="Also build engines; may be repeated.",
+    type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
+)
+@click.option(
+    "--compute-capability",
+    multiple=True,
+    metavar="X.Y",
+    show_default="8.6, 8.9, 12.0",
+    help="tensorrt-rtx: GPUs that the engines are for; may be repeated.",
+)
+@click.option(
+    "--workspace", type=click.IntRange(min=1), metavar="MIB", help="Limit of scratch memory."
+)
+@click.option(
+    "--opt-level", default=3, show_default=True, help="Effort of the engine builder, 0-5."
+)
+@click.option("--timing-cache", type=FILE, help="tensorrt: file with timings of earlier builds.")
+@click.option(
+    "--version-compatible", is_flag=True, help="tensorrt: engines for newer versions too."
+)
+@click.option("--hardware-compatible", is_flag=True, help="tensorrt: engines for Ampere and later.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle in --out.")
 def build(
     target: str, draft: str | None, target_weights: Path | None, draft_weights: Path | None,
-    vae: Path | None, random_weights: bool, allow_non_ema: bool, precision: str, max_batch: int,
-    max_rows: int, clip_timesteps: int | None, out: Path, overwrite: bool,
+    vae: Path | None, random_weights: bool, allow_non_ema: bool, precision: Precision, max_batch: int,
+    max_rows: int, clip_timesteps: int | None, backends: tuple[str, ...], out: Path,
+    overwrite: bool, **engine: Any,
 ) -> None:  # fmt: skip
     """Export a pair of MAR models and its decoder as one verified bundle."""
     require_exporter()
     from cspd.export.build import BuildOptions, build_bundle
     from cspd.export.pairs import mar_plan
 
-    presets = {"target": target} | ({"draft": draft} if draft else {})
+    engines = engine_options(backends, engine)
+    presets: dict[Role, str] = {"target": target}
+    if draft:
+        presets["draft"] = draft
     plan = mar_plan(
         presets, {"target": target_weights, "draft": draft_weights}, vae,
-        BuildOptions(max_batch, max_rows, precision), random_weights=random_weights,
+        BuildOptions(max_batch, max_rows, precision, engines=engines), random_weights=random_weights,
         allow_non_ema=allow_non_ema, clip_timesteps=clip_timesteps, warn=note,
     )  # fmt: skip
-    build_bundle(plan, out, overwrite, report=note)
+    build_bundle(plan, out, overwrite, report=note, show=progress_bar)
     click.echo(out)
+
+
+def engine_options(backends: tuple[str, ...], options: dict[str, Any]) -> tuple[EngineOptions, ...]:
+    """One set of options per TensorRT flavour among `backends`."""
+    workspace = options["workspace"]
+    return tuple(
+        EngineOptions(
+            flavour=flavour,
+            compute_capabilities=options["compute_capability"],
+            workspace_bytes=workspace << 20 if workspace else None,
+            optimization_level=options["opt_level"],
+            version_compatible=options["version_compatible"],
+            hardware_compatible=options["hardware_compatible"],
+            timing_cache=options["timing_cache"],
+        )
+        for flavour in dict.fromkeys(backends)
+        if flavour != "onnxruntime"
+    )
+
+
+def progress_bar(name: str) -> AbstractContextManager[ProgressCallback]:
+    """A bar on a terminal, nothing elsewhere: the lines of the report say it all there."""
+    if sys.stderr.isatty():
+        return rich_progress(name)
+    return contextlib.nullcontext(lambda fraction, phase: None)
 
 
 @main.command("demo-pair")

@@ -95,9 +95,11 @@ class Mar(nn.Module):
         source = torch.cat([encoded, mask_token.to(encoded.dtype)], dim=1)
         x = gather_rows(source, self._source_rows(visible, visible_len))
         x = torch.cat([encoded[:, :buffer], x], dim=1) + self.decoder_pos_embed_learned
-        for block in self.decoder_blocks[:-1]:
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
             x = block(x)
-        x = self.decoder_blocks[-1].forward_positions(x, positions + buffer)
+        assert isinstance(last, Block)
+        x = last.forward_positions(x, positions + buffer)
         rows = nn.functional.embedding(positions, self.diffusion_pos_embed_learned[0])
         return self.decoder_norm(x) + rows
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cspd.engines.errors import CspdError
-from cspd.engines.manifest import Geometry
+from cspd.engines.manifest import Geometry, Role
 from cspd.engines.schedule import ScheduleSpec
 from cspd.export.build import BuildOptions, BundlePlan, Source
 from cspd.export.checkpoint import find_default_weights, load_mar, load_vae
@@ -37,8 +37,8 @@ FASHION_DEFAULTS: dict[str, float | int | str] = {
 
 
 def mar_plan(
-    presets: dict[str, str],
-    weights: dict[str, Path | None],
+    presets: dict[Role, str],
+    weights: dict[Role, Path | None],
     vae: Path | None,
     options: BuildOptions,
     *,
@@ -48,7 +48,7 @@ def mar_plan(
     warn: Callable[[str], None],
 ) -> BundlePlan:
     """Plan of a bundle of published MAR models; `presets` and `weights` are by role."""
-    models = {}
+    models: dict[Role, Source] = {}
     for seed, (role, preset) in enumerate(presets.items()):
         if random_weights:
             models[role] = _random_model(preset, seed)
@@ -79,8 +79,9 @@ def mar_plan(
 
 def demo_plan(folder: Path) -> BundlePlan:
     """Plan of the shipped pair from `target.safetensors` and `draft.safetensors` in `folder`."""
-    models = {}
-    for role in ("target", "draft"):
+    models: dict[Role, Source] = {}
+    roles: tuple[Role, ...] = ("target", "draft")
+    for role in roles:
         path = folder / f"{role}.safetensors"
         if not path.is_file():
             raise CspdError(f"{path}: not found; train it with python -m cspd.tools.train_demo")

@@ -12,7 +12,7 @@ from cspd.engines.bundle import Bundle
 from cspd.engines.session import Session, TorchSession
 from cspd.export.assemble import assemble_mar, assemble_vae
 from cspd.export.graphs import PixelDecoder, model_graphs
-from cspd.export.mar import Mar
+from cspd.export.mar import DiffusionLoss, Mar
 from cspd.export.presets import MarConfig
 
 
@@ -30,7 +30,13 @@ def graph_module(bundle: Bundle, label: str) -> nn.Module:
     record = bundle.manifest.models[role]  # type: ignore[index]
     weights = str(bundle.file(record.weights))
     config = MarConfig(**record.config)
-    return model_graphs(_load_mar(weights, config, record.precision), 1, 1)[name][0]
+    model = _load_mar(weights, config, record.precision)
+    exact = None
+    if record.first_weights is not None:
+        exact = DiffusionLoss(config)
+        first = load_file(bundle.file(record.first_weights))
+        exact.load_state_dict({n.removeprefix("diffloss."): t for n, t in first.items()})
+    return model_graphs(model, 1, 1, record.precision, exact)[name][0]
 
 
 def decoder_module(bundle: Bundle) -> nn.Module:

@@ -34,7 +34,9 @@ def log_density(x: Tensor, mean: Tensor, log_std: Tensor, temperature: float) ->
     return (-0.5 * scaled.square() - log_std).sum(-1)
 
 
-def accept_log_ratio(x: Tensor, drafted: HeadSample, target: HeadSample, temperature: float) -> Tensor:
+def accept_log_ratio(
+    x: Tensor, drafted: HeadSample, target: HeadSample, temperature: float
+) -> Tensor:
     """Log of the acceptance ratio r at tokens `x` [..., N, C], as [..., N].
 
     r = Sigma p(x) / q(x), where Sigma = prod sigma_q / sigma_p over the earlier denoising steps:

@@ -39,7 +39,9 @@ def machine_options(command: Command) -> Command:
     """Options that choose what runs the networks."""
     for option in (
         click.option("--threads", default=0, show_default="all cores", help="CPU threads."),
-        click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"])),
+        click.option(
+            "--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"])
+        ),
     ):
         command = option(command)
     return command
@@ -92,7 +94,9 @@ def sampling_options(command: Command) -> Command:
 @click.option("--labels", help='Classes in turn: "207,360" or "sneaker,bag".  [default: all]')
 @sampling_options
 @machine_options
-@click.option("--baseline", is_flag=True, help="Also run the target alone and print the speed ratio.")
+@click.option(
+    "--baseline", is_flag=True, help="Also run the target alone and print the speed ratio."
+)
 @click.option("--out", type=FOLDER, default=Path("out"), show_default=True, help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in --out.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -150,7 +154,9 @@ def outcome_table(outcomes: list[run.Outcome], bundle: Bundle) -> Table:
     """A line per method: images, time, acceptance, calls, speed against the target alone."""
     baseline = next((o.seconds for o in outcomes if o.config.method == "target"), None)
     title = "synthetic weights: images mean nothing" if bundle.manifest.synthetic else None
-    table = Table("method", "images", "seconds", "acceptance", "target calls", "draft calls", title=title)
+    table = Table(
+        "method", "images", "seconds", "acceptance", "target calls", "draft calls", title=title
+    )
     table.add_column("speed vs target")
     for outcome in outcomes:
         rate = outcome.statistics.verdicts.acceptance_rate

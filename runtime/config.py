@@ -72,7 +72,9 @@ def check_config(config: RunConfig, manifest: Manifest) -> None:
             )
     last = manifest.schedule.last_timestep
     if config.head_steps > last + 1:
-        raise CspdError(f"--head-steps is {config.head_steps}, expected 2..{last + 1} for this model")
+        raise CspdError(
+            f"--head-steps is {config.head_steps}, expected 2..{last + 1} for this model"
+        )
     if config.method in ("draft", "cspd") and "draft" not in manifest.models:
         raise CspdError(
             f"--method {config.method}: the bundle has no draft model; build it with --draft, "

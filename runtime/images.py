@@ -38,7 +38,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CspdError(f"{path}: cannot be read as PNG: {error}") from None
     if not isinstance(text, str):
-        raise CspdError(f"{path}: has no '{KEY}' text chunk; only images of cspd-run can be replayed")
+        raise CspdError(
+            f"{path}: has no '{KEY}' text chunk; only images of cspd-run can be replayed"
+        )
     try:
         metadata = json.loads(text)
     except ValueError:

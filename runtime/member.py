@@ -45,7 +45,9 @@ class Rows:
 class Head(Protocol):
     """A way to sample tokens from their conditions."""
 
-    def __call__(self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose) -> HeadSample:
+    def __call__(
+        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
+    ) -> HeadSample:
         """Sample every row; `purpose` keys the noise of the chain."""
         ...
 
@@ -56,7 +58,9 @@ class LoopHead:
 
     session: Session
 
-    def __call__(self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose) -> HeadSample:
+    def __call__(
+        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
+    ) -> HeadSample:
         """Sample every row, in as many calls as the session's largest row count asks for."""
         limit = self.session.spec.axes["rows"].max
         parts = [
@@ -68,7 +72,9 @@ class LoopHead:
     def _sample(self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose) -> HeadSample:
         channels = self.session.spec.inputs[0].shape[-1]
         assert isinstance(channels, int)
-        start, steps = noise.chain(purpose, rows.images, rows.positions, schedule.num_steps, channels)
+        start, steps = noise.chain(
+            purpose, rows.images, rows.positions, schedule.num_steps, channels
+        )
         outputs = self.session(
             noise0=start,
             noise=steps,
@@ -86,7 +92,9 @@ class StepHead:
 
     session: Session
 
-    def __call__(self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose) -> HeadSample:
+    def __call__(
+        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
+    ) -> HeadSample:
         """Sample every row; the rows must fit the session."""
         channels = self.session.spec.inputs[0].shape[-1]
         assert isinstance(channels, int)
@@ -119,7 +127,14 @@ class Member:
     head: Head
 
     def conditions(
-        self, canvas: Canvas, batch: Batch, span: Span, *, guided: bool, visible: list[int], width: int
+        self,
+        canvas: Canvas,
+        batch: Batch,
+        span: Span,
+        *,
+        guided: bool,
+        visible: list[int],
+        width: int,
     ) -> Tensor:
         """Conditions [G, B, P, D] of the tokens in `span`, given the first `visible[b]` tokens.
 

@@ -36,7 +36,9 @@ def prepare_folder(folder: Path, overwrite: bool) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise CspdError(f"{folder}: cannot write there: {error.strerror}; choose another --out") from None
+        raise CspdError(
+            f"{folder}: cannot write there: {error.strerror}; choose another --out"
+        ) from None
     found = [path for path in folder.iterdir() if path.name != ".cspd-probe"]
     if not found:
         return

@@ -76,7 +76,9 @@ def generate(
     if baseline and config.method != "target":
         plain = config.model_copy(update={"method": "target"})
         outcomes.append(run_images(pipeline, plain, None, quiet))
-    record = run_record(config, bundle, outcomes[0].statistics, outcomes[0].seconds, outcomes[0].calls)
+    record = run_record(
+        config, bundle, outcomes[0].statistics, outcomes[0].seconds, outcomes[0].calls
+    )
     if len(outcomes) > 1:
         record["baseline"] = {
             "method": "target",
@@ -99,7 +101,9 @@ def replay(bundle: Bundle, path: Path, *, device: str, threads: int) -> tuple[Ge
         config = RunConfig.model_validate(metadata.get("config"))
         index = int(metadata["image"])
     except (ValidationError, KeyError, TypeError, ValueError) as error:
-        raise CspdError(f"{path}: its settings are not valid: {str(error).splitlines()[0]}") from None
+        raise CspdError(
+            f"{path}: its settings are not valid: {str(error).splitlines()[0]}"
+        ) from None
     if not 0 <= index < config.num_images:
         raise CspdError(f"{path}: image {index}, expected 0..{config.num_images - 1}")
     pipeline = Pipeline(bundle, config.backend, device, threads)

@@ -47,7 +47,9 @@ class Sampler:
         length = self.plan.num_tokens
         stop = [self.plan.stop(k) if k < length else k for k in canvas.known]
         ragged = len(set(canvas.known)) > 1
-        return canvas.span(canvas.known, stop, self.plan.widest if ragged and self.fixed_shapes else None)
+        return canvas.span(
+            canvas.known, stop, self.plan.widest if ragged and self.fixed_shapes else None
+        )
 
     def guidance(self, span: Span) -> Tensor:
         """Guidance scale of every token of `span`, [B, P] on its device."""
@@ -70,7 +72,13 @@ class Sampler:
         )
 
     def sample(
-        self, member: Member, z: Tensor, guidance: Tensor, batch: Batch, span: Span, purpose: Purpose
+        self,
+        member: Member,
+        z: Tensor,
+        guidance: Tensor,
+        batch: Batch,
+        span: Span,
+        purpose: Purpose,
     ) -> HeadSample:
         """Tokens of `span` from their conditions `z` [G, B, P, D]; every result is [B, P, C]."""
         images = batch.images[:, None].expand(-1, span.width).flatten()
@@ -113,7 +121,9 @@ def check_finite(member: Member, sampled: HeadSample, batch: Batch, span: Span) 
     )
 
 
-def decode_alone(sampler: Sampler, member: Member, batch: Batch, channels: int) -> tuple[Canvas, Statistics]:
+def decode_alone(
+    sampler: Sampler, member: Member, batch: Batch, channels: int
+) -> tuple[Canvas, Statistics]:
     """Images by one model alone, the baseline of every comparison."""
     canvas = Canvas.empty(batch, sampler.noise, sampler.plan.num_tokens, channels)
     statistics = Statistics()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+
 @dataclass
 class Verdicts:
     """Fate of proposed tokens. A rejected token is `resampled`, or, if that fails, a `fallback`.

@@ -18,6 +18,7 @@ from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.manifest import EngineRecord, FileRecord, GraphRecord
+from cspd.engines.trt_options import profile_shapes
 from cspd.engines.trt_build import build_engine
 from cspd.engines.trt_load import EngineFile, LoadedEngine, Placement, load_engine
 from cspd.engines.trt_options import BuildOptions
@@ -311,10 +312,15 @@ def bundle(backbone, tmp_path) -> Bundle:
     """A bundle with one graph and a record of its tensorrt-rtx engine."""
     built = EngineRecord(
         file="target/backbone.engine",
+        flavour="tensorrt-rtx",
         version="1.7",
         compute_capabilities=(),
+        gpu=None,
+        profile=profile_shapes(backbone.spec),
+        sha256="a" * 64,
+        bytes=6,
         seconds=1.0,
-        peak_memory_mb=1.0,
+        peak_memory_bytes=None,
     )
     record = GraphRecord(
         spec=backbone.spec, file="x.onnx", engines={"tensorrt-rtx": built}, measured_error=0.0
