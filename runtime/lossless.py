@@ -107,6 +107,7 @@ class _Run:
         self.chain, self.noise, self.device = chain, chain.noise, chain.noise.device
         self.table = chain.schedule.table.to(self.device)
         self.drafts = {name: table.to(self.device) for name, table in chain.drafts.items()}
+        self.cut: dict[int, dict[str, Tensor]] = {}
 
     def sample(self, tokens: Rows) -> SpeculativeSample:
         log = StepLog(len(tokens.images), self.chain.schedule.num_steps)
@@ -175,10 +176,19 @@ class _Run:
             log_keep=log_keep.contiguous(),
             log_accept=log_accept[:, :window].contiguous(),
             schedule=self.table,
-            draft_state=self.drafts["draft_state"][:, :window].contiguous(),
-            draft_noise=self.drafts["draft_noise"][:, :window, :window].contiguous(),
+            **self._drafts(window),
             **rows,
         )
+
+    def _drafts(self, window: int) -> dict[str, Tensor]:
+        """The draft tables of a window that may be shorter than the longest."""
+        if window not in self.cut:
+            state, noise = self.drafts["draft_state"], self.drafts["draft_noise"]
+            self.cut[window] = {
+                "draft_state": state[:, :window].contiguous(),
+                "draft_noise": noise[:, :window, :window].contiguous(),
+            }
+        return self.cut[window]
 
     def _numbers(
         self, images: Tensor, positions: Tensor, keys: Tensor, count: int

@@ -14,29 +14,33 @@ from cspd.runtime.member import HeadSample
 class SpeculationOptions:
     """At most `window` rows per token and call (1: plain denoising), `candidates` of a residual.
 
-    `row_buckets` are the row counts that calls may have; none means any. With a single bucket every
-    call has exactly one shape, so that a token does not depend on the batch that it is in.
+    `max_rows` that the session takes in one call, None for any. `row_buckets` are the row counts
+    that calls may have; none means any. With a single bucket every call has exactly one shape, so
+    that a token does not depend on the batch that it is in.
     """
 
     window: int = 8
     candidates: int = 16
     row_buckets: tuple[int, ...] = ()
+    max_rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.candidates < 1:
             raise CspdError(
                 f"speculation: window {self.window} and candidates {self.candidates}, expected >= 1"
             )
-        if self.row_buckets and min(self.row_buckets) < self.window:
+        sizes = [*self.row_buckets, *([self.max_rows] if self.max_rows is not None else [])]
+        if sizes and min(sizes) < self.window:
             raise CspdError(
-                f"speculation: row bucket {min(self.row_buckets)} cannot hold the window of "
-                f"{self.window} rows of one token; use --window or larger buckets"
+                f"speculation: a call of {min(sizes)} rows cannot hold the window of {self.window} "
+                "rows of one token; use a smaller --window or an engine for more rows"
             )
 
     @property
     def max_tokens(self) -> int | None:
         """Most tokens that one call can carry; None if any number."""
-        return max(self.row_buckets) // self.window if self.row_buckets else None
+        limit = max(self.row_buckets) if self.row_buckets else self.max_rows
+        return None if limit is None else limit // self.window
 
     def padded_tokens(self, tokens: int) -> int:
         """Tokens of the call that carries `tokens`."""

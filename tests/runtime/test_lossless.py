@@ -371,6 +371,23 @@ def test_with_one_bucket_a_token_does_not_depend_on_its_batch(network):
     assert together.stats.rows == 24 * together.stats.calls
 
 
+def test_no_call_has_more_rows_than_the_session_takes(network):
+    options = SpeculationOptions(window=4, max_rows=14)
+    sizes = []
+
+    def watched(**inputs):
+        sizes.append(len(inputs["x"]))
+        return network(**inputs)
+
+    sampled = SpeculativeHead(ReferenceRound(watched), options, CHANNELS)(
+        network_tokens(8), SCHEDULE, Noise(0)
+    )
+    assert max(sizes) == 12 and len(sampled.sample) == 8
+    # Three chunks: all their calls are counted, the rounds are those of the slowest.
+    assert sampled.stats.calls == len(sizes) > sampled.stats.rounds
+    assert sampled.stats.rows == sum(sizes)
+
+
 def test_row_counts_are_those_of_the_buckets(network):
     sizes = []
 
@@ -394,5 +411,7 @@ def test_row_counts_are_those_of_the_buckets(network):
 def test_options_are_checked_in_the_words_of_the_user():
     with pytest.raises(CspdError, match="window 0"):
         SpeculationOptions(window=0)
-    with pytest.raises(CspdError, match="row bucket 4 cannot hold"):
+    with pytest.raises(CspdError, match="call of 4 rows cannot hold"):
         SpeculationOptions(window=8, row_buckets=(4, 64))
+    with pytest.raises(CspdError, match="call of 7 rows cannot hold"):
+        SpeculationOptions(window=8, max_rows=7)
