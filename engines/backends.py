@@ -16,11 +16,13 @@ from cspd.engines.session import Session
 class OpenSession(Protocol):
     """Opens the session of one graph of a bundle."""
 
-    def __call__(self, bundle: Bundle, label: str, *, device: str, threads: int) -> Session: ...
+    def __call__(self, bundle: Bundle, label: str, *, device: str, threads: int) -> Session:
+        """Open the session of graph `label`."""
+        ...
 
 
-# Where each backend opens a session. PyTorch needs the model code, which stands above this floor and
-# is reached by name only.
+# Where each backend opens a session. PyTorch needs the model code, which stands above this floor
+# and is reached by name only.
 BACKENDS = {
     "onnxruntime": "cspd.engines.ort_session:open_session",
     "torch": "cspd.export.torch_session:open_session",

@@ -1,10 +1,10 @@
-"""Errors that the user can act on. Anything else that is raised is a bug of ours and keeps its trace."""
+"""Errors that the user can act on. Anything else is a bug of ours and keeps its trace."""
 
 from __future__ import annotations
 
 
 class CspdError(Exception):
-    """A problem the user can mend; the message says what was found, what was expected, what to do."""
+    """A problem the user can mend: the message says what is, what should be, and what to do."""
 
 
 class MissingExtraError(CspdError):

@@ -1,7 +1,7 @@
 """The contract of one network as data: each tensor once, with its axes, ranges and tolerance.
 
-Example inputs, dynamic shapes for the exporter, engine profiles, checks at run time and parity tests
-all derive from a `GraphSpec`, so that they cannot disagree.
+Example inputs, dynamic shapes for the exporter, engine profiles, checks at run time and parity
+tests all derive from a `GraphSpec`, so that they cannot disagree.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Axis(Record):
 class TensorSpec(Record):
     """One input or output. `shape` mixes fixed sizes and names of dynamic axes.
 
-    `below` bounds the values of an index tensor (a number or an axis name), which do not repeat along
-    the last axis if `distinct`; `tolerance` is the largest relative error of the norm against
+    `below` bounds the values of an index tensor (a number or an axis name), which do not repeat
+    along the last axis if `distinct`; `tolerance` is the largest relative error of the norm against
     PyTorch in float32 that an output may have.
     """
 
@@ -133,10 +133,10 @@ class GraphSpec(Record):
                 )
 
     def check_finite(self, outputs: Mapping[str, Tensor], context: str) -> None:
-        """Raise NonFiniteError naming the graph, the output and `context` if a value is not finite."""
+        """Raise NonFiniteError naming graph, output and `context` if a value is not finite."""
         for name, value in outputs.items():
             if not torch.isfinite(value).all():
                 raise NonFiniteError(
-                    f"{self.name}: {name} holds NaN or infinity at {context}; nothing was saved for "
-                    "these images. Try --precision fp32 or bf16, and cspd-export parity on the bundle"
+                    f"{self.name}: {name} holds NaN or infinity at {context}; nothing was saved "
+                    "of them. Try --precision fp32 or bf16, and cspd-export parity on the bundle"
                 )

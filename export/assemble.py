@@ -32,7 +32,7 @@ def assemble_vae(state: Mapping[str, Tensor], precision: str) -> VaeDecoder:
 
 
 def _assign(model: Network, state: Mapping[str, Tensor], precision: str) -> Network:
-    """Give `model` (on the meta device) its weights: matrices in `precision`, the rest in float32."""
+    """Give `model`, on the meta device, weights: matrices in `precision`, the rest in float32."""
     low = {
         f"{name}.{part}"
         for name, module in model.named_modules()

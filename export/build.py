@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,7 +23,8 @@ from cspd.engines.trt_options import BuildOptions as EngineOptions
 from cspd.engines.trt_progress import ProgressCallback
 from cspd.export.assemble import assemble_mar, assemble_vae
 from cspd.export.build_graph import DONE, GraphBuilder, ShowProgress
-from cspd.export.graphs import FIRST, PixelDecoder, decoder_spec, model_graphs, with_tolerance
+from cspd.export.graphs import PixelDecoder, decoder_spec
+from cspd.export.networks import EXACT, model_graphs, with_tolerance
 from cspd.export.onnx_export import OPSET
 from cspd.export.presets import MarConfig
 
@@ -134,8 +134,8 @@ def check_pair(plan: BundlePlan) -> None:
         got, expected = getattr(draft.config, field), getattr(target.config, field)
         if got != expected:
             raise CspdError(
-                f"draft {draft.preset}: {field} is {got}, the target {target.preset} has {expected}; "
-                "a pair must share grid, token size and classes"
+                f"draft {draft.preset}: {field} is {got}, the target {target.preset} has "
+                f"{expected}; a pair must share grid, token size and classes"
             )
 
 
@@ -166,6 +166,7 @@ def _build_model(
         model = assemble_mar(source.config, source.state, options.precision)
         _write_weights(exact.diffloss, folder / FIRST_WEIGHTS, None, prefix="diffloss.")
     _write_weights(model, folder / WEIGHTS, options.storage)
+    first = f"{role}/{WEIGHTS if options.precision == 'fp32' else FIRST_WEIGHTS}"
     limits = (options.max_batch, options.max_rows)
     graphs = model_graphs(model, *limits, options.precision, exact.diffloss)
     references = {**graphs, **model_graphs(exact, *limits)}
@@ -173,14 +174,14 @@ def _build_model(
         preset=source.preset,
         config=asdict(source.config),
         weights=f"{role}/{WEIGHTS}",
-        first_weights=f"{role}/{FIRST_WEIGHTS}" if FIRST in graphs else None,
+        first_weights=None if options.precision == "fp32" else first,
         source=source.origin,
         source_sha256=source.sha256,
         precision=options.precision,
         graphs={
             name: builder.build(
                 f"{role}/{name}", module, spec, references[name][0],
-                f"{role}/{FIRST_WEIGHTS if name == FIRST else WEIGHTS}",
+                first if name in EXACT else f"{role}/{WEIGHTS}",
             )
             for name, (module, spec) in graphs.items()
         },

@@ -89,7 +89,8 @@ def require_exporter() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace the bundle in --out.")
 def build(
     target: str, draft: str | None, target_weights: Path | None, draft_weights: Path | None,
-    vae: Path | None, random_weights: bool, allow_non_ema: bool, precision: Precision, max_batch: int,
+    vae: Path | None, random_weights: bool, allow_non_ema: bool, precision: Precision,
+    max_batch: int,
     max_rows: int, clip_timesteps: int | None, backends: tuple[str, ...], out: Path,
     overwrite: bool, **engine: Any,
 ) -> None:  # fmt: skip
@@ -104,7 +105,8 @@ def build(
         presets["draft"] = draft
     plan = mar_plan(
         presets, {"target": target_weights, "draft": draft_weights}, vae,
-        BuildOptions(max_batch, max_rows, precision, engines=engines), random_weights=random_weights,
+        BuildOptions(max_batch, max_rows, precision, engines=engines),
+        random_weights=random_weights,
         allow_non_ema=allow_non_ema, clip_timesteps=clip_timesteps, warn=note,
     )  # fmt: skip
     build_bundle(plan, out, overwrite, report=note, show=progress_bar)

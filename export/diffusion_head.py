@@ -1,4 +1,4 @@
-"""The diffusion head: a small MLP that predicts noise and variance of one token from its condition."""
+"""The diffusion head: a small MLP that predicts noise and variance of a token."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class DiffusionHead(nn.Module):
         return self.denoise(x, self.modulations(self.time_embed(timestep) + self.cond_embed(z)))
 
     def modulations(self, embedding: Tensor) -> Tensor:
-        """All shifts, scales and gates [..., (3 depth + 2) w] of the summed time and condition embedding.
+        """All shifts, scales and gates [..., (3 depth + 2) w] of summed embeddings [..., w].
 
         They do not depend on the noisy token: 60 % of the head's work can be done before the loop.
         """

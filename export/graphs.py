@@ -1,4 +1,4 @@
-"""The networks of the contract as traceable modules: each owns its tracing quirks, models stay clean.
+"""The networks of the contract as traceable modules: they own the tracing quirks.
 
 `graph_specs` and the module classes stand side by side because the order of `forward`'s arguments
 is the order of the spec's inputs.
@@ -11,25 +11,24 @@ from torch import Tensor, nn
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.export.mar import DiffusionLoss, Mar
+from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig
 
 # Relative error of the norm that an output may have against PyTorch in float32. For float32 it is
 # what the golden vectors ask for; for the others a few times what was measured (docs/results.md).
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 GRAPH_TOLERANCE = TOLERANCES["fp32"]
-FIRST = "denoiser_first"
 MAX_STEPS = 1000
 
 
 def guided_kernel(
     noise: Tensor, variance: Tensor, x: Tensor, guidance: Tensor, row: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One denoising step as a Gaussian: mean, log_std (without temperature), x0 and variance fraction.
+    """One denoising step: mean, log_std (without temperature), x0 and variance fraction.
 
-    `noise`, `variance` [G, R, C] are the head's outputs, first for the condition and then, if G = 2,
-    without it; `x` [R, C]; `guidance` [R]; `row` [R, K] or [1, K] of the schedule table. With G = 1
-    the guidance has no effect. All float32. (MAR, forward_with_cfg and p_mean_variance.)
+    `noise`, `variance` [G, R, C] are the head's outputs, first for the condition and then, if
+    G = 2, without it; `x` [R, C]; `guidance` [R], without effect if G = 1; `row` [R, K] or [1, K] of the
+    schedule table. All float32. (MAR, forward_with_cfg and p_mean_variance.)
     """
     eps = noise[-1] + guidance[:, None] * (noise[0] - noise[-1])
     coefficients = {name: row[:, i, None] for i, name in enumerate(COLUMNS)}
@@ -188,7 +187,7 @@ def _head_outputs(config: MarConfig, *names: str) -> tuple[TensorSpec, ...]:
 
 
 def denoiser_spec(config: MarConfig, max_rows: int) -> GraphSpec:
-    """Contract of one denoising step. Branch 0 holds the conditions, branch 1 the unconditional ones."""
+    """Contract of one denoising step; branch 0 is conditional, branch 1 unconditional."""
     return GraphSpec(
         name="denoiser",
         inputs=(
@@ -236,37 +235,3 @@ def decoder_spec(grid: int, channels: int, image: tuple[int, int], max_batch: in
         ),
         axes={"batch": Axis(min=1, opt=max_batch, max=max_batch)},
     )
-
-
-def with_tolerance(spec: GraphSpec, precision: str, name: str | None = None) -> GraphSpec:
-    """`spec` with the tolerance of `precision` on every output, and another name if given."""
-    tolerance = TOLERANCES[precision]
-    outputs = tuple(t.model_copy(update={"tolerance": tolerance}) for t in spec.outputs)
-    return spec.model_copy(update={"outputs": outputs, "name": name or spec.name})
-
-
-def model_graphs(
-    model: Mar,
-    max_batch: int,
-    max_rows: int,
-    precision: str = "fp32",
-    exact: DiffusionLoss | None = None,
-) -> dict[str, tuple[nn.Module, GraphSpec]]:
-    """Every graph of one pair member by name, with its contract.
-
-    A model in reduced `precision` takes its first denoising step from `exact`, its head in float32,
-    because that step multiplies rounding errors by some hundreds. It has no loop graph, which could
-    not do so.
-    """
-    head, config = model.diffloss, model.config
-    backbone, denoiser = backbone_spec(config, max_batch), denoiser_spec(config, max_rows)
-    graphs: dict[str, tuple[nn.Module, GraphSpec]] = {
-        "backbone": (model, with_tolerance(backbone, precision)),
-        "denoiser": (DenoiserGraph(head), with_tolerance(denoiser, precision)),
-    }
-    if precision == "fp32":
-        graphs["denoiser_loop"] = DenoiserLoopGraph(head), denoiser_loop_spec(config, max_rows)
-    else:
-        assert exact is not None
-        graphs[FIRST] = DenoiserGraph(exact), with_tolerance(denoiser, "fp32", FIRST)
-    return graphs

@@ -22,7 +22,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused `qkv` matrix, queries optionally a subset of the rows."""
+    """Multi-head self-attention with a fused `qkv` matrix; queries may be a subset of the rows."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def forward_positions(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Output of the block at `positions` [B, P] only; the other rows serve as keys: [B, P, D]."""
+        """Output [B, P, D] of the block at `positions` [B, P]; the other rows serve as keys."""
         normed = self.norm1(x)
         rows = gather_rows(x, positions)
         rows = rows + self.attn.forward_queries(normed, gather_rows(normed, positions))

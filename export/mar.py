@@ -1,4 +1,4 @@
-"""The masked transformer and its diffusion head, with the state_dict of the authors' checkpoints."""
+"""The masked transformer and its diffusion head, named as in the authors' checkpoints."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Mar(nn.Module):
     def decode(
         self, encoded: Tensor, visible: Tensor, visible_len: Tensor, positions: Tensor
     ) -> Tensor:
-        """Conditions [B, P, D] from encoder states; the last block is evaluated at `positions` only."""
+        """Conditions [B, P, D] from encoder states; the last block runs at `positions` only."""
         buffer = self.config.buffer_size
         encoded = self.decoder_embed(encoded)
         mask_token = self.mask_token.expand(encoded.shape[0], -1, -1)

@@ -37,7 +37,7 @@ def trace_graph(
     outputs: list[str],
     dynamic: Mapping[str, list[int]],
 ) -> ir.Model:
-    """Export `module` called with `inputs` in order; `dynamic` lists the free axes of each input."""
+    """Export `module` called with `inputs`; `dynamic` lists the free axes of each of them."""
     shapes = tuple(
         {axis: torch.export.Dim.DYNAMIC for axis in dynamic.get(name, [])} for name in inputs
     )
@@ -60,7 +60,7 @@ def trace_graph(
 
 
 def _keep_weights(node: ir.Node) -> bool | None:
-    """Stop the optimiser from folding weights (transposing them): they must stay those of the file."""
+    """Stop the optimiser from folding weights: they must stay those of the file."""
     weights = (v for v in node.inputs if v is not None and v.is_initializer())
     return (
         False
@@ -83,7 +83,7 @@ def export_graph(module: nn.Module, spec: GraphSpec) -> ir.Model:
 
 
 def finish(model: ir.Model, spec: GraphSpec) -> ir.Model:
-    """Name the model and its axes after `spec` and drop the exporter's traces of the source code."""
+    """Name the model and its axes after `spec`, drop the exporter's traces of the source."""
     graph = model.graph
     graph.name = spec.name
     for value, tensor in zip(

@@ -1,4 +1,4 @@
-"""From the options of `cspd-export build` to a plan: which weights, which decoder, which classes."""
+"""From the options of `cspd-export build` to a plan: weights, decoder, classes."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def demo_plan(folder: Path) -> BundlePlan:
 
 
 def imagenet_classes() -> tuple[str, ...]:
-    """Names of the 1,000 ImageNet classes: first WordNet lemma, a second one where two are alike."""
+    """The 1,000 ImageNet classes by first WordNet lemma, with a note where two are alike."""
     text = importlib.resources.files("cspd.export").joinpath("imagenet_classes.txt").read_text()
     return tuple(text.splitlines())
 

@@ -43,7 +43,7 @@ class MarConfig:
         return self.grid * self.grid
 
 
-# mar-b, mar-l, mar-h: sizes of the published checkpoints (LTH14/mar, README and shapes of the files).
+# mar-b, mar-l, mar-h: sizes of the published checkpoints (LTH14/mar, shapes of the files).
 PRESETS: dict[str, MarConfig] = {
     "mar-b": MarConfig(16, 768, 12, 12, 12, head_width=1024, head_depth=6),
     "mar-l": MarConfig(16, 1024, 16, 16, 16, head_width=1280, head_depth=8),

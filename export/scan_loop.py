@@ -107,7 +107,7 @@ def _detach_body(body: ir.Graph, outer: ir.Graph, constants: tuple[ir.Value, ...
 
 
 def _hoist_invariants(body: ir.Graph, outer: ir.Graph) -> None:
-    """Move what does not change from step to step (transposed weights above all) out of the loop."""
+    """Move what no step changes (transposed weights above all) out of the loop."""
     varying = set(body.inputs)
     results = set(body.outputs)
     for node in list(body):

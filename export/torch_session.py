@@ -11,8 +11,9 @@ from torch import nn
 from cspd.engines.bundle import Bundle
 from cspd.engines.session import Session, TorchSession
 from cspd.export.assemble import assemble_mar, assemble_vae
-from cspd.export.graphs import PixelDecoder, model_graphs
+from cspd.export.graphs import PixelDecoder
 from cspd.export.mar import DiffusionLoss, Mar
+from cspd.export.networks import model_graphs
 from cspd.export.presets import MarConfig
 
 

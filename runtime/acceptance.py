@@ -18,7 +18,7 @@ from cspd.runtime.member import HeadSample
 
 @dataclass(frozen=True)
 class Resampled:
-    """Tokens drawn in place of rejected ones: `values` [N, C]; `found` [N] bool, else `values` is 0."""
+    """Tokens in place of rejected ones: `values` [N, C], 0 where `found` [N] is false."""
 
     values: Tensor
     found: Tensor
@@ -60,10 +60,10 @@ def resample(
 ) -> Resampled:
     """Draw from the residual of the target by acceptance-rejection, all tries at once.
 
-    Candidates come from the target's last kernel at the same `temperature` as the test, and are kept
-    with probability max(0, 1 - q / (Sigma p)). `normal` [M, N, C] and `uniform` [M, N] hold the random
-    numbers of M tries; the first success counts. (Paper, section 3.3; both densities as in the test,
-    so that acceptance and residual are complementary.)
+    Candidates come from the target's last kernel at the same `temperature` as the test, and are
+    kept with probability max(0, 1 - q / (Sigma p)). `normal` [M, N, C] and `uniform` [M, N] hold
+    the random numbers of M tries; the first success counts. (Paper, section 3.3; both densities as
+    in the test, so that acceptance and residual are complementary.)
     """
     candidates = target.mean + temperature * target.log_std.exp() * normal
     log_ratio = accept_log_ratio(candidates, drafted, target, temperature)

@@ -6,7 +6,7 @@ import importlib.resources
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 from rich.console import Console
@@ -16,7 +16,7 @@ from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.commands import Commands
 from cspd.runtime import run
-from cspd.runtime.config import RunConfig, make_config, parse_labels
+from cspd.runtime.config import Method, RunConfig, make_config, parse_labels
 from cspd.runtime.images import write_png
 from cspd.runtime.outputs import image_metadata
 
@@ -51,15 +51,15 @@ def machine_options(command: Command) -> Command:
 # says nothing, RunConfig's own default.
 SAMPLING = (
     click.option("--num-images", type=int, help="Number of images.  [default: one per label]"),
-    click.option("--method", type=click.Choice(["target", "draft", "cspd"]), help="Decoding method."),
+    click.option("--method", type=click.Choice(get_args(Method)), help="Decoding method."),
     click.option("--seed", type=int, help="Seed; image k of a seed is always the same image."),
     click.option("--num-iter", type=int, help="Autoregressive steps."),
     click.option("--head-steps", type=int, help="Denoising steps of the diffusion head."),
     click.option("--cfg", type=float, help="Guidance scale; 1 is none."),
-    click.option("--cfg-schedule", type=click.Choice(["linear", "constant"]), help="Guidance over steps."),
+    click.option("--cfg-schedule", type=click.Choice(["linear", "constant"]), help="Over steps."),
     click.option("--temperature", type=float, help="Factor on the noise of every denoising step."),
     click.option("--gamma", type=int, help="cspd: tokens drafted per verification."),
-    click.option("--prefill", type=float, help="cspd: share of tokens that the target makes first."),
+    click.option("--prefill", type=float, help="cspd: share of tokens from the target."),
     click.option(
         "--accept-temperature", type=float,
         help="cspd: width of the acceptance test; 1 is the paper's formula, 42 the released code.",
@@ -68,11 +68,12 @@ SAMPLING = (
         "--verify", type=click.Choice(["parallel", "prefix"]),
         help="cspd: judge a window at once (released code), or up to the first rejection (paper).",
     ),
-    click.option("--align/--no-align", default=None, help="cspd: share noise between draft and target."),
+    click.option("--align/--no-align", default=None, help="cspd: share the noise."),
     click.option(
         "--on-reject", type=click.Choice(["residual", "target"]),
         help="cspd: what replaces a rejected token.",
     ),
+    click.option("--window", type=int, help="lossless: denoising steps verified per call."),
     click.option("--batch-size", type=int, help="Images computed together."),
     click.option(
         "--reproducible/--no-reproducible", default=None,
@@ -133,7 +134,7 @@ def replay(image: Path, bundle: Path | None, device: str, threads: int, out: Pat
         write_png(out, made.pixels, image_metadata(config, opened, made))
     if not same:
         raise click.ClickException(
-            f"{image}: the pixels differ; same bundle and settings, so the machine or a library does"
+            f"{image}: the pixels differ; same bundle and settings, another machine or library"
         )
     click.echo(f"{image}: identical")
 

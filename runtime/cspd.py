@@ -2,8 +2,8 @@
 
 Approximate by construction, see `runtime/acceptance.py`. Two ways to verify a window of drafts:
 `parallel`, as the authors released it, where the target conditions every drafted token on what was
-known before the window; and `prefix`, the paper's Algorithm 1, where it conditions each drafted step
-on the drafts before it, and the first rejection discards everything after it.
+known before the window; and `prefix`, the paper's Algorithm 1, where it conditions each drafted
+step on the drafts before it, and the first rejection discards everything after it.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def verify(
     canvas: Canvas,
     window: Window,
 ) -> HeadSample:
-    """The target's own samples of all drafted tokens, from the same noise and guidance, [B, P, C]."""
+    """The target's own samples [B, P, C] of all drafted tokens, same noise and guidance."""
     if options.verify == "parallel":
         z = sampler.conditions(target, canvas, batch, window.span)
     else:
@@ -224,7 +224,7 @@ def replace(
     sampler: Sampler, options: CspdOptions, images: Tensor, positions: Tensor,
     drafted: HeadSample, judged: HeadSample, rejected: Tensor, values: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Put residual samples into `values` where `rejected`; returns where one was found, [B, P] bool.
+    """Put residual samples into `values` where `rejected`; returns [B, P] where one was found.
 
     Elsewhere `values` keeps the target's own aligned sample: never zeros, never NaN.
     """

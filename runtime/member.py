@@ -88,9 +88,13 @@ class LoopHead:
 
 @dataclass(frozen=True)
 class StepHead:
-    """Plain sampling with one session call per denoising step, for engines without loops."""
+    """Plain sampling with one session call per denoising step, for engines without loops.
+
+    `first`, where given, runs the first step in its place: a head in float32.
+    """
 
     session: Session
+    first: Session | None = None
 
     def __call__(
         self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
@@ -103,7 +107,10 @@ class StepHead:
         sum_log_std = torch.zeros_like(x)
         outputs: dict[str, Tensor] = {}
         for step in reversed(range(schedule.num_steps)):
-            outputs = self.session(
+            session = self.session
+            if self.first is not None and step == schedule.num_steps - 1:
+                session = self.first
+            outputs = session(
                 x=x,
                 step=torch.full_like(token, step),
                 token=token,

@@ -34,8 +34,8 @@ class Purpose(IntEnum):
 class Noise:
     """Source of all random numbers of one run.
 
-    Index tensors (`images`, `positions`, `steps`) are int64 of one common shape, or broadcast to it;
-    images in 0..2^32-1, positions in 0..2^16-1, steps and tries in 0..2^16-1.
+    Index tensors (`images`, `positions`, `steps`) are int64 of one common shape, or broadcast to
+    it; images in 0..2^32-1, positions in 0..2^16-1, steps and tries in 0..2^16-1.
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
@@ -69,7 +69,7 @@ class Noise:
         return noise[num_steps], noise[:num_steps]
 
     def orders(self, images: Tensor, num_tokens: int) -> Tensor:
-        """Random generation order per image, [B, L] int64: token positions, first generated first."""
+        """Random orders of generation [B, L] int64: token positions, first generated first."""
         positions = torch.arange(num_tokens, device=self.device)
         zero = torch.zeros((), dtype=torch.int64, device=self.device)
         keys = self._words(Purpose.ORDER, images[:, None], positions, zero, 1)

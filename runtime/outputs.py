@@ -29,7 +29,7 @@ RUN, IMAGES, GRID = "run.json", "images.jsonl", "grid.png"
 
 
 def prepare_folder(folder: Path, overwrite: bool) -> None:
-    """Make `folder` ready; CspdError if it holds anything, unless a run of ours may be overwritten."""
+    """Make `folder` ready; CspdError if it holds anything but a run that may be overwritten."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".cspd-probe"

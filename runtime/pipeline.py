@@ -15,15 +15,18 @@ from cspd.engines.session import CallStats, TimedSession
 from cspd.runtime.canvas import Batch, Canvas
 from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.cspd import CspdOptions, decode_cspd
+from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Head, LoopHead, Member, StepHead
 from cspd.runtime.noise import Noise
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.sampler import Sampler, decode_alone, ignore_progress
+from cspd.runtime.speculation import SpeculationOptions
 from cspd.runtime.stats import Statistics, Verdicts
 
 # Batches are padded to one of these when byte-identity across batch sizes is not asked for.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ENGINES = ("tensorrt", "tensorrt-rtx")
+DEFAULT_WINDOW = 8
 
 
 @dataclass(frozen=True)
@@ -62,19 +65,39 @@ class Pipeline:
 
     def open(self, config: RunConfig) -> None:
         """Open every session that `config` needs."""
-        roles = {"cspd": ("target", "draft"), "draft": ("draft",)}.get(config.method, ("target",))
-        for role in roles:
-            self.member(role)
+        self.members(config)
         self.session("decoder")
 
-    def member(self, role: str) -> Member:
-        """Draft or target."""
-        head: Head
-        if self.backend in ENGINES:
-            head = StepHead(self.session(f"{role}/denoiser"))
-        else:
-            head = LoopHead(self.session(f"{role}/denoiser_loop"))
-        return Member(role, self.session(f"{role}/backbone"), head)
+    def members(self, config: RunConfig) -> list[Member]:
+        """The models that `config` decodes with: target, draft, or target and draft."""
+        roles = {"cspd": ["target", "draft"], "draft": ["draft"]}.get(config.method, ["target"])
+        return [
+            Member(role, self.session(f"{role}/backbone"), self.head(role, config))
+            for role in roles
+        ]
+
+    def head(self, role: str, config: RunConfig) -> Head:
+        """How `role` samples tokens from their conditions."""
+        if config.method == "lossless":
+            return self._speculative(role, config)
+        if f"{role}/denoiser_loop" in self.bundle.manifest.graphs() and self.backend not in ENGINES:
+            return LoopHead(self.session(f"{role}/denoiser_loop"))
+        first = None
+        if f"{role}/denoiser_first" in self.bundle.manifest.graphs():
+            first = self.session(f"{role}/denoiser_first")
+        return StepHead(self.session(f"{role}/denoiser"), first)
+
+    def _speculative(self, role: str, config: RunConfig) -> Head:
+        """The head in speculative rounds, of one shape if images must not depend on batches."""
+        session = self.session(f"{role}/speculative_round")
+        geometry = self.bundle.manifest.geometry
+        window = config.window or DEFAULT_WINDOW
+        limit = session.spec.axes["rows"].max
+        plan = MaskPlan(geometry.num_tokens, config.num_iter)
+        fixed = min(limit, config.batch_size * plan.widest * window)
+        buckets = (max(fixed, window),) if config.reproducible else ()
+        options = SpeculationOptions(window, row_buckets=buckets, max_rows=limit)
+        return SpeculativeHead(session, options, geometry.token_dim)
 
     def generate(
         self,
@@ -126,9 +149,9 @@ class Pipeline:
                 config.gamma, config.prefill, config.accept_temperature, config.verify,
                 config.align, config.on_reject,
             )  # fmt: skip
-            members = self.member("target"), self.member("draft")
-            return decode_cspd(sampler, *members, options, batch, channels)
-        return decode_alone(sampler, self.member(config.method), batch, channels)
+            target, draft = self.members(config)
+            return decode_cspd(sampler, target, draft, options, batch, channels)
+        return decode_alone(sampler, self.members(config)[0], batch, channels)
 
     def _images(
         self, config: RunConfig, chunk: list[int], canvas: Canvas, statistics: Statistics

@@ -1,4 +1,4 @@
-"""Runs of the command line: generate a folder of images, compare with the target, replay one image."""
+"""Runs of the command line: a folder of images, the target to compare, one image again."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def generate(
 
 
 def replay(bundle: Bundle, path: Path, *, device: str, threads: int) -> tuple[GeneratedImage, bool]:
-    """Make the image of `path` again; returns it and whether its pixels are the same to the byte."""
+    """Make the image of `path` again; returns it and whether its pixels are the same."""
     metadata = read_metadata(path)
     if metadata.get("bundle") != bundle.sha256:
         raise CspdError(

@@ -109,15 +109,15 @@ class Sampler:
 
 
 def check_finite(member: Member, sampled: HeadSample, batch: Batch, span: Span) -> None:
-    """Raise NonFiniteError for the first image whose tokens are not finite: one reduction a step."""
+    """Raise NonFiniteError for the first image whose tokens are not finite: one check a step."""
     finite = sampled.sample.isfinite().all(-1).all(-1)
     if bool(finite.all()):
         return
     row = int((~finite).nonzero()[0])
     raise NonFiniteError(
         f"{member.name} denoiser: NaN or infinity in image {int(batch.images[row])} at the "
-        f"autoregressive step that starts with {span.start[row]} known tokens; no image of this batch "
-        "was saved. Try --precision fp32 or bf16 at export, and run cspd-export parity on the bundle"
+        f"autoregressive step that starts with {span.start[row]} known tokens; no image of "
+        "this batch was saved. Try --precision fp32 or bf16, and cspd-export parity on the bundle"
     )
 
 

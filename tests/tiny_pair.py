@@ -15,7 +15,7 @@ from cspd.engines.schedule import ScheduleSpec
 from cspd.engines.session import TorchSession
 from cspd.export.assemble import assemble_mar
 from cspd.export.build import BuildOptions, BundlePlan, Source, build_bundle
-from cspd.export.graphs import model_graphs
+from cspd.export.networks import model_graphs
 from cspd.export.pairs import imagenet_classes
 from cspd.runtime.canvas import Batch
 from cspd.runtime.member import Head, LoopHead, Member, StepHead

@@ -1,0 +1,60 @@
+"""Which graphs one member of the pair is exported as, by precision."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from cspd.engines.spec import GraphSpec
+from cspd.export.graphs import (
+    TOLERANCES,
+    DenoiserGraph,
+    DenoiserLoopGraph,
+    backbone_spec,
+    denoiser_loop_spec,
+    denoiser_spec,
+)
+from cspd.export.mar import DiffusionLoss, Mar
+from cspd.export.round_graph import SpeculativeRoundGraph, round_spec
+
+FIRST, ROUND = "denoiser_first", "speculative_round"
+# Graphs of the head that compute in float32 whatever the precision of the model.
+EXACT = (FIRST, ROUND)
+
+
+def with_tolerance(spec: GraphSpec, precision: str) -> GraphSpec:
+    """`spec` with the tolerance of `precision` on every float output."""
+    tolerance = TOLERANCES[precision]
+    outputs = tuple(
+        tensor.model_copy(update={"tolerance": tolerance}) if tensor.dtype == "float32" else tensor
+        for tensor in spec.outputs
+    )
+    return spec.model_copy(update={"outputs": outputs})
+
+
+def model_graphs(
+    model: Mar,
+    max_batch: int,
+    max_rows: int,
+    precision: str = "fp32",
+    exact: DiffusionLoss | None = None,
+) -> dict[str, tuple[nn.Module, GraphSpec]]:
+    """Every graph of one pair member by name, with its contract.
+
+    A model in reduced `precision` takes its first denoising step from `exact`, its head in float32,
+    because that step multiplies rounding errors by some hundreds. It has no loop graph, which could
+    not do so; speculative rounds, which mix steps, are in float32 altogether.
+    """
+    head, config = model.diffloss, model.config
+    backbone, denoiser = backbone_spec(config, max_batch), denoiser_spec(config, max_rows)
+    graphs: dict[str, tuple[nn.Module, GraphSpec]] = {
+        "backbone": (model, with_tolerance(backbone, precision)),
+        "denoiser": (DenoiserGraph(head), with_tolerance(denoiser, precision)),
+    }
+    if precision == "fp32":
+        exact = head
+        graphs["denoiser_loop"] = DenoiserLoopGraph(head), denoiser_loop_spec(config, max_rows)
+    else:
+        assert exact is not None
+        graphs[FIRST] = DenoiserGraph(exact), denoiser.model_copy(update={"name": FIRST})
+    graphs[ROUND] = SpeculativeRoundGraph(exact), round_spec(config, max_rows)
+    return graphs
