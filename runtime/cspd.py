@@ -8,6 +8,7 @@ step on the drafts before it, and the first rejection discards everything after 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -69,6 +70,8 @@ def decode_cspd(
     canvas = Canvas.empty(batch, sampler.noise, sampler.plan.num_tokens, channels)
     statistics = Statistics(per_image=[Verdicts() for _ in range(batch.count)])
     prefill(sampler, target, options, batch, canvas, statistics)
+    # The samples of a batch part ways at their first rejections.
+    sampler = dataclasses.replace(sampler, ragged=options.verify == "prefix" and len(batch) > 1)
     while not canvas.done:
         window = propose(sampler, draft, options, batch, canvas, statistics)
         judged = verify(sampler, target, options, batch, canvas, window)
@@ -95,7 +98,7 @@ def propose(
     sampler: Sampler, draft: Member, options: CspdOptions, batch: Batch, canvas: Canvas,
     statistics: Statistics,
 ) -> Window:  # fmt: skip
-    """Draft steps until every unfinished sample has `gamma` new tokens or is complete."""
+    """Draft steps of each sample until it has `gamma` new tokens or is complete."""
     ahead = canvas.clone()
     length = sampler.plan.num_tokens
     goal = [min(k + options.gamma, length) for k in canvas.known]
@@ -103,23 +106,20 @@ def propose(
     steps, starts = [], []
     while any(k < g for k, g in zip(ahead.known, goal, strict=True)):
         starts.append(list(ahead.known))
-        guidance = sampler.guidance(sampler.next_span(ahead))
-        span, sampled = sampler.step(draft, ahead, batch, purpose)
-        steps.append((span, sampled, guidance))
+        span, sampled = sampler.step(draft, ahead, batch, purpose, goal)
+        steps.append((span, sampled, sampler.guidance(span)))
         statistics.draft_steps += 1
-    return gather_window(sampler, canvas, ahead, steps, starts)
+    widest = min(options.gamma - 1 + sampler.plan.widest, length) if sampler.widened else None
+    return gather_window(canvas, ahead, steps, starts, widest)
 
 
 def gather_window(
-    sampler: Sampler, canvas: Canvas, ahead: Canvas,
-    steps: list[tuple[Span, HeadSample, Tensor]], starts: list[list[int]],
+    canvas: Canvas, ahead: Canvas, steps: list[tuple[Span, HeadSample, Tensor]],
+    starts: list[list[int]], width: int | None,
 ) -> Window:  # fmt: skip
-    """Join the drafted steps of ragged widths into one window in generation order."""
-    start, stop = canvas.known, ahead.known
-    width = max(b - a for a, b in zip(start, stop, strict=True))
-    if sampler.fixed_shapes and len(set(start)) > 1:
-        width = sum(span.width for span, _, _ in steps)
-    span = canvas.span(start, stop, width)
+    """Join the drafted steps into one window in generation order, padded to `width` tokens."""
+    start = canvas.known
+    span = canvas.span(start, ahead.known, width)
     shape = (*span.valid.shape, canvas.tokens.shape[-1])
     joined = [torch.zeros(shape, device=canvas.tokens.device) for _ in range(4)]
     guidance = torch.ones(span.valid.shape, device=canvas.tokens.device)
@@ -158,13 +158,25 @@ def prefix_conditions(
 ) -> Tensor:
     """Target conditions [G, B, P, D] where each drafted step sees the drafts before it.
 
-    All prefixes of all samples are one batch: the tokens are the same, only the number of visible
-    ones differs.
+    All prefixes of all samples are one batch, unless shapes must not depend on how many there are:
+    then each prefix is a call.
     """
     ahead = canvas.clone()
     ahead.place(window.span, window.drafted.sample)
-    groups = len(window.starts[0])
-    visible = [known for starts in window.starts for known in starts]
+    steps = range(len(window.starts[0]))
+    chunks = [[step] for step in steps] if sampler.widened else [list(steps)]
+    parts = [_prefixes(sampler, target, batch, ahead, window, chunk) for chunk in chunks]
+    z = torch.cat(parts, dim=2)
+    index = window.group[None, :, None, :, None].expand(z.shape[0], -1, 1, -1, z.shape[-1])
+    return z.gather(2, index)[:, :, 0]
+
+
+def _prefixes(
+    sampler: Sampler, target: Member, batch: Batch, ahead: Canvas, window: Window, steps: list[int]
+) -> Tensor:
+    """Conditions [G, B, K, P, D] of the window from what K of its drafted `steps` begin with."""
+    groups = len(steps)
+    visible = [starts[step] for starts in window.starts for step in steps]
     many = Canvas(
         ahead.tokens.repeat_interleave(groups, 0),
         ahead.sequence.repeat_interleave(groups, 0),
@@ -179,9 +191,8 @@ def prefix_conditions(
     positions = window.span.positions.repeat_interleave(groups, 0)
     span = Span(visible, visible, positions, window.span.valid.repeat_interleave(groups, 0))
     z = sampler.conditions(target, many, images, span)
-    z = z.reshape(z.shape[0], len(batch), groups, *z.shape[2:])
-    index = window.group[None, :, None, :, None].expand(z.shape[0], -1, 1, -1, z.shape[-1])
-    return z.gather(2, index)[:, :, 0]
+    # A copy: the next call of the session may reuse its outputs.
+    return z.reshape(z.shape[0], len(batch), groups, *z.shape[2:]).clone()
 
 
 def settle(

@@ -25,9 +25,10 @@ def ignore_progress(canvas: Canvas, statistics: Statistics) -> None:
 class Sampler:
     """What every method needs: plan, schedule, noise, temperature.
 
-    With `fixed_shapes`, paddings depend on the settings alone and never on the other samples of a
+    With `fixed_shapes`, all shapes depend on the settings alone and never on the other samples of a
     batch, so that an image is the same to the last bit whatever it is generated with.
-    `on_step` is called after every autoregressive step.
+    `ragged` says that these may know different numbers of tokens. `on_step` is called after every
+    autoregressive step.
     """
 
     plan: MaskPlan
@@ -36,20 +37,27 @@ class Sampler:
     temperature: float = 1.0
     fixed_shapes: bool = True
     on_step: Callable[[Canvas, Statistics], None] = field(default=ignore_progress)
+    ragged: bool = False
 
     @property
     def guided(self) -> bool:
         """Whether the unconditional branch is needed at all."""
         return self.plan.cfg != 1.0
 
-    def next_span(self, canvas: Canvas) -> Span:
-        """The tokens of each sample's next autoregressive step (none for finished samples)."""
-        length = self.plan.num_tokens
-        stop = [self.plan.stop(k) if k < length else k for k in canvas.known]
-        ragged = len(set(canvas.known)) > 1
-        return canvas.span(
-            canvas.known, stop, self.plan.widest if ragged and self.fixed_shapes else None
-        )
+    @property
+    def widened(self) -> bool:
+        """Whether everything is padded to the largest shape that the settings allow."""
+        return self.ragged and self.fixed_shapes
+
+    def next_span(self, canvas: Canvas, goal: list[int] | None = None) -> Span:
+        """The tokens of each sample's next autoregressive step.
+
+        There are none for samples that know `goal` [B] tokens already, by default all of them.
+        """
+        goal = goal or [self.plan.num_tokens] * len(canvas.known)
+        pairs = zip(canvas.known, goal, strict=True)
+        stop = [self.plan.stop(known) if known < end else known for known, end in pairs]
+        return canvas.span(canvas.known, stop, self.plan.widest if self.widened else None)
 
     def guidance(self, span: Span) -> Tensor:
         """Guidance scale of every token of `span`, [B, P] on its device."""
@@ -60,9 +68,7 @@ class Sampler:
 
     def visible_width(self, known: list[int]) -> int:
         """Padded number of visible tokens for samples that know `known` tokens."""
-        if len(set(known)) > 1 and self.fixed_shapes:
-            return self.plan.num_tokens
-        return max(known)
+        return self.plan.num_tokens if self.widened else max(known)
 
     def conditions(self, member: Member, canvas: Canvas, batch: Batch, span: Span) -> Tensor:
         """Conditions [G, B, P, D] of `span` from the tokens that come before it."""
@@ -97,10 +103,15 @@ class Sampler:
         return sampled
 
     def step(
-        self, member: Member, canvas: Canvas, batch: Batch, purpose: Purpose = Purpose.DENOISE
+        self,
+        member: Member,
+        canvas: Canvas,
+        batch: Batch,
+        purpose: Purpose = Purpose.DENOISE,
+        goal: list[int] | None = None,
     ) -> tuple[Span, HeadSample]:
-        """One autoregressive step of `member`: writes its tokens to `canvas`."""
-        span = self.next_span(canvas)
+        """One autoregressive step of `member` towards `goal`: writes its tokens to `canvas`."""
+        span = self.next_span(canvas, goal)
         z = self.conditions(member, canvas, batch, span)
         sampled = self.sample(member, z, self.guidance(span), batch, span, purpose)
         canvas.place(span, sampled.sample)
