@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import click
@@ -9,8 +10,25 @@ import click
 from cspd.engines.errors import CspdError
 
 
+class ToolCommand(click.Command):
+    """A verb whose module is imported only when it is used: `command` in module `module`."""
+
+    def __init__(self, name: str, module: str, summary: str) -> None:
+        super().__init__(name, help=summary)
+        self._module = module
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """The context of the real command."""
+        command: click.Command = importlib.import_module(self._module).command
+        return command.make_context(*args, **kwargs)
+
+
 class Commands(click.Group):
     """A group of commands where a CspdError becomes one line on stderr and exit code 1."""
+
+    def add_tool(self, name: str, module: str, summary: str) -> None:
+        """Add a verb that a module above this one provides."""
+        self.add_command(ToolCommand(name, module, summary))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command."""

@@ -66,7 +66,7 @@ def diagnose() -> Diagnosis:
     """Look at Python, the libraries, the driver and the GPUs."""
     gpus = _gpus()
     checks = [
-        Check(subject="python", found=platform.python_version(), ok=sys.version_info >= (3, 10)),
+        Check(subject="python", found=platform.python_version(), ok=sys.version_info >= (3, 11)),
         _guard("torch", _torch),
         _guard("nvidia driver", _driver),
         _guard("gpu", lambda: _gpu_check(gpus)),
@@ -131,9 +131,7 @@ def _gpu_check(gpus: tuple[Gpu, ...]) -> Check:
         names = ", ".join(f"{gpu.name} ({gpu.capability})" for gpu in gpus)
         return Check(subject="gpu", found=names, ok=True)
     if torch.version.cuda is None:
-        mend = (
-            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
-        )
+        mend = "pip install --force-reinstall torch"
         found = "none seen: this torch has no CUDA"
     else:
         mend, found = "nvidia-smi", "none seen by torch"

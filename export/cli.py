@@ -17,6 +17,7 @@ from rich.table import Table
 from cspd.engines.bundle import open_bundle
 from cspd.engines.commands import Commands
 from cspd.engines.errors import MissingExtraError
+from cspd.engines.lint import lint_model
 from cspd.engines.manifest import Manifest, Precision, Role
 from cspd.engines.trt_options import BuildOptions as EngineOptions
 from cspd.engines.trt_progress import ProgressCallback, rich_progress
@@ -29,6 +30,10 @@ FILE = click.Path(path_type=Path, dir_okay=True)
 @click.version_option(package_name="cspd")
 def main() -> None:
     """Export pairs of autoregressive image models to ONNX and TensorRT."""
+
+
+assert isinstance(main, Commands)
+main.add_tool("parity", "cspd.tools.parity", "Compare every graph of BUNDLE with PyTorch.")
 
 
 def require_exporter() -> None:
@@ -150,6 +155,23 @@ def demo_pair(weights: Path, out: Path, overwrite: bool) -> None:
 
     build_bundle(demo_plan(weights), out, overwrite, report=note)
     click.echo(out)
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--flavour", type=click.Choice(["tensorrt", "tensorrt-rtx"]), help="Ask its parser.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def lint(model: Path, flavour: str | None, as_json: bool) -> None:
+    """Say what would make the ONNX file MODEL fail or crawl as an engine."""
+    findings = lint_model(model, None, flavour)
+    if as_json:
+        click.echo(json.dumps([finding.model_dump() for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            click.echo(f"{finding.severity}: {finding.rule}: {finding.message}")
+        click.echo(f"{len(findings)} findings", err=True)
+    if any(finding.severity == "error" for finding in findings):
+        raise click.exceptions.Exit(1)
 
 
 @main.command()

@@ -35,6 +35,12 @@ def realistic_inputs(
             inputs[name] = torch.linspace(low, high, len(inputs[name]))
     if "schedule" in inputs:
         inputs["schedule"] = schedule.table
+    for name in inputs:
+        if name.startswith("log_"):
+            inputs[name] = -inputs[name].abs()
+        elif name.startswith("draft_"):
+            # Weights of a linear recurrence that shrinks.
+            inputs[name] = inputs[name].abs() / 10
     return inputs
 
 

@@ -10,15 +10,16 @@ from typing import Any, TypeVar, get_args
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.commands import Commands
+from cspd.engines.doctor import diagnose
 from cspd.runtime import run
 from cspd.runtime.config import Method, RunConfig, make_config, parse_labels
 from cspd.runtime.images import write_png
 from cspd.runtime.outputs import image_metadata
+from cspd.runtime.tables import doctor_table, outcome_table
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
@@ -28,6 +29,12 @@ FOLDER = click.Path(path_type=Path)
 @click.version_option(package_name="cspd")
 def main() -> None:
     """Continuous speculative decoding of autoregressive image models."""
+
+
+assert isinstance(main, Commands)
+main.add_tool("bench", "cspd.tools.bench", "Measure methods against each other.")
+main.add_tool("evaluate", "cspd.tools.evaluate", "Score images as the papers do.")
+main.add_tool("report", "cspd.tools.report", "Write one HTML file about runs.")
 
 
 def shipped_bundle() -> Path:
@@ -139,6 +146,26 @@ def replay(image: Path, bundle: Path | None, device: str, threads: int, out: Pat
     click.echo(f"{image}: identical")
 
 
+@main.command()
+@click.option(
+    "--backend",
+    default="onnxruntime",
+    show_default=True,
+    type=click.Choice(list(BACKENDS)),
+    help="Backend that decides the exit code.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def doctor(backend: str, as_json: bool) -> None:  # fmt: skip
+    """Say what this machine can build and run, and how to mend what it cannot."""
+    diagnosis = diagnose()
+    if as_json:
+        click.echo(json.dumps(diagnosis.model_dump(mode="json"), indent=1))
+    else:
+        Console().print(doctor_table(diagnosis))
+    if not diagnosis.runs(backend):
+        raise click.ClickException(f"{backend} cannot run here")
+
+
 def configure(bundle: Bundle, labels: str | None, sampling: dict[str, Any]) -> RunConfig:
     """The configuration from options, the bundle's defaults, and RunConfig's own, in this order."""
     manifest = bundle.manifest
@@ -149,25 +176,3 @@ def configure(bundle: Bundle, labels: str | None, sampling: dict[str, Any]) -> R
     values.setdefault("num_images", len(values["labels"]))
     values.setdefault("method", "cspd" if "draft" in manifest.models else "target")
     return make_config(**values)
-
-
-def outcome_table(outcomes: list[run.Outcome], bundle: Bundle) -> Table:
-    """A line per method: images, time, acceptance, calls, speed against the target alone."""
-    baseline = next((o.seconds for o in outcomes if o.config.method == "target"), None)
-    title = "synthetic weights: images mean nothing" if bundle.manifest.synthetic else None
-    table = Table(
-        "method", "images", "seconds", "acceptance", "target calls", "draft calls", title=title
-    )
-    table.add_column("speed vs target")
-    for outcome in outcomes:
-        rate = outcome.statistics.verdicts.acceptance_rate
-        table.add_row(
-            outcome.config.method,
-            str(outcome.config.num_images),
-            f"{outcome.seconds:.2f}",
-            "-" if rate is None else f"{rate:.1%}",
-            str(outcome.statistics.target_steps),
-            str(outcome.statistics.draft_steps),
-            "-" if baseline is None else f"{baseline / outcome.seconds:.2f}x",
-        )
-    return table

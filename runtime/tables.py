@@ -1,0 +1,47 @@
+"""What the command line shows on a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from cspd.engines.bundle import Bundle
+from cspd.engines.doctor import Diagnosis
+from cspd.runtime.run import Outcome
+
+
+def outcome_table(outcomes: list[Outcome], bundle: Bundle) -> Table:
+    """A line per method: images, time, acceptance, calls, speed against the target alone."""
+    baseline = next((o.seconds for o in outcomes if o.config.method == "target"), None)
+    title = "synthetic weights: images mean nothing" if bundle.manifest.synthetic else None
+    table = Table(
+        "method", "images", "seconds", "acceptance", "target calls", "draft calls", title=title
+    )
+    table.add_column("speed vs target")
+    for outcome in outcomes:
+        rate = outcome.statistics.verdicts.acceptance_rate
+        table.add_row(
+            outcome.config.method,
+            str(outcome.config.num_images),
+            f"{outcome.seconds:.2f}",
+            "-" if rate is None else f"{rate:.1%}",
+            str(outcome.statistics.target_steps),
+            str(outcome.statistics.draft_steps),
+            "-" if baseline is None else f"{baseline / outcome.seconds:.2f}x",
+        )
+    return table
+
+
+def doctor_table(diagnosis: Diagnosis) -> Group:
+    """What is installed, what each backend can do, and the command that mends what fails."""
+    checks = Table("", "found", "mend with", title="this machine", title_justify="left")
+    for check in diagnosis.checks:
+        checks.add_row(check.subject, escape(check.found), escape(check.mend or ""))
+    backends = Table(
+        "backend", "builds", "runs", "why", "mend with", title="backends", title_justify="left"
+    )
+    for report in diagnosis.backends:
+        yes_no = ("yes" if can else "no" for can in (report.builds, report.runs))
+        backends.add_row(report.name, *yes_no, escape(report.reason), escape(report.mend or ""))
+    return Group(checks, backends)
