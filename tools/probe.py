@@ -6,7 +6,7 @@ Shared by the parity ladder and the benchmark; a production run never passes thr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -127,7 +127,8 @@ class Players:
 class Round:
     """One verification round: the canvas before it, the drafts, the target's tokens, what was kept.
 
-    `accepted` [B, P] bool says which tokens of the window now stand on the canvas as drafted.
+    `accepted` [B, P] bool says which tokens of the window now stand on the canvas as drafted,
+    `judged_mask` which were judged at all; `statistics` counts everything up to this round.
     """
 
     before: Canvas
@@ -135,17 +136,16 @@ class Round:
     judged: HeadSample
     accepted: Tensor
     judged_mask: Tensor
+    statistics: Statistics
 
 
 def players(pipeline: Pipeline, config: RunConfig) -> Players:
     """Draft, target and sampler of `config` on the backend of `pipeline`."""
     values = config.model_dump()
-    options = CspdOptions(
-        **{f.name: values[f.name] for f in fields(CspdOptions) if f.name in values}
-    )
-    return Players(
-        pipeline.sampler(config), pipeline.member("target"), pipeline.member("draft"), options
-    )
+    names = [field.name for field in fields(CspdOptions) if field.name in values]
+    options = CspdOptions(**{name: values[name] for name in names})
+    target, draft = pipeline.members(config.model_copy(update={"method": "cspd"}))
+    return Players(pipeline.sampler(config), target, draft, options)
 
 
 def batch_of(pipeline: Pipeline, config: RunConfig) -> Batch:
@@ -156,9 +156,14 @@ def batch_of(pipeline: Pipeline, config: RunConfig) -> Batch:
     return Batch(images, torch.tensor(labels, device=pipeline.device), classes, len(labels))
 
 
-def rounds(pipeline: Pipeline, config: RunConfig) -> Iterator[Round]:
-    """Every verification round of the images of `config`, generated as one batch."""
+def rounds(pipeline: Pipeline, config: RunConfig, tries: int | None = None) -> Iterator[Round]:
+    """Every verification round of the images of `config`, generated as one batch.
+
+    `tries`, if given, limits the draws from the residual law.
+    """
     play, batch = players(pipeline, config), batch_of(pipeline, config)
+    if tries is not None:
+        play = replace(play, options=replace(play.options, max_tries=tries))
     channels = pipeline.bundle.manifest.geometry.token_dim
     canvas = Canvas.empty(batch, play.sampler.noise, play.sampler.plan.num_tokens, channels)
     statistics = Statistics(per_image=[Verdicts() for _ in range(len(batch))])
@@ -168,7 +173,7 @@ def rounds(pipeline: Pipeline, config: RunConfig) -> Iterator[Round]:
         window = play.propose(batch, canvas, statistics)
         judged = play.verify(batch, canvas, window)
         settle(play.sampler, play.options, batch, canvas, window, judged, statistics)
-        yield Round(before, window, judged, *_outcome(before, canvas, window))
+        yield Round(before, window, judged, *_outcome(before, canvas, window), statistics)
 
 
 def _outcome(before: Canvas, after: Canvas, window: Window) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,193 @@
+import json
+import shutil
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from cspd.engines.errors import CspdError
+from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.plan import MaskPlan
+from cspd.tools import bench, bench_run
+from cspd.tools.bench_plan import Scale, cspd_target_calls, make_plan, plan_hash
+from cspd.tools.bench_results import Results
+from cspd.tools.bench_run import JOURNAL, Journal, make_header, read_lines
+from cspd.tools.bench_tables import acceptance_by_known, law
+
+OPTIONS = ["--quick", "--num-iter", "4", "--head-steps", "3", "--batch-size", "1"]
+OPTIONS += ["--batch-size", "2", "--threads", "1", "--repeats", "1"]
+
+
+class FixedJudge:
+    identity: ClassVar = {"name": "test", "extractor_sha256": "0", "statistics_sha256": "1"}
+
+    def score(self, pixels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return {"n": len(pixels), "accuracy": 0.5, "frechet": float(pixels.mean())}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_bundle, tmp_path_factory):
+    """A quick benchmark of the tiny pair: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("bench")
+    arguments = [str(tiny_bundle.folder), *OPTIONS, "--json", "--out", str(out)]
+    result = CliRunner().invoke(bench.command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    return out, result
+
+
+def test_plan_serves_every_table_and_figure(tiny_bundle):
+    points = make_plan(tiny_bundle.manifest, {"seed": 3}, Scale())
+    served = {tag for point in points for tag in point.serves}
+    tables = {f"table {n}" for n in (1, 2, 3, 4)} | {f"figure {n}" for n in (8, 11, 13, 14)}
+    assert served == tables | {"readme", "pareto", "peers", "main"}
+    assert len({point.id for point in points}) == len(points)
+    configs = [(point.config, point.backend) for point in points]
+    assert len(set(configs)) == len(configs)
+    assert all(point.config.seed == 3 for point in points)
+    # Quality figures rest on as many images as were asked for, and every class is asked for alike.
+    assert all(p.repeats * p.config.batch_size >= 1000 for p in points if p.quality)
+
+
+def test_plan_holds_the_honest_baselines(tiny_bundle):
+    points = make_plan(tiny_bundle.manifest, {}, Scale())
+    readme = [point.config for point in points if "readme" in point.serves]
+    length = tiny_bundle.manifest.geometry.num_tokens
+    steps = {config.num_iter for config in readme if config.method == "target"}
+    cspd = next(config for config in readme if config.method == "cspd")
+    equal = cspd_target_calls(MaskPlan(length, length), cspd.gamma, cspd.prefill)
+    assert {length, length // 4, equal} == steps
+    assert {"target", "draft", "cspd"} <= {config.method for config in readme}
+
+
+@pytest.mark.parametrize(("gamma", "prefill"), [(1, 0.0), (2, 0.2), (4, 0.05), (16, 0.5)])
+def test_equal_calls_are_the_calls_that_are_made(tiny_bundle, gamma, prefill):
+    (point, *_) = make_plan(tiny_bundle.manifest, {}, Scale.quick())
+    changes = {"method": "cspd", "gamma": gamma, "prefill": prefill, "head_steps": 3}
+    config = point.config.model_copy(update={**changes, "num_iter": 9, "batch_size": 2})
+    (_, statistics), *_ = Pipeline(tiny_bundle, threads=1).generate(config, [0, 1])
+    plan = MaskPlan(tiny_bundle.manifest.geometry.num_tokens, 9)
+    assert statistics.target_steps == cspd_target_calls(plan, gamma, prefill)
+
+
+def test_dry_run_measures_nothing(tiny_bundle, tmp_path):
+    arguments = [str(tiny_bundle.folder), *OPTIONS, "--dry-run", "--out", str(tmp_path / "o")]
+    result = CliRunner().invoke(bench.command, arguments)
+    assert result.exit_code == 0 and "settings," in result.stdout
+    assert not (tmp_path / "o").exists()
+
+
+def test_every_measurement_is_complete(finished):
+    results = Results(read_lines(finished[0] / JOURNAL))
+    for point in results.points.values():
+        lines = results.batches(point.id)
+        assert len(lines) == point.repeats, point.id
+        for line in lines:
+            inside = sum(graph["seconds"] for graph in line["graphs"].values())
+            assert 0 < inside < line["seconds"]
+            assert line["host_seconds"] == pytest.approx(line["seconds"] - inside)
+            assert line["peak_memory_mb"] > 50
+            verdicts = line["verdicts"]
+            judged = verdicts["accepted"] + verdicts["resampled"] + verdicts["fallback"]
+            assert verdicts["proposed"] - verdicts["discarded"] == judged
+    kinds = [line["kind"] for line in results.lines]
+    assert kinds.count("start") == 2 and "probe" in kinds
+
+
+def test_warm_up_does_not_count(finished):
+    lines = read_lines(finished[0] / JOURNAL)
+    warm = [line for line in lines if line.get("repeat") == bench_run.WARM_UP]
+    results = Results(lines)
+    assert warm and all(line not in results.batches(line["point"]) for line in warm)
+
+
+def test_probe_counts_agree_with_the_run(finished):
+    results = Results(read_lines(finished[0] / JOURNAL))
+    (line,) = [x for x in results.of("probe", "probe") if x["tries"] == 100]
+    assert sum(line["accepted_at"]) == line["verdicts"]["accepted"]
+    assert sum(line["judged_at"]) == line["verdicts"]["proposed"]
+    for accepted, judged in zip(line["accepted_at"], line["judged_at"], strict=True):
+        assert 0 <= accepted <= judged <= 2
+
+
+def test_tables_hold_the_paper_s(finished):
+    out, result = finished
+    record = json.loads(result.stdout)
+    assert {"readme", "table 1", "table 3", "table 4", "figure 8", "figure 11", "figure 13",
+            "figure 14", "figure 15", "time"} <= set(record["tables"])  # fmt: skip
+    text = (out / "tables.md").read_text()
+    assert "as many target calls as cspd" in text
+    for table in record["tables"].values():
+        assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    results = Results(read_lines(out / JOURNAL))
+    by_known = acceptance_by_known(results)
+    assert sum(judged for _, judged in by_known.values()) > 0
+    first = record["tables"]["readme"]["rows"][0]
+    assert first[1] == "exact" and first[3] == "1.00x"
+
+
+def test_laws(finished):
+    results = Results(read_lines(finished[0] / JOURNAL))
+    laws = {}
+    for item in results.serving("readme"):
+        laws.setdefault(item.point.config.method, []).append(law(item, results.main))
+    assert laws["cspd"] == ["approximate"] and laws["draft"] == ["lossy (law of the draft)"]
+    assert laws["target"][0] == "exact" and set(laws["target"][1:]) == {"lossy (fewer steps)"}
+
+
+def test_a_finished_run_is_not_measured_again(finished, tiny_bundle, monkeypatch):
+    out, _ = finished
+
+    def refuse(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(bench_run.Bench, "measure", refuse)
+    before = (out / JOURNAL).read_text()
+    arguments = [str(tiny_bundle.folder), *OPTIONS, "--out", str(out)]
+    result = CliRunner().invoke(bench.command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0 and (out / JOURNAL).read_text() == before
+
+
+def test_an_interrupted_run_goes_on(finished, tiny_bundle, tmp_path, monkeypatch):
+    out = shutil.copytree(finished[0], tmp_path / "bench")
+    text = (out / JOURNAL).read_text().splitlines(keepends=True)
+    cut = next(i for i, line in enumerate(text) if json.loads(line).get("repeat") == 0) + 3
+    (out / JOURNAL).write_text("".join(text[:cut]) + text[cut][: len(text[cut]) // 2])
+    arguments = [str(tiny_bundle.folder), *OPTIONS, "--out", str(out)]
+    result = CliRunner().invoke(bench.command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    again = read_lines(out / JOURNAL)
+    assert again[:cut] == [json.loads(line) for line in text[:cut]]
+    keys = [(line.get("point"), line.get("repeat")) for line in again]
+    assert len(set(keys)) == len(keys) == len(text)
+
+
+def test_results_of_another_plan_are_refused(finished, tiny_bundle):
+    points = make_plan(tiny_bundle.manifest, {"seed": 1}, Scale.quick())
+    header = make_header(tiny_bundle, points, 1)
+    with pytest.raises(CspdError, match="another bundle, plan"):
+        Journal(finished[0], header)
+    assert plan_hash(points) != plan_hash(make_plan(tiny_bundle.manifest, {}, Scale.quick()))
+
+
+def test_kept_images_are_scored_once(tiny_bundle, tmp_path):
+    scale = Scale(repeats=1, quality_images=4, batch_sizes=(2,), peers=())
+    base = {"num_iter": 2, "head_steps": 2, "prefill": 0.0}
+    points = [p for p in make_plan(tiny_bundle.manifest, base, scale) if "readme" in p.serves]
+    journal = Journal(tmp_path, make_header(tiny_bundle, points, 1))
+    bench_run.Bench(tiny_bundle, journal, threads=1, say=lambda _: None).run(points)
+    for _ in range(2):
+        bench.judge_points(journal, points, FixedJudge())
+    scores = [line for line in journal.lines if line["kind"] == "score"]
+    assert len(scores) == len(points)
+    assert all(line["score"]["n"] >= 4 for line in scores)
+    table = bench.readme_table(Results(journal.lines))
+    assert "n = 4" in table.columns[-1] and table.rows[0][-2] == "50.0%"
+
+
+def test_readme_option_prints_finished_results(finished):
+    result = CliRunner().invoke(bench.command, ["--readme", "--out", str(finished[0])])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("### Methods side by side")
+    missing = CliRunner().invoke(bench.command, ["--readme", "--out", str(finished[0] / "no")])
+    assert isinstance(missing.exception, CspdError)

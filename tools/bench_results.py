@@ -1,0 +1,161 @@
+"""The journal of a benchmark as summaries per setting."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+from cspd.engines.errors import CspdError
+from cspd.tools.bench_plan import Point
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was measured at one point, over its batches without the warm-up.
+
+    `seconds`: median wall-clock time per image, `low` and `high` its quartiles; `host` the share of
+    it outside the sessions; `graphs` seconds per image by graph; calls are per batch.
+    """
+
+    point: Point
+    batches: int
+    seconds: float
+    low: float
+    high: float
+    host: float | None
+    graphs: dict[str, float]
+    calls: dict[str, float]
+    target_calls: float
+    draft_calls: float
+    peak_memory_mb: float
+    acceptance: float | None
+    fallback: float | None
+    distance: float | None
+    score: dict[str, float]
+
+
+@dataclass
+class Results:
+    """The journal of one benchmark, indexed by point."""
+
+    lines: list[Line]
+    points: dict[str, Point] = field(init=False)
+    _by_point: dict[str, list[Line]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.lines or self.lines[0].get("kind") != "bench":
+            raise CspdError("not the journal of a benchmark: its first line does not say so")
+        found = [Point.model_validate(point) for point in self.header["points"]]
+        self.points = {point.id: point for point in found}
+        self._by_point = {}
+        for line in self.lines[1:]:
+            self._by_point.setdefault(line["point"], []).append(line)
+
+    @property
+    def header(self) -> Line:
+        """The first line: bundle, host, points."""
+        return self.lines[0]
+
+    def of(self, point: str, kind: str) -> list[Line]:
+        """Lines of one kind about a point."""
+        return [line for line in self._by_point.get(point, []) if line["kind"] == kind]
+
+    def batches(self, point: str) -> list[Line]:
+        """Measured batches of a point, without its warm-up."""
+        return [line for line in self.of(point, "batch") if line["repeat"] >= 0]
+
+    def serving(self, tag: str, **settings: Any) -> list[Summary]:
+        """Summaries of the measured points behind a table or figure, with these settings."""
+        found = []
+        for point in self.points.values():
+            values = point.config.model_dump()
+            wanted = all(values[name] == value for name, value in settings.items())
+            if tag in point.serves and wanted and self.batches(point.id):
+                found.append(self.summary(point))
+        return sorted(found, key=_order)
+
+    def summary(self, point: Point) -> Summary:
+        """Medians over the batches of a point."""
+        lines = self.batches(point.id)
+        times = sorted(line["seconds"] / line["images"] for line in lines)
+        quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        hosts = [line["host_seconds"] / line["seconds"] for line in lines
+                 if line["host_seconds"] is not None]  # fmt: skip
+        scores = self.of(point.id, "score")
+        judged = _total(lines, "proposed") - _total(lines, "discarded")
+        return Summary(
+            point=point,
+            batches=len(lines),
+            seconds=statistics.median(times),
+            low=quartiles[0],
+            high=quartiles[2],
+            host=statistics.median(hosts) if hosts else None,
+            graphs=_per_graph(lines),
+            calls={
+                name: statistics.median(
+                    line["graphs"].get(name, {"calls": 0})["calls"] for line in lines
+                )
+                for name in _graphs(lines)
+            },
+            target_calls=statistics.fmean(line["target_calls"] for line in lines),
+            draft_calls=statistics.fmean(line["draft_calls"] for line in lines),
+            peak_memory_mb=max(line["peak_memory_mb"] for line in lines),
+            acceptance=_total(lines, "accepted") / judged if judged else None,
+            fallback=_total(lines, "fallback") / judged if judged else None,
+            distance=sum(line["distance_sum"] for line in lines) / judged if judged else None,
+            score=scores[-1]["score"] if scores else {},
+        )
+
+    def baseline(self, batch_size: int, backend: str | None = None) -> Summary | None:
+        """The target with as many autoregressive steps as everything else, at one batch size."""
+        for point in self.points.values():
+            config = point.config
+            plain = {**neutral(config.model_dump()), "batch_size": batch_size}
+            if (
+                config.method == "target"
+                and self.batches(point.id)
+                and plain == {**neutral(self.main.config.model_dump()), "batch_size": batch_size}
+                and config.batch_size == batch_size
+                and point.backend == (backend or self.main.backend)
+            ):
+                return self.summary(point)
+        return None
+
+    @property
+    def main(self) -> Point:
+        """The setting that speed ratios refer to: the target with the steps of everything else."""
+        return next(point for point in self.points.values() if "main" in point.serves)
+
+
+def _order(item: Summary) -> tuple[Any, ...]:
+    """Targets with the most steps first, then the draft, then the methods; options ascending."""
+    config = item.point.config
+    rank = ("target", "draft", "cspd", "lossless").index(config.method)
+    swept = (config.batch_size, config.gamma, config.align, config.prefill, config.cfg)
+    return rank, -config.num_iter, *swept, config.temperature
+
+
+def neutral(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide which law the target draws from, and with which noise."""
+    names = ("num_iter", "head_steps", "cfg", "cfg_schedule", "temperature", "seed")
+    return {name: values[name] for name in names}
+
+
+def _total(lines: list[Line], name: str) -> int:
+    return sum(line["verdicts"][name] for line in lines)
+
+
+def _per_graph(lines: list[Line]) -> dict[str, float]:
+    return {
+        name: statistics.median(
+            line["graphs"].get(name, {"seconds": 0.0})["seconds"] / line["images"] for line in lines
+        )
+        for name in _graphs(lines)
+    }
+
+
+def _graphs(lines: list[Line]) -> list[str]:
+    return sorted({name for line in lines for name in line["graphs"]})

@@ -1,0 +1,276 @@
+"""Tables and figure data of a benchmark, from the lines of its journal."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from cspd.tools.bench_plan import Point
+from cspd.tools.bench_results import Results, Summary, neutral
+
+DASH = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text: `rows` hold one cell per column."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """The table in Markdown, its title as a heading."""
+        lines = [f"### {self.title}", "", _row(self.columns), _row("---" for _ in self.columns)]
+        lines += [_row(row) for row in self.rows]
+        return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def law(summary: Summary, main: Point) -> str:
+    """Which distribution a method draws from, beside that of the reference setting."""
+    config = summary.point.config
+    if config.method == "cspd":
+        return "approximate"
+    if config.method == "draft":
+        return "lossy (law of the draft)"
+    changed = neutral(config.model_dump()) != neutral(main.config.model_dump())
+    return "lossy (fewer steps)" if changed else "exact"
+
+
+def readme_table(results: Results) -> Table:
+    """Every method beside the honest baselines, with its law."""
+    main, rows = results.main, []
+    reference = results.summary(main) if results.batches(main.id) else None
+    cspd = next(iter(results.serving("readme", method="cspd")), None)
+    for item in results.serving("readme"):
+        equal = cspd is not None and item.point.config.method == "target" and (
+            item.target_calls == cspd.target_calls
+        )  # fmt: skip
+        rows.append([
+            name_of(item) + (" (as many target calls as cspd)" if equal else ""),
+            law(item, main), seconds(item), ratio(item, reference), percent(item.acceptance),
+            f"{item.target_calls:.0f}", f"{item.draft_calls:.0f}",
+            percent(item.score.get("accuracy")), figure(item.score.get("frechet"), ".2f"),
+        ])  # fmt: skip
+    counts = sorted({int(item.score["n"]) for item in results.serving("readme") if item.score})
+    columns = (
+        "method", "law", "seconds per image", "speed vs target", "acceptance", "target calls",
+        "draft calls", "classifier accuracy", f"Frechet distance{_n(counts)}",
+    )  # fmt: skip
+    return Table("Methods side by side", columns, rows, host_note(results))
+
+
+def _n(counts: list[int]) -> str:
+    return f" (n = {', '.join(map(str, counts))})" if counts else ""
+
+
+def host_note(results: Results) -> str:
+    """Where and how the figures were measured."""
+    header, main = results.header, results.main.config
+    host = header["host"]
+    where = (
+        host["gpu"]
+        if host["gpu"] != "none"
+        else f"CPU, {header['threads'] or host['cpus']} threads"
+    )
+    names = " + ".join(f"{role} {preset}" for role, preset in header["models"].items())
+    warning = ""
+    if header["synthetic"]:
+        warning = "SYNTHETIC random weights, quality and acceptance mean nothing. "
+    loads = [line["load"] for line in results.lines[1:] if "load" in line]
+    if loads and statistics.median(loads) > float(host["cpus"]) + 0.5:
+        warning += f"The machine was busy (median load {statistics.median(loads):.1f}). "
+    return (
+        f"{warning}{names}; {where} ({host['machine']}), {results.main.backend}; batch "
+        f"{main.batch_size}, {main.num_iter} autoregressive and {main.head_steps} denoising steps, "
+        f"guidance {main.cfg:g} {main.cfg_schedule}; median of batches; calls are per batch. The "
+        "Frechet distance is measured in the features of the judge named in the run, see evaluate."
+    )
+
+
+def name_of(item: Summary) -> str:
+    """A method with the settings that tell it apart."""
+    config = item.point.config
+    if config.method == "cspd":
+        return f"cspd, gamma {config.gamma}"
+    if config.method == "target":
+        return f"target, {config.num_iter} steps"
+    return str(config.method)
+
+
+def seconds(item: Summary) -> str:
+    """Median with quartiles."""
+    return f"{item.seconds:.3g} ({item.low:.3g} to {item.high:.3g})"
+
+
+def ratio(item: Summary, reference: Summary | None) -> str:
+    """Speed ratio to the reference."""
+    return DASH if reference is None else f"{reference.seconds / item.seconds:.2f}x"
+
+
+def percent(value: float | None) -> str:
+    """A share as percentage."""
+    return DASH if value is None else f"{value:.1%}"
+
+
+def figure(value: float | None, form: str = ".3g") -> str:
+    """A number that may be missing."""
+    return DASH if value is None else format(value, form)
+
+
+def table_1(results: Results) -> Table:
+    """Speed ratio and acceptance for every gamma and batch size."""
+    rows = []
+    for item in results.serving("table 1", method="cspd"):
+        config = item.point.config
+        reference = results.baseline(config.batch_size)
+        rows.append([
+            str(config.batch_size), str(config.gamma), seconds(item), ratio(item, reference),
+            percent(item.acceptance), f"{item.target_calls:.0f}", f"{item.draft_calls:.0f}",
+        ])  # fmt: skip
+    columns = ("batch", "gamma", "seconds per image", "speed vs target", "acceptance",
+               "target calls", "draft calls")  # fmt: skip
+    return Table("Table 1: speed and acceptance", columns, rows)
+
+
+def table_2(results: Results) -> Table:
+    """Quality with and without guidance."""
+    rows = [
+        [
+            item.point.config.method, f"{item.point.config.cfg:g}",
+            figure(item.score.get("n"), "d"), percent(item.score.get("accuracy")),
+            figure(item.score.get("frechet")),
+            figure(item.score.get("inception_score")), percent(item.score.get("precision")),
+            percent(item.score.get("recall")), seconds(item),
+        ]
+        for item in results.serving("table 2")
+    ]  # fmt: skip
+    columns = ("method", "guidance", "n", "accuracy", "Frechet distance", "Inception score",
+               "precision", "recall", "seconds per image")  # fmt: skip
+    return Table("Table 2: quality with and without guidance", columns, rows)
+
+
+def sweep_table(results: Results, tag: str, title: str, option: str) -> Table:
+    """One option of `cspd` against acceptance and speed."""
+    rows = []
+    for item in results.serving(tag, method="cspd"):
+        config = item.point.config
+        reference = results.baseline(config.batch_size)
+        value = getattr(config, option)
+        rows.append([
+            ("on" if value else "off") if isinstance(value, bool) else f"{value:g}",
+            percent(item.acceptance), percent(item.fallback), figure(item.distance),
+            seconds(item), ratio(item, reference), f"{item.target_calls:.0f}",
+        ])  # fmt: skip
+    columns = (option, "acceptance", "fallback", "mean token distance", "seconds per image",
+               "speed vs target", "target calls")  # fmt: skip
+    return Table(title, columns, rows)
+
+
+def time_table(results: Results) -> Table:
+    """Where the time goes: by graph and outside, and memory, of all methods and peers."""
+    rows = []
+    shown = {item.point.id: item for tag in ("readme", "peers") for item in results.serving(tag)}
+    for item in shown.values():
+        graphs = ", ".join(
+            f"{name} {value * 1e3:.0f} ({item.calls[name]:.0f} calls)"
+            for name, value in item.graphs.items()
+        )
+        rows.append([
+            name_of(item), item.point.backend, seconds(item), graphs, percent(item.host),
+            f"{item.peak_memory_mb:.0f}", str(item.batches),
+        ])  # fmt: skip
+    columns = ("method", "backend", "seconds per image", "milliseconds per image by graph",
+               "host share", "peak memory, MB", "batches")  # fmt: skip
+    return Table("Where the time goes", columns, rows, _start_note(results))
+
+
+def _start_note(results: Results) -> str:
+    """Start-up, warm-up and what could not be measured."""
+    starts = [line for line in results.lines[1:] if line["kind"] == "start"]
+    parts = [f"{line['backend']}: sessions opened in {line['seconds']:.2f} s ({line['which']})"
+             for line in starts]  # fmt: skip
+    warm = [line for line in results.lines[1:] if line["kind"] == "batch" and line["repeat"] < 0]
+    parts += [f"warm-up {line['point']}: {line['seconds']:.2f} s" for line in warm]
+    skips = {
+        line["reason"]: line["backend"] for line in results.lines[1:] if line["kind"] == "skip"
+    }
+    return "; ".join([*parts, *(f"{backend} skipped: {why}" for why, backend in skips.items())])
+
+
+def steps_table(results: Results) -> Table:
+    """Figure 11: acceptance against the number of tokens known when the round began."""
+    rows = [
+        [str(known), str(judged), percent(accepted / judged)]
+        for known, (accepted, judged) in acceptance_by_known(results).items()
+    ]
+    columns = ("known tokens", "judged tokens", "acceptance")
+    return Table("Figure 11: acceptance along the image", columns, rows)
+
+
+def acceptance_by_known(results: Results) -> dict[int, tuple[int, int]]:
+    """Accepted and judged tokens of the rounds that began with so many known tokens."""
+    counts: dict[int, tuple[int, int]] = {}
+    for item in results.serving("figure 11"):
+        for line in results.batches(item.point.id):
+            for known, verdicts in line["rounds"].items():
+                accepted, judged = counts.get(int(known), (0, 0))
+                judged += verdicts["proposed"] - verdicts["discarded"]
+                counts[int(known)] = accepted + verdicts["accepted"], judged
+    return dict(sorted(counts.items()))
+
+
+def pareto_table(results: Results) -> Table:
+    """Quality against time of every scored setting."""
+    reference = results.summary(results.main) if results.batches(results.main.id) else None
+    rows = [
+        [
+            name_of(item), law(item, results.main), seconds(item), ratio(item, reference),
+            percent(item.score.get("accuracy")), figure(item.score.get("frechet")),
+            figure(item.score.get("n"), "d"),
+        ]
+        for item in sorted(results.serving("pareto"), key=lambda item: item.seconds)
+        if item.score
+    ]  # fmt: skip
+    columns = ("method", "law", "seconds per image", "speed vs target", "accuracy",
+               "Frechet distance", "n")  # fmt: skip
+    return Table("Quality against time", columns, rows)
+
+
+def tries_table(results: Results) -> Table:
+    """Figure 15: how often the residual law yields a token within so many draws."""
+    rows = []
+    for line in results.of("probe", "probe"):
+        found = line["verdicts"]["resampled"]
+        rejected = found + line["verdicts"]["fallback"]
+        rows.append(
+            [str(line["tries"]), str(rejected), percent(found / rejected if rejected else None)]
+        )
+    return Table("Figure 15: resampling tries", ("tries", "rejected tokens", "resampled"), rows)
+
+
+def _sweep(tag: str, title: str, option: str) -> Callable[[Results], Table]:
+    return partial(sweep_table, tag=tag, title=f"{tag.capitalize()}: {title}", option=option)
+
+
+TABLES: dict[str, Callable[[Results], Table]] = {
+    "readme": readme_table,
+    "table 1": table_1,
+    "table 2": table_2,
+    "table 3": _sweep("table 3", "with and without alignment", "align"),
+    "table 4": _sweep("table 4", "share prefilled by the target", "prefill"),
+    "figure 8": _sweep("figure 8", "acceptance against gamma", "gamma"),
+    "figure 13": _sweep("figure 13", "acceptance against guidance", "cfg"),
+    "figure 14": _sweep("figure 14", "acceptance against temperature", "temperature"),
+    "figure 11": steps_table,
+    "figure 15": tries_table,
+    "pareto": pareto_table,
+    "time": time_table,
+}

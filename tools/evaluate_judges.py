@@ -1,0 +1,175 @@
+"""Who scores images: the shipped classifier for the shipped pair, Inception for ImageNet models.
+
+Only Inception features make a Frechet distance an FID, and only 50,000 images make it an FID-50K;
+names of results are chosen here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from cspd.engines.errors import CspdError, MissingExtraError
+from cspd.engines.manifest import Manifest
+from cspd.export.pairs import FASHION_CLASSES
+from cspd.tools.metrics import MIN_IMAGES, precision_recall, score_images
+
+INCEPTION_CHUNK = 32
+FULL = 50_000
+NEIGHBOUR_IMAGES = 10_000
+
+
+class Judge(Protocol):
+    """Scores sets of images."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Names and hashes of the feature extractor and the reference statistics."""
+        ...
+
+    def score(self, pixels: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
+        """Scores by name of `pixels` [N, H, W, C] uint8 that were made for `labels` [N]."""
+        ...
+
+
+def frechet_name(extractor: str, count: int) -> str:
+    """What a Frechet distance between `count` images and the reference may be called."""
+    if extractor != "inception":
+        return f"Frechet distance, {extractor} features, n = {count} (not FID)"
+    return "FID-50K" if count == FULL else f"FID, n = {count} (not FID-50K)"
+
+
+def find_judge(manifest: Manifest, inception: Path | None, reference: Path | None) -> Judge:
+    """The judge for a bundle; CspdError says what is missing."""
+    if inception or reference:
+        if not (inception and reference):
+            raise CspdError("--inception and --reference belong together: weights and statistics")
+        return InceptionJudge(inception, reference)
+    if manifest.class_names == FASHION_CLASSES and manifest.geometry.image_channels == 1:
+        return ClassifierJudge()
+    raise CspdError(
+        "no judge for this bundle: give the Inception weights of torch-fidelity with --inception "
+        "and the reference statistics (mu, sigma) with --reference"
+    )
+
+
+class ClassifierJudge:
+    """The shipped Fashion-MNIST classifier. Its Frechet distance is not FID."""
+
+    extractor = "shipped classifier"
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Hashes of the classifier and of the statistics of real data."""
+        shipped = files("cspd.demo_pair")
+        names = {"extractor": "classifier", "statistics": "reference"}
+        return {"name": self.extractor} | {
+            f"{role}_sha256": _sha256(shipped / f"{name}.safetensors")
+            for role, name in names.items()
+        }
+
+    def score(self, pixels: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
+        """Accuracy, Frechet distance, precision, recall, diversity; at least 100 images."""
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        found = score_images(images, torch.from_numpy(labels).long())
+        return dict(vars(found))
+
+
+@dataclass(frozen=True)
+class InceptionJudge:
+    """torch-fidelity's Inception network with weights from a file, against an `.npz` of mu, sigma.
+
+    If the `.npz` also holds `features` [M, 2048] of real images, precision and recall are measured.
+    """
+
+    weights: Path
+    reference: Path
+    extractor = "inception"
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Hashes of the weights and of the reference statistics."""
+        return {
+            "name": self.extractor,
+            "extractor_sha256": _sha256(self.weights),
+            "statistics_sha256": _sha256(self.reference),
+        }
+
+    def score(self, pixels: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
+        """Frechet distance and Inception score by torch-fidelity's own functions."""
+        if len(pixels) < MIN_IMAGES:
+            raise CspdError(f"scores need {MIN_IMAGES} images or more, got {len(pixels)}")
+        features, logits = self._features(pixels)
+        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+        from torch_fidelity.metric_isc import isc_features_to_metric
+
+        ours = fid_features_to_statistics(features.double())
+        (frechet,) = fid_statistics_to_metric(ours, self._statistics, verbose=False).values()
+        inception = isc_features_to_metric(logits)
+        scores: dict[str, float | int] = {
+            "n": len(pixels),
+            "frechet": frechet,
+            "inception_score": inception["inception_score_mean"],
+            "inception_score_std": inception["inception_score_std"],
+        }
+        return scores | self._neighbours(features)
+
+    def _features(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features [N, 2048] and logits [N, 1008] of `pixels` [N, H, W, 3] uint8."""
+        network, found = self._network, []
+        batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(INCEPTION_CHUNK)
+        with torch.inference_mode():
+            for batch in batches:
+                found.append([part.cpu() for part in network(batch.contiguous())])
+        features, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return features, logits
+
+    @cached_property
+    def _network(self) -> Any:
+        try:
+            from torch_fidelity.utils import create_feature_extractor
+        except ImportError as error:
+            raise MissingExtraError("torch-fidelity", "evaluate") from error
+        try:
+            # torch-fidelity unpickles the file without restrictions; this looks first.
+            torch.load(self.weights, weights_only=True, map_location="cpu")
+        except Exception as error:
+            raise CspdError(
+                f"{self.weights}: not a plain file of weights ({str(error).splitlines()[0]}); get "
+                "weights-inception-2015-12-05-6726825d.pth of the torch-fidelity project"
+            ) from None
+        return create_feature_extractor(
+            "inception-v3-compat", ["2048", "logits_unbiased"], cuda=False, verbose=False,
+            feature_extractor_weights_path=str(self.weights),
+        )  # fmt: skip
+
+    @cached_property
+    def _statistics(self) -> dict[str, np.ndarray]:
+        with np.load(self.reference, allow_pickle=False) as file:
+            if not {"mu", "sigma"} <= set(file.files):
+                raise CspdError(f"{self.reference}: holds {sorted(file.files)}, not mu and sigma")
+            return {name: file[name].astype(np.float64) for name in ("mu", "sigma")}
+
+    def _neighbours(self, features: torch.Tensor) -> dict[str, float]:
+        with np.load(self.reference, allow_pickle=False) as file:
+            if "features" not in file.files:
+                return {}
+            real = torch.from_numpy(file["features"]).float()
+        count = min(len(real), len(features), NEIGHBOUR_IMAGES)
+        order = torch.Generator().manual_seed(0)
+        real, ours = (
+            part[torch.randperm(len(part), generator=order)[:count]] for part in (real, features)
+        )
+        precision, recall = precision_recall(real, ours.float())
+        return {"precision": precision, "recall": recall}
+
+
+def _sha256(path: Any) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
