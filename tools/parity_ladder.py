@@ -18,19 +18,22 @@ from cspd.engines.schedule import Schedule, make_schedule
 from cspd.engines.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
 from cspd.export.assemble import assemble_mar
-from cspd.export.graphs import FIRST, DenoiserGraph
+from cspd.export.graphs import DenoiserGraph
+from cspd.export.networks import FIRST, ROUND
 from cspd.export.presets import MarConfig
 from cspd.export.verify import realistic_inputs
 from cspd.runtime.config import RunConfig
+from cspd.runtime.member import Rows
+from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
 from cspd.tools.parity_measure import Skipped
-from cspd.tools.probe import ProbePipeline, call, record_inputs
+from cspd.tools.probe import ProbePipeline, Recorder, call, record_inputs
 
 Inputs = dict[str, Tensor]
 Case = tuple[str, Inputs]
 StepSession = Callable[[int], Session]  # the session that takes a denoising step
 # Graphs whose inputs are related to each other, so that only recorded ones make sense.
-RELATED_INPUTS = ("speculative_round", "denoiser_hoisted")
+RELATED_INPUTS = (ROUND, "denoiser_hoisted")
 RECORDED = 3  # recorded calls compared per graph: the first, one in the middle, the last
 
 
@@ -77,17 +80,29 @@ class Ladder:
     @cached_property
     def recorded(self) -> dict[str, list[Inputs]]:
         """Inputs that a real run gave to each graph, a few calls of each."""
-        methods = ["cspd" if "draft" in self.bundle.manifest.models else "target"]
-        if "target/speculative_round" in self.bundle.manifest.graphs():
-            methods.append("lossless")
-        configs = [self.config.model_copy(update={"method": method}) for method in methods]
-        calls = {k: _spread(v) for k, v in record_inputs(self.bundle, configs).items()}
+        method = "cspd" if "draft" in self.bundle.manifest.models else "target"
+        config = self.config.model_copy(update={"method": method})
+        calls = {k: _spread(v) for k, v in record_inputs(self.bundle, [config]).items()}
         for role, model in self.bundle.manifest.models.items():
             if "denoiser_loop" in model.graphs:
                 chain = calls[f"{role}/denoiser_loop"][-1]
                 steps = [inputs for inputs, _ in walk(self.reference_steps(role), chain)]
                 calls[f"{role}/denoiser"] = _spread(steps)
+            if ROUND in model.graphs:
+                calls |= self._record_rounds(role, calls[f"{role}/denoiser"][-1])
         return calls
+
+    def _record_rounds(self, role: str, step: Inputs) -> dict[str, list[Inputs]]:
+        """Inputs of speculative rounds of `role`, which samples the tokens of one recorded step."""
+        recorder, count = Recorder(), len(step["x"])
+        pipeline = ProbePipeline(self.bundle, "torch", wrap=recorder.wrap)
+        head = pipeline.head(role, self.config.model_copy(update={"method": "lossless"}))
+        rows = Rows(
+            step["conditions"], step["guidance"], torch.full((count,), self.config.temperature),
+            torch.zeros(count, dtype=torch.int64), torch.arange(count),
+        )  # fmt: skip
+        head(rows, self.schedule, Noise(self.config.seed), Purpose.DENOISE)
+        return {label: _spread(calls) for label, calls in recorder.calls.items()}
 
     @cached_property
     def sessions(self) -> dict[Candidate, dict[str, Session]]:

@@ -1,0 +1,183 @@
+import json
+import math
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from cspd.engines.bundle import open_bundle
+from cspd.engines.errors import CspdError
+from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.pipeline import Pipeline
+from cspd.tools import evaluate
+from cspd.tools.evaluate import Evaluation, make_variants, paired_difference, spread
+from cspd.tools.evaluate_judges import ClassifierJudge, InceptionJudge, find_judge, frechet_name
+from cspd.tools.evaluate_run import IMAGES, balanced_labels, intact, load_images, make_images
+
+FAST = {"num_iter": 2, "head_steps": 2, "batch_size": 4}
+
+
+class MeanJudge:
+    identity: ClassVar = {"name": "test", "extractor_sha256": "e" * 64, "statistics_sha256": "s"}
+
+    def score(self, pixels, labels):
+        assert len(pixels) == len(labels)
+        return {"n": len(pixels), "frechet": float(pixels.mean())}
+
+
+@pytest.fixture
+def variants(tiny_bundle):
+    """Target and cspd with two seeds, three images; the tiny pair is cut down to three classes."""
+    few = tiny_bundle.manifest.geometry.model_copy(update={"num_classes": 3})
+    manifest = tiny_bundle.manifest.model_copy(update={"geometry": few})
+    bundle = type(tiny_bundle)(tiny_bundle.folder, manifest)
+    methods = [{"method": "target"}, {"method": "cspd"}]
+    return make_variants(bundle, methods, [0, 1], 3, FAST)
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def test_labels_are_balanced_and_in_class_order():
+    assert balanced_labels(6, 3) == (0, 0, 1, 1, 2, 2)
+    for count in (7, 0):
+        with pytest.raises(CspdError, match="multiple of 3"):
+            balanced_labels(count, 3)
+
+
+def test_only_50000_inception_images_make_an_fid_50k():
+    assert frechet_name("inception", 50_000) == "FID-50K"
+    for count in (49_999, 1000, 50_001):
+        assert "not FID-50K" in frechet_name("inception", count)
+    assert "not FID" in frechet_name("shipped classifier", 50_000)
+
+
+def test_images_go_through_png(tiny_bundle, tmp_path, variants):
+    pipeline = Pipeline(tiny_bundle, threads=1)
+    make_images(pipeline, variants[0], tmp_path, silent)
+    config = variants[0].config
+    direct = [image for images, _ in pipeline.generate(config) for image in images]
+    read = load_images(tmp_path, 3)
+    assert read.dtype == np.uint8
+    np.testing.assert_array_equal(read, np.stack([image.pixels for image in direct]))
+    assert [image.label for image in direct] == [0, 1, 2]
+
+
+def test_an_interrupted_run_goes_on(tiny_bundle, tmp_path, variants):
+    pipeline, variant = Pipeline(tiny_bundle, threads=1), variants[0]
+    make_images(pipeline, variant, tmp_path, silent)
+    whole = load_images(tmp_path, 3).copy()
+    # One image damaged, the last line of the journal cut off.
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "00000.png")
+    lines = (tmp_path / IMAGES).read_text().splitlines(keepends=True)
+    (tmp_path / IMAGES).write_text("".join(lines[:2]) + lines[2][:20])
+    assert intact(tmp_path) == [1]
+    made: list[str] = []
+    make_images(pipeline, variant, tmp_path, made.append)
+    assert made[-1].endswith("3/3 images")
+    np.testing.assert_array_equal(load_images(tmp_path, 3), whole)
+    before = len(made)
+    assert make_images(pipeline, variant, tmp_path, made.append) == 0.0 and len(made) == before
+
+
+def test_record_of_an_evaluation(tiny_bundle, tmp_path, variants):
+    evaluation = Evaluation(tiny_bundle, variants, MeanJudge(), tmp_path, silent)
+    record = evaluation.run(Pipeline(tiny_bundle, threads=1))
+    json.dumps(record, allow_nan=False)
+    assert record["n"] == 3 and len(record["scores"]) == 4
+    assert {row["comparison"] for row in record["paired"]} == {
+        "same noise", "noise floor: other seed",
+    }  # fmt: skip
+    same = [row for row in record["paired"] if row["comparison"] == "same noise"]
+    assert [row["seed"] for row in same] == [0, 1]
+    assert all(row["setting"].startswith("cspd") for row in same)
+    frechet = {row["setting"]: row for row in record["spread"] if row["score"] == "frechet"}
+    values = [s["score"]["frechet"] for s in record["scores"] if s["setting"].startswith("target")]
+    (target, *_) = [row for name, row in frechet.items() if name.startswith("target")]
+    assert target["mean"] == pytest.approx(np.mean(values))
+    assert target["sd"] == pytest.approx(np.std(values, ddof=1))
+    assert len(evaluate.score_table(record).rows) == 2
+    assert len(evaluate.paired_table(record).rows) == 3
+
+
+def test_paired_difference_by_hand():
+    base = np.zeros((2, 2, 2, 1), np.uint8)
+    images = base.copy()
+    images[1] = 51  # a fifth of the range
+    found = paired_difference(images, base)
+    assert found["identical"] == 0.5
+    assert found["rmse"] == pytest.approx(0.1) and found["shift"] == pytest.approx(0.1)
+    assert found["psnr_db"] == pytest.approx((99 - 20 * math.log10(0.2)) / 2)
+
+
+def test_spread_of_one_seed_is_unknown():
+    (row,) = spread([{"setting": "a", "score": {"frechet": 2.0}}])
+    assert row["sd"] is None and row["mean"] == 2.0
+
+
+def test_methods_on_the_command_line():
+    assert evaluate.parse_method("cspd:gamma=16, on-reject=target") == {
+        "method": "cspd", "gamma": "16", "on_reject": "target",
+    }  # fmt: skip
+    with pytest.raises(CspdError, match="option=value"):
+        evaluate.parse_method("cspd:gamma")
+
+
+def test_which_judge_fits(tiny_bundle, tmp_path):
+    assert isinstance(
+        find_judge(open_bundle(shipped_bundle()).manifest, None, None), ClassifierJudge
+    )
+    with pytest.raises(CspdError, match="--inception"):
+        find_judge(tiny_bundle.manifest, None, None)
+    with pytest.raises(CspdError, match="belong together"):
+        find_judge(tiny_bundle.manifest, tmp_path / "w", None)
+
+
+def test_the_command_on_the_shipped_pair(tmp_path):
+    # Ten images per class is the least that is scored; two steps make no good images, and show it.
+    arguments = ["--num-images", "100", "--num-iter", "1", "--head-steps", "2", "--seeds", "0"]
+    arguments += ["--method", "draft", "--threads", "1", "--out", str(tmp_path), "--json"]
+    result = CliRunner().invoke(evaluate.command, [*arguments, "--quiet"], catch_exceptions=False)
+    record = json.loads(result.stdout)
+    assert "not FID" in record["frechet_name"] and "n = 100" in record["frechet_name"]
+    (item,) = record["scores"]
+    assert item["score"]["n"] == 100 and item["score"]["frechet"] > item["score"]["frechet_floor"]
+    assert len(record["judge"]["extractor_sha256"]) == 64
+    again = CliRunner().invoke(evaluate.command, arguments, catch_exceptions=False)
+    assert json.loads(again.stdout) == record
+
+
+def test_inception_weights_are_looked_at_before_they_are_loaded(tmp_path):
+    pytest.importorskip("torch_fidelity")
+    torch.save({"x": print}, tmp_path / "weights.pth")
+    judge = InceptionJudge(tmp_path / "weights.pth", tmp_path / "none.npz")
+    with pytest.raises(CspdError, match="not a plain file of weights"):
+        judge.score(np.zeros((100, 8, 8, 3), np.uint8), np.zeros(100))
+
+
+def test_inception_scores_are_torch_fidelity_s(tmp_path, monkeypatch):
+    pytest.importorskip("torch_fidelity")
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(400, 6))
+    mu, sigma = real.mean(0), np.cov(real, rowvar=False)
+    np.savez(tmp_path / "stats.npz", mu=mu, sigma=sigma, features=real.astype(np.float32))
+    judge = InceptionJudge(tmp_path / "weights.pth", tmp_path / "stats.npz")
+    features = torch.from_numpy(rng.normal(0.5, 1, size=(200, 6)))
+    monkeypatch.setattr(
+        InceptionJudge, "_features", lambda self, _: (features.float(), torch.zeros(200, 5))
+    )
+    score = judge.score(np.zeros((200, 4, 4, 3), np.uint8), np.zeros(200))
+    # Nearly equal covariances, means 0.5 apart in six dimensions.
+    assert score["frechet"] == pytest.approx(6 * 0.25, abs=0.4)
+    assert score["inception_score"] == pytest.approx(1.0)
+    assert 0 < score["precision"] <= 1
+
+
+def test_statistics_without_mu_are_refused(tmp_path):
+    np.savez(tmp_path / "stats.npz", other=np.zeros(3))
+    with pytest.raises(CspdError, match="not mu and sigma"):
+        _ = InceptionJudge(tmp_path / "w", tmp_path / "stats.npz")._statistics

@@ -1,0 +1,257 @@
+"""`cspd-run evaluate`: how good are the images, and what does a method change about them?
+
+Scores per method and seed, their spread over seeds, the noise floor (the target against itself with
+other seeds), and image-by-image differences between methods that start from the same noise.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from cspd.engines.backends import BACKENDS
+from cspd.engines.bundle import Bundle, open_bundle
+from cspd.engines.errors import CspdError
+from cspd.runtime.config import make_config
+from cspd.runtime.outputs import environment, law, tool_version
+from cspd.runtime.pipeline import Pipeline
+from cspd.tools.bench_tables import Table
+from cspd.tools.evaluate_judges import Judge, find_judge, frechet_name
+from cspd.tools.evaluate_run import Variant, balanced_labels, load_images, make_images
+from cspd.tools.parity_measure import finite
+
+SCHEMA = 1
+RESULT = "evaluate.json"
+PATH = click.Path(path_type=Path)
+PEAK = 255.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All variants of one run, scored; `say` gets a line of progress."""
+
+    bundle: Bundle
+    variants: list[Variant]
+    judge: Judge
+    out: Path
+    say: Callable[[str], None]
+
+    def run(self, pipeline: Pipeline) -> dict[str, Any]:
+        """Make what is missing, score everything, and return the record of `evaluate.json`."""
+        scores, pixels = [], {}
+        for variant in self.variants:
+            folder = self.out / variant.name
+            make_images(pipeline, variant, folder, self.say)
+            pixels[variant.name] = load_images(folder, variant.config.num_images)
+            labels = np.array(variant.config.labels)
+            found = self.judge.score(pixels[variant.name], labels)
+            scores.append({
+                "variant": variant.name, "setting": variant.setting, "law": law(variant.config),
+                "config": variant.config.model_dump(mode="json", exclude={"labels"}),
+                "folder": variant.name, "score": found,
+            })  # fmt: skip
+        count = self.variants[0].config.num_images
+        return finite({
+            "schema": SCHEMA, "kind": "evaluate", "tool": tool_version(), "host": environment(),
+            "bundle": {"sha256": self.bundle.sha256, "synthetic": self.bundle.manifest.synthetic},
+            "n": count, "judge": self.judge.identity,
+            "frechet_name": frechet_name(self.judge.identity["name"], count),
+            "scores": scores, "spread": spread(scores), "paired": self._paired(pixels),
+        })  # fmt: skip
+
+    def _paired(self, pixels: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+        """Differences of every setting from the first one at equal seeds, and the noise floor."""
+        first = self.variants[0].setting
+        by_seed = {(v.setting, v.config.seed): v for v in self.variants}
+        rows = []
+        for variant in self.variants:
+            base = by_seed[first, variant.config.seed]
+            if variant.setting != first:
+                rows.append(self._pair(variant, base, pixels, "same noise"))
+        seeds = [v for v in self.variants if v.setting == first]
+        for a, b in combinations(seeds, 2):
+            rows.append(self._pair(b, a, pixels, "noise floor: other seed"))
+        return rows
+
+    def _pair(
+        self, variant: Variant, base: Variant, pixels: dict[str, np.ndarray], what: str
+    ) -> dict[str, Any]:
+        values = paired_difference(pixels[variant.name], pixels[base.name])
+        return {"variant": variant.name, "setting": variant.setting, "against": base.name,
+                "comparison": what, "seed": variant.config.seed, **values}  # fmt: skip
+
+
+def paired_difference(images: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    """Image-by-image difference of two sets [N, H, W, C] uint8.
+
+    `rmse` in units of the full range, mean over the images; `psnr_db` the median, at most 99;
+    `identical` the share of images that are equal to the last bit; `shift` the difference of the
+    mean brightness, which noise alone brings near 0.
+    """
+    pairs = zip(images, base, strict=True)  # one by one, the sets may be larger than the memory
+    found = [_difference(image, other) for image, other in pairs]
+    rmse, shift = (np.array(values) for values in zip(*found, strict=True))
+    psnr = np.minimum(99.0, -20 * np.log10(np.maximum(rmse, 1e-12)))
+    return {
+        "rmse": float(rmse.mean()),
+        "psnr_db": float(np.median(psnr)),
+        "identical": float((rmse == 0).mean()),
+        "shift": float(shift.mean()),
+    }
+
+
+def _difference(image: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Root mean square and mean of the difference, in units of the full range."""
+    difference = (image.astype(np.float64) - other) / PEAK
+    return float(np.sqrt(np.square(difference).mean())), float(difference.mean())
+
+
+def spread(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over the seeds of every setting, for every score."""
+    settings: dict[str, list[dict[str, float]]] = {}
+    for item in scores:
+        settings.setdefault(item["setting"], []).append(item["score"])
+    rows = []
+    for setting, found in settings.items():
+        for name in found[0]:
+            values = [score[name] for score in found]
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            rows.append({"setting": setting, "score": name, "seeds": len(values),
+                         "mean": statistics.fmean(values), "sd": deviation})  # fmt: skip
+    return rows
+
+
+def make_variants(
+    bundle: Bundle, methods: list[dict[str, Any]], seeds: list[int], num_images: int,
+    base: dict[str, Any],
+) -> list[Variant]:  # fmt: skip
+    """Every method with every seed; the first method is the one that others are compared with."""
+    manifest = bundle.manifest
+    labels = balanced_labels(num_images, manifest.geometry.num_classes)
+    values = {**manifest.defaults, **base, "labels": labels, "num_images": num_images}
+    return [
+        Variant(config=make_config(**{**values, **method, "seed": seed}))
+        for method in methods
+        for seed in seeds
+    ]
+
+
+def parse_method(text: str) -> dict[str, Any]:
+    """Settings of "cspd:gamma=16,prefill=0": a method and options that differ from the others'."""
+    method, _, rest = text.partition(":")
+    values: dict[str, Any] = {"method": method}
+    for part in filter(None, rest.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise CspdError(f"--method {text}: {part!r} is not of the form option=value")
+        values[name.strip().replace("-", "_")] = value.strip()
+    return values
+
+
+def score_table(record: dict[str, Any]) -> Table:
+    """Mean and spread over the seeds, a row per setting."""
+    names = list(dict.fromkeys(row["score"] for row in record["spread"] if row["score"] != "n"))
+    settings = list(dict.fromkeys(row["setting"] for row in record["spread"]))
+    cells = {(row["setting"], row["score"]): row for row in record["spread"]}
+    rows = []
+    for setting in settings:
+        seeds = cells[setting, names[0]]["seeds"]
+        figures = [_with_spread(cells[setting, name]) for name in names]
+        rows.append([setting, str(record["n"]), str(seeds), *figures])
+    note = (
+        f"frechet: {record['frechet_name']}. Judge: {record['judge']['name']}, extractor "
+        f"{record['judge']['extractor_sha256'][:12]}, statistics "
+        f"{record['judge']['statistics_sha256'][:12]}."
+    )
+    if record["bundle"]["synthetic"]:
+        note = "SYNTHETIC random weights: these figures mean nothing. " + note
+    return Table("Scores", ("setting", "n", "seeds", *names), rows, note)
+
+
+def _with_spread(row: dict[str, Any]) -> str:
+    return f"{row['mean']:.4g}" + (f" ± {row['sd']:.2g}" if row["sd"] is not None else "")
+
+
+def paired_table(record: dict[str, Any]) -> Table:
+    """Image-by-image differences, a row per pair of sets."""
+    rows = [
+        [row["setting"], row["comparison"], str(row["seed"]), f"{row['rmse']:.4f}",
+         f"{row['psnr_db']:.1f}", f"{row['identical']:.1%}", f"{row['shift']:+.4f}"]
+        for row in record["paired"]
+    ]  # fmt: skip
+    columns = ("setting", "against the first setting", "seed", "RMSE", "median PSNR, dB",
+               "identical", "brightness shift")  # fmt: skip
+    return Table("Paired differences", columns, rows)
+
+
+@click.command("evaluate")
+@click.argument("bundle", type=PATH, required=False)
+@click.option(
+    "--method", "methods", multiple=True, default=("target", "cspd"), show_default=True,
+    help='Methods, the first is the base: "target", "target:num_iter=8", "cspd:gamma=16".',
+)  # fmt: skip
+@click.option("--num-images", default=1000, show_default=True, help="Images per method and seed.")
+@click.option("--seeds", default="0,1", show_default=True, help="Seeds; two and more show noise.")
+@click.option("--num-iter", type=int, help="Autoregressive steps.")
+@click.option("--head-steps", type=int, help="Denoising steps.")
+@click.option("--batch-size", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--backend", type=click.Choice(list(BACKENDS)), default="onnxruntime")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--threads", default=0, show_default="all cores", help="CPU threads.")
+@click.option("--inception", type=PATH, help="Inception weights of torch-fidelity.")
+@click.option("--reference", type=PATH, help="Statistics of real images: .npz, mu and sigma.")
+@click.option("--out", type=PATH, default=Path("out/evaluate"), show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print evaluate.json instead of tables.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def command(
+    bundle: Path | None, methods: tuple[str, ...], num_images: int, seeds: str,
+    num_iter: int | None, head_steps: int | None, batch_size: int, backend: str, device: str,
+    threads: int, inception: Path | None, reference: Path | None, out: Path, as_json: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
+    """Score the images of BUNDLE, by default the shipped pair; goes on where it was interrupted."""
+    from cspd.runtime.cli import shipped_bundle
+    from cspd.tools.bench import print_table
+
+    opened = open_bundle(bundle or shipped_bundle())
+    given = {"num_iter": num_iter, "head_steps": head_steps}
+    base = {name: value for name, value in given.items() if value is not None}
+    base |= {"batch_size": batch_size, "backend": backend}
+    variants = make_variants(
+        opened, [parse_method(m) for m in methods], _seeds(seeds), num_images, base
+    )
+
+    def say(text: str) -> None:
+        if not quiet:
+            click.echo(text, err=True)
+
+    judge = find_judge(opened.manifest, inception, reference)
+    record = Evaluation(opened, variants, judge, out, say).run(
+        Pipeline(opened, backend, device, threads)
+    )
+    text = json.dumps(record, indent=1)
+    (out / RESULT).write_text(text + "\n")
+    if as_json:
+        click.echo(text)
+        return
+    for table in (score_table(record), paired_table(record)):
+        print_table(table)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise CspdError(f"--seeds is {text!r}, expected whole numbers with commas") from None
+
+
+if __name__ == "__main__":
+    command()

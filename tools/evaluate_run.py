@@ -1,0 +1,135 @@
+"""Make the images of an evaluation: class-balanced, in class order, as PNG, image by image.
+
+The authors' protocol (LTH14/mar, engine_mar.py): image k of n shows class k // (n / classes),
+pixels are rounded to 8 bits and go through PNG files before anything is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from PIL import Image
+
+from cspd.engines.errors import CspdError
+from cspd.engines.spec import Record
+from cspd.runtime.config import RunConfig
+from cspd.runtime.images import write_png
+from cspd.runtime.pipeline import Pipeline
+
+IMAGES = "images.jsonl"
+SCHEMA = 1
+
+
+class Variant(Record):
+    """One set of images: a method with its settings and a seed."""
+
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """A readable, unique folder name."""
+        config = self.config
+        settings = config.model_dump(mode="json", exclude={"labels"})
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return f"{config.method}-i{config.num_iter}-seed{config.seed}-{digest[:8]}"
+
+    @property
+    def setting(self) -> str:
+        """What it is called in tables; equal for all seeds of a setting."""
+        config = self.config
+        extra = f", gamma {config.gamma}" if config.method == "cspd" else ""
+        return f"{config.method}, {config.num_iter} steps{extra}"
+
+
+def balanced_labels(num_images: int, num_classes: int) -> tuple[int, ...]:
+    """Class of every image: equally many of each class, in class order.
+
+    Raises CspdError unless the images divide evenly among the classes.
+    """
+    each, rest = divmod(num_images, num_classes)
+    if rest or not each:
+        raise CspdError(
+            f"--num-images is {num_images}; every class gets equally many images, so it must be a "
+            f"multiple of {num_classes}"
+        )
+    return tuple(label for label in range(num_classes) for _ in range(each))
+
+
+def make_images(
+    pipeline: Pipeline, variant: Variant, folder: Path, say: Callable[[str], None]
+) -> float:
+    """Write the missing images of `variant` to `folder`; returns the seconds it took.
+
+    An image counts as there if its line in `images.jsonl` names the hash that its file has.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = variant.config
+    missing = sorted(set(range(config.num_images)) - set(intact(folder)))
+    if not missing:
+        return 0.0
+    start, done = time.perf_counter(), config.num_images - len(missing)
+    for images, _ in pipeline.generate(config, missing):
+        with (folder / IMAGES).open("a") as journal:
+            for image in images:
+                path = folder / f"{image.index:05d}.png"
+                write_png(path, image.pixels, _metadata(pipeline, config, image.index))
+                line = {"image": image.index, "label": image.label, "sha256": _sha256(path)}
+                journal.write(json.dumps(line) + "\n")
+        done += len(images)
+        say(f"{variant.name}: {done}/{config.num_images} images")
+    return time.perf_counter() - start
+
+
+def intact(folder: Path) -> list[int]:
+    """Numbers of the images in `folder` whose files are complete."""
+    journal, found = folder / IMAGES, {}
+    if not journal.exists():
+        return []
+    lines = journal.read_text().splitlines(keepends=True)
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        path = folder / f"{record['image']:05d}.png"
+        if path.exists() and _sha256(path) == record["sha256"]:
+            found[record["image"]] = line
+    # Written again without a line that was cut off, so that the next one does not join it.
+    journal.write_text("".join(found.values()))
+    return sorted(found)
+
+
+def load_images(folder: Path, count: int) -> np.ndarray:
+    """The first `count` images of `folder`, read back from PNG: [N, H, W, C] uint8.
+
+    The array lies in a file beside them: 50,000 images of ImageNet's size are 10 GB.
+    """
+    found: np.ndarray | None = None
+    for index in range(count):
+        with Image.open(folder / f"{index:05d}.png", formats=["PNG"]) as image:
+            array = np.atleast_3d(np.asarray(image))
+        if found is None:
+            shape = (count, *array.shape)
+            found = open_memmap(folder / "pixels.npy", "w+", dtype=np.uint8, shape=shape)
+        found[index] = array
+    assert found is not None
+    return found
+
+
+def _metadata(pipeline: Pipeline, config: RunConfig, index: int) -> dict[str, Any]:
+    """What the PNG says about itself; the labels of all images would be longer than the image."""
+    settings = config.model_dump(mode="json", exclude={"labels"})
+    label = config.label_of(index)
+    return {"schema": SCHEMA, "image": index, "label": label, "config": settings,
+            "bundle": pipeline.bundle.sha256, "evaluation": True}  # fmt: skip
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
