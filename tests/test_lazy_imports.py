@@ -1,0 +1,61 @@
+"""A plain run needs none of the heavy libraries, and no part imports what stands above it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = (
+    "tensorrt", "tensorrt_rtx", "ray", "matplotlib", "onnx", "onnxscript", "onnxruntime",
+    "cspd.export", "cspd.tools",
+)  # fmt: skip
+# What each part may import of the project.
+ALLOWED = {
+    "engines": {"engines"},
+    "export": {"engines", "export"},
+    "runtime": {"engines", "runtime"},
+    "tools": {"engines", "export", "runtime", "tools"},
+}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Names of the modules in memory after `statement` in a fresh interpreter."""
+    code = f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_runtime_imports_nothing_heavy():
+    modules = loaded_by("import cspd.runtime, cspd.runtime.cli, cspd.runtime.pipeline")
+    assert "cspd.runtime.pipeline" in modules and "torch" in modules
+    assert modules.isdisjoint(HEAVY)
+
+
+def test_exporter_s_command_line_imports_nothing_heavy():
+    modules = loaded_by("import cspd.export.cli")
+    assert "cspd.export.cli" in modules
+    assert modules.isdisjoint(name for name in HEAVY if name != "cspd.export")
+
+
+def imported_parts(path: Path) -> set[str]:
+    """Parts of the project that the file imports anywhere, also inside functions."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.append(str(node.module))
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("cspd.")}
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_point_in_one_direction(part):
+    files = sorted((ROOT / part).glob("*.py"))
+    assert files
+    wrong = {path.name: imported_parts(path) - ALLOWED[part] for path in files}
+    assert {name: parts for name, parts in wrong.items() if parts} == {}
