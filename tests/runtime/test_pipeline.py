@@ -18,6 +18,7 @@ METHODS = {
     "draft": {"method": "draft"},
     "parallel": {"method": "cspd", "verify": "parallel"},
     "prefix": {"method": "cspd", "verify": "prefix"},
+    "lossless": {"method": "lossless", "window": 4},
 }
 
 
