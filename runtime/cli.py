@@ -45,7 +45,10 @@ def shipped_bundle() -> Path:
 def machine_options(command: Command) -> Command:
     """Options that choose what runs the networks."""
     for option in (
-        click.option("--threads", default=0, show_default="all cores", help="CPU threads."),
+        click.option(
+            "--threads", default=0, type=click.IntRange(min=0), show_default="all cores",
+            help="CPU threads.",
+        ),
         click.option(
             "--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"])
         ),

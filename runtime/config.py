@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Literal
 
 from pydantic import Field, ValidationError
@@ -87,7 +88,7 @@ def parse_labels(text: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
     by_name = {name.lower(): index for index, name in reversed(list(enumerate(class_names)))}
     labels = []
     for part in (piece.strip() for piece in text.split(",")):
-        if part.lstrip("-").isdecimal():
+        if re.fullmatch(r"-?[0-9]{1,9}", part):
             labels.append(int(part))
         elif part.lower() in by_name:
             labels.append(by_name[part.lower()])

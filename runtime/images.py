@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from cspd.engines.atomic import atomic_file
 from cspd.engines.errors import CspdError
 
 KEY = "cspd"
@@ -21,12 +21,14 @@ CAPTION = 18
 
 
 def write_png(path: Path, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
-    """Write `pixels` [H, W, C] uint8 with `metadata` as an iTXt chunk; atomic, by rename."""
+    """Write `pixels` [H, W, C] uint8 with `metadata` as an iTXt chunk; whole or not at all."""
     info = PngInfo()
     info.add_itxt(KEY, json.dumps(metadata, sort_keys=True, separators=(",", ":")))
-    temporary = path.with_name(f".{path.name}.tmp")
-    to_pillow(pixels).save(temporary, format="PNG", pnginfo=info)
-    os.replace(temporary, path)
+    try:
+        with atomic_file(path) as file:
+            to_pillow(pixels).save(file, format="PNG", pnginfo=info)
+    except OSError as error:
+        raise CspdError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         )
     try:
         metadata = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CspdError(f"{path}: its '{KEY}' text chunk is not JSON") from None
     if not isinstance(metadata, dict):
         raise CspdError(f"{path}: its '{KEY}' text chunk is not a JSON object")
