@@ -46,7 +46,10 @@ def machine_options(command: Command) -> Command:
     """Options that choose what runs the networks."""
     for option in (
         click.option(
-            "--threads", default=0, type=click.IntRange(min=0), show_default="all cores",
+            "--threads",
+            default=0,
+            type=click.IntRange(min=0),
+            show_default="all cores",
             help="CPU threads.",
         ),
         click.option(
