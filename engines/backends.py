@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import Protocol, cast
 
-import torch
-
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.session import Session
@@ -39,11 +37,6 @@ def open_session(
     """Session of graph `label`, such as "target/backbone"; `threads` 0 leaves it to the backend."""
     if backend not in BACKENDS:
         raise CspdError(f"backend {backend!r} is unknown, expected one of {', '.join(BACKENDS)}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise CspdError(
-            f"--device cuda: PyTorch {torch.__version__} finds no CUDA GPU; check nvidia-smi and "
-            "install a CUDA build of PyTorch, or use --device cpu"
-        )
     module, _, function = BACKENDS[backend].partition(":")
     opener = cast(OpenSession, getattr(importlib.import_module(module), function))
     return opener(bundle, label, device=device, threads=threads)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError, MissingExtraError
-from cspd.engines.session import Session
+from cspd.engines.session import Session, torch_device
 from cspd.engines.spec import DTYPES, GraphSpec
 
 
@@ -44,7 +44,7 @@ def ort_session(path: str, spec: GraphSpec, device: str = "cpu", threads: int = 
         session = ort.InferenceSession(path, options, providers=[provider])
     except Exception as error:  # the library raises its own, undocumented types
         raise CspdError(f"{path}: onnxruntime cannot load it: {error}") from error
-    if device == "cuda":
+    if torch_device(device).type == "cuda":
         return OrtCudaSession(session, spec, ort)
     return OrtCpuSession(session, spec)
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cspd.engines.errors import CspdError
 from cspd.engines.spec import GraphSpec
 
 
@@ -33,6 +34,16 @@ class Session(Protocol):
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Run the network once."""
         ...
+
+
+def torch_device(name: str) -> torch.device:
+    """The device `name`, "cpu" or "cuda"; CspdError if PyTorch cannot use it."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CspdError(
+            f"--device cuda: PyTorch {torch.__version__} sees no CUDA GPU; run cspd-run doctor, "
+            "or use --device cpu"
+        )
+    return torch.device(name)
 
 
 class TorchSession:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cspd.engines.bundle import Bundle
-from cspd.engines.session import Session, TorchSession
+from cspd.engines.session import Session, TorchSession, torch_device
 from cspd.export.assemble import assemble_mar, assemble_vae
 from cspd.export.graphs import PixelDecoder
 from cspd.export.mar import DiffusionLoss, Mar
@@ -22,7 +22,7 @@ def open_session(bundle: Bundle, label: str, *, device: str, threads: int) -> Se
     if threads:
         torch.set_num_threads(threads)
     module = decoder_module(bundle) if label == "decoder" else graph_module(bundle, label)
-    return TorchSession(bundle.graph(label).spec, module, torch.device(device))
+    return TorchSession(bundle.graph(label).spec, module, torch_device(device))
 
 
 def graph_module(bundle: Bundle, label: str) -> nn.Module:
