@@ -1,0 +1,195 @@
+"""The command line: every bad input is one line, the right exit code, and nothing written."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cspd.engines.errors import CspdError
+from cspd.runtime.cli import main
+from cspd.runtime.config import make_config, parse_labels
+
+FAST = ("--num-images", "1", "--num-iter", "2", "--head-steps", "2", "--batch-size", "1")
+
+
+def generate(bundle, out, *options: str):
+    arguments = ["generate", str(bundle), "--out", str(out), "--threads", "1", *options]
+    return CliRunner().invoke(main, arguments)
+
+
+def refused(result, code: int, *fragments: str) -> None:
+    """The command ended with `code` and one line on stderr, or click's usage and one line."""
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("Error: ") and result.stdout == ""
+    assert code == 2 or len(lines) == 1
+    for fragment in fragments:
+        assert fragment in lines[-1]
+
+
+BAD = {
+    "unknown class": (("--labels", "goldfsh"), 1, ["no class 'goldfsh'", "nearest is 'goldfish'"]),
+    "class too high": (("--labels", "1000"), 1, ["--labels: class 1000, expected 0..999"]),
+    "negative class": (("--labels", "-1"), 1, ["--labels: class -1, expected 0..999"]),
+    "no number": (("--labels", "--5"), 1, ["--labels"]),
+    "endless number": (("--labels", "9" * 5000), 1, ["--labels"]),
+    "empty label": (("--labels", "3,,4"), 1, ["--labels: no class ''"]),
+    "gamma 0": (("--gamma", "0"), 1, ["--gamma is 0", "greater than or equal to 1"]),
+    "gamma too high": (("--gamma", "17"), 1, ["--gamma is 17, expected 1..16"]),
+    "num-iter 0": (("--num-iter", "0"), 1, ["--num-iter is 0", "greater than or equal to 1"]),
+    "num-iter too high": (("--num-iter", "17"), 1, ["--num-iter is 17, expected 1..16"]),
+    "no images": (("--num-images", "0"), 1, ["--num-images is 0"]),
+    "too many images": (("--num-images", str(2**32 + 1)), 1, ["--num-images"]),
+    "negative seed": (("--seed", "-1"), 1, ["--seed is -1"]),
+    "head steps": (("--head-steps", "1"), 1, ["--head-steps is 1"]),
+    "head steps too high": (("--head-steps", "952"), 1, ["--head-steps is 952, expected 2..951"]),
+    "prefill": (("--prefill", "1.5"), 1, ["--prefill is 1.5"]),
+    "cfg nan": (("--cfg", "nan"), 1, ["--cfg is nan"]),
+    "temperature": (("--temperature", "0"), 1, ["--temperature is 0"]),
+    "accept": (("--accept-temperature", "-1"), 1, ["--accept-temperature is -1"]),
+    "batch": (("--batch-size", "0"), 1, ["--batch-size is 0"]),
+    "gamma text": (("--gamma", "many"), 2, ["--gamma", "not a valid integer"]),
+    "method": (("--method", "magic"), 2, ["--method", "'target'"]),
+    "backend": (("--backend", "abacus"), 2, ["--backend", "'onnxruntime'"]),
+    "option": (("--gama", "4"), 2, ["--gama", "--gamma"]),
+    "threads": (("--threads", "-1"), 2, ["--threads"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_option(tiny_bundle, tmp_path, case):
+    options, code, fragments = BAD[case]
+    refused(generate(tiny_bundle.folder, tmp_path / "out", *options), code, *fragments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_bundle(tmp_path):
+    result = generate(tmp_path / "nowhere", tmp_path / "out")
+    refused(result, 1, "no manifest.json there", "cspd-export build")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["target/weights.safetensors", "draft/backbone.onnx", "decoder/decoder.onnx", "manifest.json"],
+)
+def test_damaged_bundle(tiny_bundle, tmp_path, name):
+    damaged = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle.folder, damaged)
+    content = bytearray((damaged / name).read_bytes())
+    content[len(content) // 2] ^= 0x80
+    (damaged / name).write_bytes(content)
+    result = generate(damaged, tmp_path / "out", *FAST)
+    # A manifest with one wrong byte is no JSON, or its hashes or names do not fit the files.
+    refused(result, 1, "bundle" if name == "manifest.json" else f"{name}: differs from the hash")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bundle_without_a_draft(tiny_bundle, tmp_path):
+    alone = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle.folder, alone)
+    manifest = json.loads((alone / "manifest.json").read_text())
+    del manifest["models"]["draft"]
+    (alone / "manifest.json").write_text(json.dumps(manifest))
+    for method in ("cspd", "draft"):
+        result = generate(alone, tmp_path / "out", *FAST, "--method", method)
+        refused(result, 1, f"--method {method}: the bundle has no draft model", "--draft")
+    assert not (tmp_path / "out").exists()
+    # The method defaults to what the bundle can do.
+    result = generate(alone, tmp_path / "out", *FAST, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["config"]["method"] == "target"
+
+
+def test_out_is_a_file(tiny_bundle, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    refused(generate(tiny_bundle.folder, tmp_path / "out", *FAST), 1, "cannot write there")
+    refused(generate(tiny_bundle.folder, tmp_path / "out/more", *FAST), 1, "cannot write there")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_folder_that_is_not_empty(tiny_bundle, tmp_path, options):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    result = generate(tiny_bundle.folder, out, *FAST, *options)
+    refused(result, 1, str(out), "choose another --out")
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_overwrite_replaces_an_earlier_run(tiny_bundle, tmp_path):
+    out = tmp_path / "out"
+    assert generate(tiny_bundle.folder, out, *FAST, "--num-images", "3").exit_code == 0
+    refused(generate(tiny_bundle.folder, out, *FAST), 1, "is not empty", "--overwrite")
+    assert len(list(out.glob("0*.png"))) == 3
+    assert generate(tiny_bundle.folder, out, *FAST, "--overwrite").exit_code == 0
+    assert [path.name for path in out.glob("0*.png")] == ["00000.png"]
+    assert len((out / "images.jsonl").read_text().splitlines()) == 1
+
+
+def test_missing_extra_names_the_pip_command(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = generate(tiny_bundle.folder, tmp_path / "out", *FAST)
+    refused(result, 1, "onnxruntime is not installed", "pip install 'cspd[cpu]'")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none(tiny_bundle, tmp_path, backend):
+    options = (*FAST, "--device", "cuda", "--backend", backend)
+    refused(generate(tiny_bundle.folder, tmp_path / "out", *options), 1, "CUDA")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_is_all_there_is_on_stdout(tiny_bundle, tmp_path):
+    result = generate(tiny_bundle.folder, tmp_path / "out", *FAST, "--json")
+    record = json.loads(result.stdout)
+    assert record["schema"] == 1 and record["images"] == 1
+    assert "1/1 images" in result.stderr
+
+
+def test_quiet_says_nothing_on_stderr(tiny_bundle, tmp_path):
+    result = generate(tiny_bundle.folder, tmp_path / "out", *FAST, "--quiet")
+    assert result.exit_code == 0 and result.stderr == ""
+
+
+def test_table_has_a_line_per_method(tiny_bundle, tmp_path):
+    result = generate(tiny_bundle.folder, tmp_path / "out", *FAST, "--baseline")
+    assert result.exit_code == 0
+    rows = [line for line in result.stdout.splitlines() if "│" in line]
+    methods = [line.strip("│ ").split()[0] for line in rows]
+    assert methods == ["cspd", "target"]
+    assert rows[1].strip("│ ").endswith("1.00x")
+    assert result.stdout.splitlines()[-1] == str(tmp_path / "out" / "grid.png")
+
+
+def test_labels_default_to_one_image_per_class_in_turn():
+    names = ("cat", "dog", "Great Dane")
+    assert parse_labels("great dane, 1,CAT", names) == (2, 1, 0)
+
+
+def test_a_name_that_occurs_twice_is_its_first_class():
+    assert parse_labels("crane", ("crane", "dog", "crane")) == (0,)
+
+
+@pytest.mark.parametrize("text", ["sneeker", "SNEAKR", "sneakers"])
+def test_nearest_class_is_suggested(text):
+    with pytest.raises(CspdError, match="nearest is 'sneaker'"):
+        parse_labels(text, ("t-shirt", "sneaker", "bag"))
+
+
+def test_configuration_survives_json():
+    config = make_config(labels=(1, 2), num_images=3, seed=2**64 - 1)
+    assert type(config).model_validate_json(config.model_dump_json()) == config
+    assert [config.label_of(image) for image in range(3)] == [1, 2, 1]
+
+
+def test_unknown_setting():
+    with pytest.raises(CspdError, match="--gama"):
+        make_config(labels=(1,), num_images=1, gama=3)

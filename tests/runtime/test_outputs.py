@@ -1,0 +1,288 @@
+"""What a run leaves behind, and making an image again from what is written in it."""
+
+import hashlib
+import io
+import json
+import shutil
+from dataclasses import fields
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from cspd.engines.errors import CspdError
+from cspd.runtime.cli import main
+from cspd.runtime.config import RunConfig
+from cspd.runtime.images import CAPTION, grid, read_metadata, shorten, to_pillow, write_png
+from cspd.runtime.outputs import prepare_folder
+from cspd.runtime.stats import Verdicts
+
+OPTIONS = (
+    "--labels", "goldfish,417", "--num-images", "5", "--gamma", "4", "--batch-size", "4",
+    "--num-iter", "6", "--seed", "11", "--threads", "1", "--prefill", "0.1",
+)  # fmt: skip
+COUNTS = [field.name for field in fields(Verdicts)]
+
+
+def cspd_run(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_bundle, tmp_path_factory):
+    """Folder of a run of five images, and what the command printed with --json."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    result = cspd_run(
+        "generate", tiny_bundle.folder, *OPTIONS, "--out", out, "--json", "--baseline"
+    )
+    assert result.exit_code == 0, result.output
+    return out, json.loads(result.stdout)
+
+
+def lines_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
+
+
+def test_files(finished):
+    out, _ = finished
+    images = [f"{index:05d}.png" for index in range(5)]
+    assert sorted(p.name for p in out.iterdir()) == [
+        *images,
+        "grid.png",
+        "images.jsonl",
+        "run.json",
+    ]
+
+
+def test_json_output_is_run_json(finished):
+    out, printed = finished
+    assert json.loads((out / "run.json").read_text()) == printed
+
+
+def test_run_json(finished, tiny_bundle):
+    _, record = finished
+    assert record["schema"] == 1 and record["tool"] == version("cspd")
+    manifest = (tiny_bundle.folder / "manifest.json").read_bytes()
+    assert record["bundle"]["sha256"] == hashlib.sha256(manifest).hexdigest()
+    assert record["bundle"]["synthetic"] is False
+    config = RunConfig.model_validate(record["config"])
+    # Options, then the bundle's defaults, then those of the settings.
+    assert (config.labels, config.seed, config.gamma) == ((1, 417), 11, 4)
+    assert (config.head_steps, config.cfg) == (10, 3.0)
+    assert (config.method, config.accept_temperature) == ("cspd", 42.0)
+    assert record["law"].startswith("approximate")
+    assert record["images"] == 5
+    assert record["seconds_per_image"] == pytest.approx(record["seconds"] / 5)
+    assert {"torch", "python", "cpus", "gpu"} <= set(record["host"])
+    assert set(record["graphs"]) >= {"target/backbone", "draft/backbone", "decoder"}
+    assert all(graph["calls"] > 0 for graph in record["graphs"].values())
+    baseline = record["baseline"]
+    assert baseline["speed_ratio"] == pytest.approx(baseline["seconds"] / record["seconds"])
+
+
+def test_statistics_of_run_json_add_up(finished):
+    out, record = finished
+    statistics = record["statistics"]
+    for name in COUNTS:
+        assert statistics[name] == sum(line[name] for line in lines_of(out))
+        assert statistics[name] == sum(each[name] for each in statistics["rounds"].values())
+    judged = statistics["proposed"] - statistics["discarded"]
+    assert judged + statistics["prefilled"] == 5 * 16
+    assert statistics["acceptance_rate"] == pytest.approx(statistics["accepted"] / judged)
+    # Two batches: one prefill step each, and a round for each window.
+    assert statistics["target_calls"] == 2 * (1 + len(statistics["rounds"]))
+
+
+def test_images_jsonl(finished):
+    out, _ = finished
+    lines = lines_of(out)
+    assert [line["image"] for line in lines] == list(range(5))
+    for line in lines:
+        content = (out / line["file"]).read_bytes()
+        assert line["sha256"] == hashlib.sha256(content).hexdigest()
+        assert line["label"] == (1, 417)[line["image"] % 2]
+    assert lines[0]["class"] == "goldfish"
+
+
+def test_metadata_of_an_image(finished, tiny_bundle):
+    out, record = finished
+    for line in lines_of(out):
+        metadata = read_metadata(out / line["file"])
+        assert metadata["schema"] == 1 and metadata["image"] == line["image"]
+        assert (metadata["label"], metadata["class"]) == (line["label"], line["class"])
+        assert metadata["config"] == record["config"]
+        assert metadata["bundle"] == tiny_bundle.sha256
+        assert "synthetic" not in metadata
+        with Image.open(out / line["file"]) as image:
+            assert image.size == (16, 16) and image.mode == "L"
+
+
+def test_grid_holds_every_image(finished):
+    out, _ = finished
+    with Image.open(out / "grid.png") as sheet:
+        # Five columns; 16 pixels enlarged seven times to 112, and four pixels between.
+        assert sheet.size == (5 * (112 + 4) + 4, 112 + CAPTION + 4 + 4)
+        pixels = np.asarray(sheet.convert("L"))
+    for column in range(5):
+        with Image.open(out / f"{column:05d}.png") as image:
+            left = 4 + column * 116
+            assert (pixels[4:116:7, left : left + 112 : 7] == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize("index", [0, 3, 4])
+def test_replay_is_identical(finished, tiny_bundle, tmp_path, index):
+    """Also of image 4, which was alone in its batch with padding."""
+    image, again = finished[0] / f"{index:05d}.png", tmp_path / "again.png"
+    result = cspd_run("replay", image, tiny_bundle.folder, "--threads", "1", "--out", again)
+    assert result.exit_code == 0, result.output
+    assert "identical" in result.stdout
+    assert again.read_bytes() == image.read_bytes()
+
+
+def test_replay_notices_a_changed_pixel(finished, tiny_bundle, tmp_path):
+    source = finished[0] / "00001.png"
+    with Image.open(source) as image:
+        pixels = np.array(image)
+    pixels[3, 4] ^= 1
+    write_png(tmp_path / "changed.png", pixels[..., None], read_metadata(source))
+    result = cspd_run("replay", tmp_path / "changed.png", tiny_bundle.folder, "--threads", "1")
+    assert result.exit_code == 1 and "the pixels differ" in result.stderr
+
+
+def png_with(path, text: str | None):
+    info = PngInfo()
+    if text is not None:
+        info.add_itxt("cspd", text)
+    Image.new("L", (16, 16)).save(path, pnginfo=info)
+    return path
+
+
+def with_metadata(finished, path, change):
+    metadata = read_metadata(finished[0] / "00000.png")
+    change(metadata)
+    return png_with(path, json.dumps(metadata))
+
+
+NOT_REPLAYABLE = {
+    "foreign PNG": (None, "has no 'cspd' text chunk"),
+    "broken JSON": ('{"image": 0', "is not JSON"),
+    "JSON list": ("[1, 2]", "not a JSON object"),
+    "empty object": ("{}", "was made with bundle"),
+    "deep JSON": ("[" * 100_000, "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_REPLAYABLE)
+def test_png_that_cannot_be_replayed(tiny_bundle, tmp_path, case):
+    text, fragment = NOT_REPLAYABLE[case]
+    check_replay_error(tiny_bundle, png_with(tmp_path / "x.png", text), fragment)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no image", b"\x89PNG\r\n\x1a\n", b"GIF89a"],
+    ids=["empty", "text", "head", "gif"],
+)
+def test_file_that_is_no_png(tiny_bundle, tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    check_replay_error(tiny_bundle, tmp_path / "x.png", "cannot be read as PNG")
+
+
+def test_truncated_png(finished, tiny_bundle, tmp_path):
+    whole = (finished[0] / "00000.png").read_bytes()
+    for length in (30, len(whole) // 2):
+        (tmp_path / "x.png").write_bytes(whole[:length])
+        check_replay_error(tiny_bundle, tmp_path / "x.png", "cannot be read as PNG")
+
+
+CHANGES = {
+    "other bundle": (lambda m: m.update(bundle="0" * 64), "was made with bundle 000000000000"),
+    "no settings": (lambda m: m.pop("config"), "its settings are not valid"),
+    "wrong settings": (lambda m: m["config"].update(gamma="many"), "its settings are not valid"),
+    "unknown setting": (lambda m: m["config"].update(plugin="x"), "its settings are not valid"),
+    "no index": (lambda m: m.pop("image"), "its settings are not valid"),
+    "text as index": (lambda m: m.update(image="first"), "its settings are not valid"),
+    "index too large": (lambda m: m.update(image=5), "image 5, expected 0..4"),
+    "negative index": (lambda m: m.update(image=-1), "image -1, expected 0..4"),
+    "unknown class": (lambda m: m["config"].update(labels=[1000]), "class 1000, expected 0..999"),
+    "unknown backend": (lambda m: m["config"].update(backend="abacus"), "backend 'abacus'"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_image_with_changed_settings(finished, tiny_bundle, tmp_path, case):
+    change, fragment = CHANGES[case]
+    check_replay_error(tiny_bundle, with_metadata(finished, tmp_path / "x.png", change), fragment)
+
+
+def check_replay_error(bundle, image, fragment: str) -> None:
+    result = cspd_run("replay", image, bundle.folder, "--threads", "1")
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    assert fragment in result.stderr
+
+
+def test_replay_to_a_place_that_is_none(finished, tiny_bundle, tmp_path):
+    out = tmp_path / "nowhere" / "x.png"
+    result = cspd_run("replay", finished[0] / "00000.png", tiny_bundle.folder, "--out", out)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert str(out) in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_prepare_folder_makes_it(tmp_path):
+    prepare_folder(tmp_path / "a" / "b", overwrite=False)
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_overwriting_removes_files_of_runs_only(finished, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(finished[0], folder)
+    mine = ("notes.txt", "photo.png", ".hidden")
+    for name in mine:
+        (folder / name).write_text("mine")
+    with pytest.raises(CspdError, match="is not empty; choose another --out or add --overwrite"):
+        prepare_folder(folder, overwrite=False)
+    assert len(list(folder.iterdir())) == 8 + len(mine)
+    prepare_folder(folder, overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(mine)
+
+
+def test_folder_of_something_else_is_never_overwritten(tmp_path):
+    (tmp_path / "00001.png").write_text("a picture of mine")
+    with pytest.raises(CspdError, match="holds files that are not a finished run"):
+        prepare_folder(tmp_path, overwrite=True)
+    assert (tmp_path / "00001.png").read_text() == "a picture of mine"
+
+
+def test_write_png_leaves_no_temporary_file(tmp_path):
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    write_png(tmp_path / "x.png", pixels, {"text": "ä 漢 \n"})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+    assert read_metadata(tmp_path / "x.png") == {"text": "ä 漢 \n"}
+    with Image.open(tmp_path / "x.png") as image:
+        assert (np.asarray(image) == pixels).all()
+
+
+def test_grid_wraps_after_eight_images():
+    pixels = np.zeros((112, 112, 3), dtype=np.uint8)
+    sheet = grid([pixels] * 9, ["x"] * 9)
+    assert sheet.size == (8 * 116 + 4, 2 * (112 + CAPTION + 4) + 4)
+
+
+def test_captions_are_cut_to_their_width():
+    class Font:
+        def getlength(self, text: str) -> int:
+            return 10 * len(text)
+
+    assert shorten("sneaker", Font(), 70) == "sneaker"
+    assert shorten("sneaker", Font(), 69) == "sneak…"
+
+
+def test_grey_and_colour():
+    grey, colour = (to_pillow(np.zeros((2, 2, c), dtype=np.uint8)) for c in (1, 3))
+    assert (grey.mode, colour.mode) == ("L", "RGB")
+    grey.save(io.BytesIO(), format="PNG")
