@@ -18,6 +18,7 @@ from cspd.tools.bench_run import JOURNAL, Bench, Journal, make_header, read_line
 from cspd.tools.bench_tables import TABLES, Table, readme_table
 from cspd.tools.evaluate_judges import Judge, find_judge
 from cspd.tools.metrics import MIN_IMAGES
+from cspd.tools.provenance import command_line, commit
 
 PATH = click.Path(path_type=Path)
 
@@ -93,7 +94,8 @@ def command(
         if not quiet:
             click.echo(text, err=True)
 
-    journal = Journal(out, make_header(opened, points, threads))
+    origin = {"command": command_line(), "commit": commit()}
+    journal = Journal(out, make_header(opened, points, threads) | origin)
     Bench(opened, journal, device, threads, say).run(points)
     judge_points(journal, points, quality_judge(opened, points, inception, reference))
     show(Results(journal.lines), out, as_json)

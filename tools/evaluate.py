@@ -27,6 +27,7 @@ from cspd.tools.bench_tables import Table
 from cspd.tools.evaluate_judges import Judge, find_judge, frechet_name
 from cspd.tools.evaluate_run import Variant, balanced_labels, load_images, make_images
 from cspd.tools.parity_measure import finite
+from cspd.tools.provenance import command_line, commit
 
 SCHEMA = 1
 RESULT = "evaluate.json"
@@ -237,6 +238,7 @@ def command(
     record = Evaluation(opened, variants, judge, out, say).run(
         Pipeline(opened, backend, device, threads)
     )
+    record |= {"command": command_line(), "commit": commit()}
     text = json.dumps(record, indent=1)
     (out / RESULT).write_text(text + "\n")
     if as_json:

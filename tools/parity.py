@@ -22,6 +22,7 @@ from cspd.tools.parity_bisect import Suspect, bisect
 from cspd.tools.parity_ladder import Ladder, candidates
 from cspd.tools.parity_measure import Row, Skipped, finite, worst
 from cspd.tools.parity_rungs import RUNGS
+from cspd.tools.provenance import command_line, commit
 
 SCHEMA = 1
 COMPARED = [name for name in BACKENDS if name != "torch"]
@@ -137,7 +138,9 @@ def command(
     )  # fmt: skip
     rows, skipped = climb(ladder, rungs or RUNGS)
     suspects = bisect(ladder, rows) if with_bisect else []
-    text = json.dumps(to_json(ladder, rows, skipped, suspects), indent=1)
+    record = to_json(ladder, rows, skipped, suspects)
+    record |= {"command": command_line(), "commit": commit()}
+    text = json.dumps(record, indent=1)
     if out is not None:
         out.write_text(text + "\n")
     if as_json:

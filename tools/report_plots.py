@@ -1,0 +1,196 @@
+"""The figures of a report: every function draws one from measured data, or returns None."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from cspd.tools.bench_results import Results, Summary
+from cspd.tools.bench_tables import acceptance_by_known, name_of
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+SIZE = (6.0, 3.6)  # inches
+STYLE = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+    "font.size": 10, "svg.fonttype": "path", "legend.frameon": False,
+}  # fmt: skip
+
+
+def new_figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    """An empty plot with its labels."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+        axes.set(title=title, xlabel=x, ylabel=y)
+    return figure, axes
+
+
+def save(figure: Figure, folder: Path | None, name: str) -> bytes:
+    """The figure as SVG; also written to `folder` as PNG on white, if one is given."""
+    buffer = io.BytesIO()
+    with plt.rc_context(STYLE):
+        figure.savefig(buffer, format="svg")
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(folder / f"{name}.png", dpi=150, facecolor="white")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def pareto(results: Results) -> Figure | None:
+    """Quality against time: down and left is better."""
+    scored = [item for item in results.serving("pareto") if item.score]
+    if not scored:
+        return None
+    count = scored[0].score["n"]
+    figure, axes = new_figure(
+        "Quality against time", "seconds per image", f"Frechet distance, n = {count:.0f}"
+    )
+    for method in ("target", "draft", "cspd", "lossless"):
+        items = [item for item in scored if item.point.config.method == method]
+        items.sort(key=lambda item: item.seconds)
+        if items:
+            x, y = [i.seconds for i in items], [i.score["frechet"] for i in items]
+            axes.plot(x, y, "o-" if len(items) > 2 else "o", label=method)
+            for item in items:
+                label = name_of(item).partition(", ")[2]
+                axes.annotate(label, (item.seconds, item.score["frechet"]), fontsize=8,
+                              xytext=(4, 4), textcoords="offset points")  # fmt: skip
+    axes.set(xscale="log", yscale="log")
+    axes.margins(0.12)
+    axes.legend()
+    return figure
+
+
+def speed_against_gamma(results: Results) -> Figure | None:
+    """Table 1 as a picture: speed ratio against gamma, a line per batch size."""
+    items = results.serving("table 1", method="cspd")
+    if not items:
+        return None
+    figure, axes = new_figure("Speed against gamma", "gamma", "speed ratio to the target")
+    for size in sorted({item.point.config.batch_size for item in items}):
+        reference = results.baseline(size)
+        group = [item for item in items if item.point.config.batch_size == size]
+        if reference is not None:
+            x = [item.point.config.gamma for item in group]
+            axes.plot(
+                x, [reference.seconds / i.seconds for i in group], "o-", label=f"batch {size}"
+            )
+    axes.axhline(1, color="grey", linewidth=1)
+    gammas = sorted({item.point.config.gamma for item in items})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(gammas, [str(gamma) for gamma in gammas])
+    axes.legend()
+    return figure
+
+
+def _sweep(results: Results, tag: str, option: str, title: str) -> Figure | None:
+    items = results.serving(tag, method="cspd")
+    points = [(getattr(i.point.config, option), i.acceptance) for i in items]
+    points = [point for point in points if point[1] is not None]
+    if len(points) < 2:
+        return None
+    figure, axes = new_figure(title, option, "accepted per judged token")
+    axes.plot(*zip(*points, strict=True), "o-")
+    axes.set_ylim(0, None)
+    return figure
+
+
+def acceptance_along_image(results: Results) -> Figure | None:
+    """Figure 11: acceptance of the rounds that began with so many known tokens."""
+    counts = acceptance_by_known(results)
+    if not counts:
+        return None
+    figure, axes = new_figure(
+        "Acceptance along the image",
+        "known tokens when the round began",
+        "accepted per judged token",
+    )
+    axes.plot(list(counts), [a / max(j, 1) for a, j in counts.values()], "o-")
+    axes.set_ylim(0, None)
+    return figure
+
+
+def heat_map(results: Results) -> Figure | None:
+    """Figure 16: where on the image tokens are accepted."""
+    lines = results.of("probe", "probe")
+    if not lines:
+        return None
+    accepted, judged = (
+        np.array([line[name] for line in lines]).sum(0) for name in ("accepted_at", "judged_at")
+    )
+    grid = round(len(judged) ** 0.5)
+    share = np.divide(accepted, judged, where=judged > 0, out=np.full(len(judged), np.nan))
+    figure, axes = new_figure("Accepted share by position", "column", "row")
+    axes.grid(False)
+    shown = axes.imshow(share.reshape(grid, grid), cmap="viridis", vmin=0)
+    figure.colorbar(shown, label="accepted per judged token")
+    return figure
+
+
+def time_by_graph(results: Results) -> Figure | None:
+    """Where the time goes, a bar per method."""
+    items: list[Summary] = results.serving("readme")
+    if not items:
+        return None
+    figure, axes = new_figure("Where the time goes", "milliseconds per image", "")
+    names = [name_of(item) for item in items]
+    graphs = sorted({graph for item in items for graph in item.graphs})
+    left = np.zeros(len(items))
+    for graph in graphs:
+        width = np.array([item.graphs.get(graph, 0.0) * 1e3 for item in items])
+        axes.barh(names, width, left=left, label=graph)
+        left += width
+    rest = np.array([item.seconds * 1e3 for item in items]) - left
+    axes.barh(
+        names, np.maximum(rest, 0), left=left, color="lightgrey", label="outside the networks"
+    )
+    axes.invert_yaxis()
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
+    return figure
+
+
+def errors_by_step(parity: dict[str, Any], rung: str) -> Figure | None:
+    """How the error grows, step by step, of every backend and member."""
+    lines: dict[str, dict[int, float]] = {}
+    for row in parity["rows"]:
+        words = row["case"].split()
+        if row["rung"] == rung and "step" in words and row["error"] is not None:
+            step = int(words[words.index("step") + 1])
+            errors = lines.setdefault(row["subject"], {})
+            errors[step] = max(errors.get(step, 0.0), row["error"])
+    if not lines:
+        return None
+    figure, axes = new_figure(f"Error by step: {rung}", "step", "relative error against PyTorch")
+    for subject, errors in lines.items():
+        floor = 1e-9  # equal to the bit has no place on a logarithmic axis
+        axes.plot(list(errors), [max(e, floor) for e in errors.values()], label=subject)
+    tolerance = max(row["tolerance"] for row in parity["rows"]
+                    if row["rung"] == rung and row["unit"] == "relative")  # fmt: skip
+    axes.axhline(tolerance, color="red", linewidth=1, linestyle="--", label="tolerance")
+    axes.set_yscale("log")
+    axes.legend(fontsize=8)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Results], Figure | None]] = {
+    "pareto": pareto,
+    "speed": speed_against_gamma,
+    "time": time_by_graph,
+    "figure-08-gamma": lambda r: _sweep(r, "figure 8", "gamma", "Acceptance against gamma"),
+    "figure-11-along-the-image": acceptance_along_image,
+    "figure-13-guidance": lambda r: _sweep(r, "figure 13", "cfg", "Acceptance against guidance"),
+    "figure-14-temperature": lambda r: _sweep(
+        r, "figure 14", "temperature", "Acceptance against temperature"
+    ),
+    "figure-16-positions": heat_map,
+}
