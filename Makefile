@@ -19,6 +19,10 @@ lint: .venv/dev
 	for part in engines export runtime tools demo_pair; do ln -sfn ../../../$$part build/types/cspd/$$part; done
 	MYPYPATH=build/types $(BIN)/mypy -p cspd.engines -p cspd.export -p cspd.runtime -p cspd.tools
 
+bench: .venv/report
+	$(BIN)/cspd-run bench --out out/bench
+	$(BIN)/cspd-run report out/bench --out out/bench/report.html
+
 clean:
 	rm -rf .venv build out
 
@@ -28,6 +32,10 @@ clean:
 .venv/run: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[cpu]'
 	touch $@
+
+.venv/report: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[cpu,export,report]'
+	touch .venv/run $@
 
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[cpu,rtx,export,test,dev]'
