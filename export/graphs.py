@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
+from cspd.export.diffusion_head import DiffusionHead
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig
 
@@ -51,17 +52,22 @@ class DenoiserGraph(nn.Module):
         schedule: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """See `denoiser_spec` for shapes; returns mean, log_std, x0, fraction, each [R, C]."""
-        head = self.diffloss.net
-        row = nn.functional.embedding(step, schedule)
-        time = head.time_embed(row[:, 0])
-        condition = head.cond_embed(conditions).transpose(0, 1)
-        branches, width = conditions.shape[0], condition.shape[-1]
-        flat = nn.functional.embedding(token, condition.reshape(-1, branches * width))
-        condition = flat.reshape(-1, branches, width).transpose(0, 1)
-        noise, variance = head.denoise(
-            x.expand(branches, -1, -1), head.modulations(condition + time)
-        )
-        return guided_kernel(noise, variance, x, guidance, row)
+        return denoise_rows(self.diffloss.net, x, step, token, conditions, guidance, schedule)
+
+
+def denoise_rows(
+    head: DiffusionHead, x: Tensor, step: Tensor, token: Tensor, conditions: Tensor,
+    guidance: Tensor, schedule: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Mean, log_std, x0 and fraction, each [R, C], of one denoising step; see `denoiser_spec`."""
+    row = nn.functional.embedding(step, schedule)
+    time = head.time_embed(row[:, 0])
+    condition = head.cond_embed(conditions).transpose(0, 1)
+    branches, width = conditions.shape[0], condition.shape[-1]
+    flat = nn.functional.embedding(token, condition.reshape(-1, branches * width))
+    condition = flat.reshape(-1, branches, width).transpose(0, 1)
+    noise, variance = head.denoise(x.expand(branches, -1, -1), head.modulations(condition + time))
+    return guided_kernel(noise, variance, x, guidance, row)
 
 
 class LoopPrelude(nn.Module):

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.export.graphs import GRAPH_TOLERANCE, MAX_STEPS, DenoiserGraph
+from cspd.export.graphs import GRAPH_TOLERANCE, MAX_STEPS, denoise_rows
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig
 
@@ -32,7 +32,8 @@ class SpeculativeRoundGraph(nn.Module):
 
     def __init__(self, diffloss: DiffusionLoss) -> None:
         super().__init__()
-        self.denoiser = DenoiserGraph(diffloss)
+        # Held directly, so that parameters have the names of the weight file.
+        self.diffloss = diffloss
 
     def forward(
         self, x: Tensor, step: Tensor, x0: Tensor, fraction: Tensor,
@@ -59,7 +60,8 @@ class SpeculativeRoundGraph(nn.Module):
         states = torch.cat([x[:, None], reached[:, :-1]], dim=1)
         drafted_mean = mean_x0 * x0[:, None] + mean_x * states
         # Verify.
-        seen = self.denoiser(
+        seen = denoise_rows(
+            self.diffloss.net,
             embedding(row, states.flatten(0, 1)),
             steps.flatten().index_select(0, row),
             row_token,
