@@ -103,6 +103,8 @@ def _detach_body(body: ir.Graph, outer: ir.Graph, constants: tuple[ir.Value, ...
     body.inputs[:] = [arguments[name] for name in (*CARRIED, *SCANNED)]
     for value in (*body.inputs, *body.outputs):
         value.shape = None
+        value.metadata_props.clear()
+    body.metadata_props.clear()
     return body
 
 
