@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -61,7 +62,9 @@ def compare(
         inputs = realistic_inputs(session.spec, sizes, schedule, seed)
         got, expected = session(**inputs), reference(**inputs)
         for name, value in got.items():
-            worst[name] = max(worst.get(name, 0.0), relative_error(value, expected[name]))
+            errors = (worst.get(name, 0.0), relative_error(value, expected[name]))
+            # max() alone would drop a NaN.
+            worst[name] = math.nan if any(map(math.isnan, errors)) else max(errors)
     return worst
 
 
