@@ -63,7 +63,9 @@ def require_exporter() -> None:
 )
 @click.option("--max-rows", default=1024, show_default=True, help="Most tokens in one head call.")
 @click.option(
-    "--clip-timesteps", type=int, help="Sample from this time on instead of 999; changes the law."
+    "--clip-timesteps",
+    type=click.IntRange(min=1),
+    help="Sample from this time on instead of 999; changes the law.",
 )
 @click.option(
     "--backend",
