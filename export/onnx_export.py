@@ -96,6 +96,7 @@ def finish(model: ir.Model, spec: GraphSpec) -> ir.Model:
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:
+            value.metadata_props.clear()
             # Inner shapes carry the exporter's symbols, which mean nothing beside our axis names.
             if value not in graph.outputs:
                 value.shape = None
