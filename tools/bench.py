@@ -19,6 +19,7 @@ from cspd.tools.bench_tables import TABLES, Table, readme_table
 from cspd.tools.evaluate_judges import Judge, find_judge
 from cspd.tools.metrics import MIN_IMAGES
 from cspd.tools.provenance import command_line, commit
+from cspd.tools.replay import AcceptancePattern, load_pattern
 
 PATH = click.Path(path_type=Path)
 
@@ -65,6 +66,12 @@ PATH = click.Path(path_type=Path)
     "--inception", type=PATH, help="Inception weights of torch-fidelity, for ImageNet models."
 )
 @click.option("--reference", type=PATH, help="Statistics of real images: .npz with mu and sigma.")
+@click.option(
+    "--replay-acceptance",
+    "replayed",
+    type=PATH,
+    help="Random weights only: verdicts as in this finished benchmark.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and measure nothing.")
 @click.option("--readme", is_flag=True, help="Print the table of the README from finished results.")
 @click.option("--json", "as_json", is_flag=True, help="Print all tables as JSON.")
@@ -73,7 +80,8 @@ def command(
     bundle: Path | None, out: Path, quick: bool, images: int | None, repeats: int | None,
     batch_sizes: tuple[int, ...], no_compile: bool, num_iter: int | None, head_steps: int | None,
     seed: int, backend: str, device: str, threads: int, inception: Path | None,
-    reference: Path | None, dry_run: bool, readme: bool, as_json: bool, quiet: bool,
+    reference: Path | None, replayed: Path | None, dry_run: bool, readme: bool, as_json: bool,
+    quiet: bool,
 ) -> None:  # fmt: skip
     """Measure speed, acceptance and quality of BUNDLE, by default the shipped pair."""
     from cspd.runtime.cli import shipped_bundle
@@ -95,8 +103,9 @@ def command(
             click.echo(text, err=True)
 
     origin = {"command": command_line(), "commit": commit()}
-    journal = Journal(out, make_header(opened, points, threads) | origin)
-    Bench(opened, journal, device, threads, say).run(points)
+    pattern = acceptance_pattern(opened, replayed)
+    journal = Journal(out, make_header(opened, points, threads, pattern) | origin)
+    Bench(opened, journal, device, threads, say, pattern).run(points)
     judge_points(journal, points, quality_judge(opened, points, inception, reference))
     show(Results(journal.lines), out, as_json)
 
@@ -113,6 +122,17 @@ def make_scale(
     peers = tuple(p for p in usual.peers if not (no_compile and p == "torch.compile"))
     sizes = tuple(sorted(set(batch_sizes))) or usual.batch_sizes
     return Scale(repeats or usual.repeats, images, sizes, peers, usual.steps)
+
+
+def acceptance_pattern(bundle: Bundle, folder: Path | None) -> AcceptancePattern | None:
+    """The pattern measured in `folder`; only bundles with random weights may borrow one."""
+    if folder is None:
+        return None
+    if not bundle.manifest.synthetic:
+        raise CspdError(
+            "--replay-acceptance: this bundle has trained weights, whose acceptance is measured"
+        )
+    return load_pattern(load_results(folder))
 
 
 def plan_text(points: list[Point]) -> str:

@@ -17,12 +17,14 @@ import torch
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.session import CallStats, Session, TorchSession
+from cspd.export.graphs import DenoiserLoopGraph
 from cspd.export.torch_session import decoder_module, graph_module
 from cspd.runtime.outputs import environment, tool_version
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.stats import Statistics
 from cspd.tools.bench_plan import COMPILED, TRIES, Point, plan_hash
-from cspd.tools.probe import ProbePipeline, rounds
+from cspd.tools.probe import rounds, unchanged
+from cspd.tools.replay import AcceptancePattern, ReplayPipeline
 
 SCHEMA = 1
 JOURNAL = "bench.jsonl"
@@ -43,10 +45,13 @@ class Journal:
         if not self.lines:
             self.path.write_text("")
             self.append(header)
-        elif any(self.lines[0].get(key) != header[key] for key in ("bundle", "plan", "threads")):
+        elif any(
+            self.lines[0].get(key) != header[key]
+            for key in ("bundle", "plan", "threads", "replayed")
+        ):
             raise CspdError(
-                f"{self.path}: holds results of another bundle, plan or number of threads; "
-                "choose another --out"
+                f"{self.path}: holds results of another bundle, plan, pattern or number "
+                "of threads; choose another --out"
             )
         else:
             text = "".join(json.dumps(line) + "\n" for line in self.lines)
@@ -75,7 +80,9 @@ def read_lines(path: Path) -> list[Line]:
     return lines
 
 
-def make_header(bundle: Bundle, points: list[Point], threads: int) -> Line:
+def make_header(
+    bundle: Bundle, points: list[Point], threads: int, pattern: AcceptancePattern | None = None
+) -> Line:
     """What is measured, and on what."""
     return {
         "kind": "bench",
@@ -85,6 +92,7 @@ def make_header(bundle: Bundle, points: list[Point], threads: int) -> Line:
         "synthetic": bundle.manifest.synthetic,
         "plan": plan_hash(points),
         "threads": threads,
+        "replayed": pattern.model_dump(mode="json") if pattern else None,
         "host": environment(),
         "models": {role: model.preset for role, model in bundle.manifest.models.items()},
         "num_tokens": bundle.manifest.geometry.num_tokens,
@@ -101,6 +109,7 @@ class Bench:
     device: str = "cpu"
     threads: int = 0
     say: Callable[[str], None] = print
+    pattern: AcceptancePattern | None = None
     pipelines: dict[str, Pipeline] = field(default_factory=dict)
 
     def run(self, points: list[Point]) -> None:
@@ -181,25 +190,21 @@ class Bench:
     def pipeline(self, backend: str) -> Pipeline:
         """The pipeline of a backend, opened when first needed."""
         if backend not in self.pipelines:
-            made = Pipeline(self.bundle, backend, self.device, self.threads)
-            if backend == COMPILED:
-                made = ProbePipeline(
-                    self.bundle, "torch", self.device, self.threads, wrap=self._compiled
-                )
-            self.pipelines[backend] = made
+            name, wrap = ("torch", self._compiled) if backend == COMPILED else (backend, unchanged)
+            self.pipelines[backend] = ReplayPipeline(
+                self.bundle, name, self.device, self.threads, wrap=wrap, pattern=self.pattern
+            )
         return self.pipelines[backend]
 
     def _compiled(self, label: str, session: Session) -> Session:
         """The PyTorch session of `label` with its module compiled for dynamic shapes."""
         if label == "decoder":
-            module = torch.compile(decoder_module(self.bundle), dynamic=True)
+            module = decoder_module(self.bundle)
         else:
             module = graph_module(self.bundle, label)
-            if label.endswith("_loop"):  # unrolled, the loop would take hours to compile
-                module.step = torch.compile(module.step, dynamic=True)
-            else:
-                module = torch.compile(module, dynamic=True)
-        return TorchSession(session.spec, module, session.device)
+        # Unrolled, a whole denoising loop would take hours to compile.
+        inner = module.step if isinstance(module, DenoiserLoopGraph) else module
+        return TorchSession(session.spec, _Compiled(module, inner), session.device)
 
     def _starts(self, points: list[Point]) -> None:
         """Time to open all sessions, hashes included: first, and again with warm file caches."""
@@ -218,7 +223,7 @@ class Bench:
     def _probes(self, points: list[Point]) -> None:
         """Figures 15 and 16: tries of the residual, and where on the image tokens are accepted."""
         point = next((p for p in points if "figure 11" in p.serves), None)
-        if point is None:
+        if point is None or self.pattern is not None:
             return
         size = {"num_images": point.config.batch_size}
         config = point.config.model_copy(update=size)
@@ -226,6 +231,22 @@ class Bench:
             if not self.journal.has("probe", tries):
                 line = probe(self.pipeline(point.backend), config, tries)
                 self.journal.append({"kind": "probe", "point": "probe", "repeat": tries, **line})
+
+
+class _Compiled(torch.nn.Module):
+    """`module` with its part `inner`, itself or a submodule, compiled for dynamic shapes."""
+
+    def __init__(self, module: torch.nn.Module, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        # In place: a graph module is made anew for every session, unlike the network behind it.
+        self.run = torch.compile(module, dynamic=True) if inner is module else module
+        if inner is not module:
+            inner.compile(dynamic=True)
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        """What the module returns."""
+        return self.run(*tensors)
 
 
 def probe(pipeline: Pipeline, config: Any, tries: int) -> Line:

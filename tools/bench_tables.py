@@ -84,6 +84,9 @@ def host_note(results: Results) -> str:
     warning = ""
     if header["synthetic"]:
         warning = "SYNTHETIC random weights, quality and acceptance mean nothing. "
+    if header["replayed"]:
+        source = header["replayed"]["source"][:12]
+        warning += f"Acceptance REPLAYED from a run of bundle {source}, not measured here. "
     loads = [line["load"] for line in results.lines[1:] if "load" in line]
     if loads and statistics.median(loads) > float(host["cpus"]) + 0.5:
         warning += f"The machine was busy (median load {statistics.median(loads):.1f}). "

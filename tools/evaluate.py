@@ -224,7 +224,7 @@ def command(
 
     opened = open_bundle(bundle or shipped_bundle())
     given = {"num_iter": num_iter, "head_steps": head_steps}
-    base = {name: value for name, value in given.items() if value is not None}
+    base: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     base |= {"batch_size": batch_size, "backend": backend}
     variants = make_variants(
         opened, [parse_method(m) for m in methods], _seeds(seeds), num_images, base

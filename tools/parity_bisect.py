@@ -73,8 +73,10 @@ def fresh_export(ladder: Ladder, label: str, folder: Path) -> Path:
     """The graph `label` exported again from the weights of the bundle, with its weights inside."""
     bundle, spec = ladder.bundle, ladder.bundle.graph(label).spec
     module = decoder_module(bundle) if label == "decoder" else graph_module(bundle, label)
-    loop = isinstance(module, DenoiserLoopGraph)
-    model = export_loop(module, spec) if loop else export_graph(module, spec)
+    if isinstance(module, DenoiserLoopGraph):
+        model = export_loop(module, spec)
+    else:
+        model = export_graph(module, spec)
     path = folder / "fresh.onnx"
     save_graph(model, path, None)
     return path

@@ -41,13 +41,18 @@ class ErrorStats:
     cosine: float
 
 
+# What a result with NaN or infinity in it is compared to.
+INF = math.inf
+BROKEN = ErrorStats(INF, INF, INF, INF, INF, INF, INF, -1.0)
+
+
 def measure(value: Tensor, reference: Tensor) -> ErrorStats:
     """Errors of `value` against `reference`, tensors of one shape, computed in float64."""
     if value.shape != reference.shape:
         raise ValueError(f"shapes {list(value.shape)} and {list(reference.shape)} differ")
     a, b = value.double().flatten(), reference.double().flatten()
     if not bool(a.isfinite().all() & b.isfinite().all()):
-        return ErrorStats(*[math.inf] * 7, cosine=-1.0)
+        return BROKEN
     scale = max(float(b.square().mean().sqrt()), 1e-30)
     absolute = (a - b).abs()
     relative = absolute / b.abs().clamp(min=scale)

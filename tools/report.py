@@ -29,6 +29,7 @@ class Picture:
 
     caption: str
     data: str
+    look: str = ""  # "map": colours that mean something, which dark mode must not change
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ def bench_section(source: Source, number: int, plots: Path | None) -> Section:
         if figure is not None:
             caption = figure.axes[0].get_title()
             image = save(figure, plots, name)
-            section.plots.append(Picture(caption, data_uri(image, "image/svg+xml")))
+            look = "map" if figure.axes[0].images else ""
+            section.plots.append(Picture(caption, data_uri(image, "image/svg+xml"), look))
     return section
 
 

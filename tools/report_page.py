@@ -9,7 +9,8 @@ CSS = """
   --back: #ffffff; --panel: #f5f7fa; --good: #1a7f37; --bad: #c62828; --warn: #9a6700; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #9aa4b2; --line: #333a44;
   --back: #14171b; --panel: #1d2127; --good: #4cc66a; --bad: #ff6b66; --warn: #e0b341; }
-  img.plot { filter: invert(.92) hue-rotate(180deg); } }
+  img.plot { filter: invert(.92) hue-rotate(180deg); }
+  img.plot.map { filter: none; background: #fff; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); line-height: 1.5;
   font: 16px/1.5 system-ui, sans-serif; }
@@ -56,7 +57,7 @@ PAGE = """{% macro show(t) %}<h3>{{ t.title }}</h3><div class="scroll"><table><t
 {% if s.text %}<p class="note">{{ s.text }}</p>{% endif %}
 {% if s.tables %}{{ show(s.tables[0]) }}{% endif %}
 {% if s.plots %}<div class="plots">{% for plot in s.plots %}
-<figure><img class="plot" alt="{{ plot.caption }}" src="{{ plot.data }}">
+<figure><img class="plot {{ plot.look }}" alt="{{ plot.caption }}" src="{{ plot.data }}">
 <figcaption>{{ plot.caption }}</figcaption></figure>{% endfor %}</div>{% endif %}
 {% for t in s.tables[1:] %}{{ show(t) }}{% endfor %}
 {% for p in s.pairs %}<h3>{{ p.title }}</h3>

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 SIZE = (6.0, 3.6)  # inches
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
     "font.size": 10, "svg.fonttype": "path", "legend.frameon": False,
@@ -95,13 +95,16 @@ def speed_against_gamma(results: Results) -> Figure | None:
 
 def _sweep(results: Results, tag: str, option: str, title: str) -> Figure | None:
     items = results.serving(tag, method="cspd")
-    points = [(getattr(i.point.config, option), i.acceptance) for i in items]
-    points = [point for point in points if point[1] is not None]
+    points = [
+        (getattr(item.point.config, option), item.acceptance)
+        for item in items
+        if item.acceptance is not None
+    ]
     if len(points) < 2:
         return None
     figure, axes = new_figure(title, option, "accepted per judged token")
     axes.plot(*zip(*points, strict=True), "o-")
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.1 * max(share for _, share in points) or 1)
     return figure
 
 
@@ -115,8 +118,9 @@ def acceptance_along_image(results: Results) -> Figure | None:
         "known tokens when the round began",
         "accepted per judged token",
     )
-    axes.plot(list(counts), [a / max(j, 1) for a, j in counts.values()], "o-")
-    axes.set_ylim(0, None)
+    shares = [accepted / max(judged, 1) for accepted, judged in counts.values()]
+    axes.plot(list(counts), shares, "o-")
+    axes.set_ylim(0, 1.1 * max(shares) or 1)
     return figure
 
 

@@ -14,6 +14,7 @@ from cspd.tools.bench_plan import Scale, cspd_target_calls, make_plan, plan_hash
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_run import JOURNAL, Journal, make_header, read_lines
 from cspd.tools.bench_tables import acceptance_by_known, law
+from cspd.tools.replay import AcceptancePattern, ReplayPipeline, load_pattern
 
 OPTIONS = ["--quick", "--num-iter", "4", "--head-steps", "3", "--batch-size", "1"]
 OPTIONS += ["--batch-size", "2", "--threads", "1", "--repeats", "1"]
@@ -191,3 +192,47 @@ def test_readme_option_prints_finished_results(finished):
     assert result.stdout.startswith("### Methods side by side")
     missing = CliRunner().invoke(bench.command, ["--readme", "--out", str(finished[0] / "no")])
     assert isinstance(missing.exception, CspdError)
+
+
+def synthetic(bundle):
+    return type(bundle)(bundle.folder, bundle.manifest.model_copy(update={"synthetic": True}))
+
+
+@pytest.mark.parametrize(
+    ("verify", "rate"), [("parallel", 1.0), ("parallel", 0.0), ("prefix", 1.0)]
+)
+def test_replayed_acceptance_is_the_pattern_s(tiny_bundle, verify, rate):
+    pattern = AcceptancePattern(source="x", shares=(0.0, 1.0), rates=(rate, rate))
+    pipeline = ReplayPipeline(tiny_bundle, threads=1, pattern=pattern)
+    (point, *_) = make_plan(tiny_bundle.manifest, {}, Scale.quick())
+    changes = {"method": "cspd", "num_iter": 6, "head_steps": 3, "verify": verify, "gamma": 4}
+    config = point.config.model_copy(update=changes)
+    (images, statistics), *_ = pipeline.generate(config, [0, 1])
+    assert statistics.verdicts.acceptance_rate == rate
+    assert len(images) == 2 and statistics.verdicts.resampled == 0
+
+
+def test_a_pattern_follows_the_share_of_known_tokens(finished):
+    pattern = AcceptancePattern(source="x", shares=(0.1, 0.5, 0.9), rates=(0.2, 0.4, 0.6))
+    assert [pattern.rate(share) for share in (0.0, 0.45, 0.75, 1.0)] == [0.2, 0.4, 0.6, 0.6]
+    results = Results(read_lines(finished[0] / JOURNAL))
+    measured = load_pattern(results)
+    assert len(measured.shares) == len(acceptance_by_known(results))
+    assert all(0 <= rate <= 1 for rate in measured.rates)
+
+
+def test_borrowed_acceptance_is_for_random_weights_and_says_so(finished, tiny_bundle, tmp_path):
+    with pytest.raises(CspdError, match="trained weights"):
+        bench.acceptance_pattern(tiny_bundle, finished[0])
+    borrower = synthetic(tiny_bundle)
+    pattern = bench.acceptance_pattern(borrower, finished[0])
+    scale = Scale(repeats=1, quality_images=0, batch_sizes=(2,), peers=())
+    base = {"num_iter": 4, "head_steps": 2}
+    points = [p for p in make_plan(borrower.manifest, base, scale) if "readme" in p.serves]
+    journal = Journal(tmp_path, make_header(borrower, points, 1, pattern))
+    bench_run.Bench(borrower, journal, threads=1, say=lambda _: None, pattern=pattern).run(points)
+    results = Results(journal.lines)
+    note = bench.readme_table(results).note
+    assert "SYNTHETIC" in note and "REPLAYED" in note
+    with pytest.raises(CspdError, match="trained weights"):
+        load_pattern(results)

@@ -1,0 +1,98 @@
+"""Speculative decoding with borrowed acceptance: speed figures of models without weights.
+
+Random weights accept next to nothing, so that their timing says nothing about trained ones. Here
+every verdict is drawn with the probability that another pair of models was measured to have at the
+same share of known tokens; all networks and all acceptance arithmetic run as usual.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from cspd.engines.errors import CspdError
+from cspd.engines.spec import Record
+from cspd.runtime.canvas import Batch, Canvas
+from cspd.runtime.config import RunConfig
+from cspd.runtime.cspd import Window, prefill, settle
+from cspd.runtime.member import HeadSample
+from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.sampler import Sampler
+from cspd.runtime.stats import Statistics, Verdicts
+from cspd.tools.bench_results import Results
+from cspd.tools.bench_tables import acceptance_by_known
+from cspd.tools.probe import ProbePipeline, players
+
+VERDICT_STEP = 1  # index of the random numbers used here; those of real verdicts have 0
+CERTAIN = 1e6  # nats per channel by which a forced rejection fails the test
+
+
+class AcceptancePattern(Record):
+    """Measured acceptance by share of known tokens: `shares` ascending, `rates` in 0..1."""
+
+    source: str
+    shares: tuple[float, ...]
+    rates: tuple[float, ...]
+
+    def rate(self, share: float) -> float:
+        """Acceptance at the nearest measured share."""
+        nearest = min(range(len(self.shares)), key=lambda i: abs(self.shares[i] - share))
+        return self.rates[nearest]
+
+    def force(
+        self, window: Window, judged: HeadSample, batch: Batch, noise: Noise, length: int
+    ) -> HeadSample:
+        """The target's samples, changed so that the test ends as the pattern says."""
+        positions = window.span.positions.long()
+        images = batch.images[:, None].expand_as(positions)
+        step = torch.full((), VERDICT_STEP, dtype=torch.int64, device=positions.device)
+        uniform = noise.uniform(Purpose.ACCEPT, images, positions, step)[..., 0]
+        rates = [self.rate(known / length) for known in window.span.start]
+        wanted = (uniform < torch.tensor(rates, device=uniform.device)[:, None])[..., None]
+        refused = replace(judged, sum_log_std=window.drafted.sum_log_std + CERTAIN)
+        fields = ("sample", "mean", "log_std", "sum_log_std")
+        return HeadSample(*(
+            torch.where(wanted, getattr(window.drafted, name), getattr(refused, name))
+            for name in fields
+        ))  # fmt: skip
+
+
+def load_pattern(results: Results) -> AcceptancePattern:
+    """The pattern that a benchmark of trained models measured."""
+    counts = {known: c for known, c in acceptance_by_known(results).items() if c[1]}
+    if results.header["synthetic"] or not counts:
+        raise CspdError(
+            "--replay-acceptance: needs the finished benchmark of a bundle with trained weights"
+        )
+    length = results.header["num_tokens"]
+    return AcceptancePattern(
+        source=results.header["bundle"],
+        shares=tuple(known / length for known in counts),
+        rates=tuple(accepted / judged for accepted, judged in counts.values()),
+    )
+
+
+@dataclass
+class ReplayPipeline(ProbePipeline):
+    """A pipeline whose verdicts follow `pattern`."""
+
+    pattern: AcceptancePattern | None = None
+
+    def _decode(
+        self, config: RunConfig, sampler: Sampler, batch: Batch
+    ) -> tuple[Canvas, Statistics]:
+        if config.method != "cspd" or self.pattern is None:
+            return super()._decode(config, sampler, batch)
+        play, length = players(self, config), sampler.plan.num_tokens
+        channels = self.bundle.manifest.geometry.token_dim
+        canvas = Canvas.empty(batch, sampler.noise, length, channels)
+        statistics = Statistics(per_image=[Verdicts() for _ in range(batch.count)])
+        prefill(sampler, play.target, play.options, batch, canvas, statistics)
+        while not canvas.done:
+            window = play.propose(batch, canvas, statistics)
+            judged = play.verify(batch, canvas, window)
+            forced = self.pattern.force(window, judged, batch, sampler.noise, length)
+            statistics.target_steps += 1
+            settle(sampler, play.options, batch, canvas, window, forced, statistics)
+        return canvas, statistics
