@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from cspd.engines.bundle import open_bundle
+from cspd.engines.bundle import check_target, open_bundle
 from cspd.engines.commands import Commands
 from cspd.engines.errors import MissingExtraError
 from cspd.engines.lint import lint_model
@@ -107,6 +107,7 @@ def build(
     from cspd.export.pairs import mar_plan
 
     engines = engine_options(backends, engine)
+    check_target(out, overwrite)
     presets: dict[Role, str] = {"target": target}
     if draft:
         presets["draft"] = draft

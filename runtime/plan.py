@@ -56,10 +56,3 @@ class MaskPlan:
     def widest(self) -> int:
         """Largest number of tokens that one step generates."""
         return max(b - a for a, b in zip((0, *self.boundaries), self.boundaries, strict=False))
-
-    def steps_for(self, known: int, count: int) -> int:
-        """Number of steps that generate at least `count` tokens after `known` of them."""
-        steps, now = 0, known
-        while now < min(known + count, self.num_tokens):
-            now, steps = self.stop(now), steps + 1
-        return steps

@@ -15,8 +15,8 @@ from torch import nn
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
 from cspd.export.assemble import assemble_mar
 from cspd.export.graphs import PixelDecoder, decoder_spec
-from cspd.export.networks import model_graphs
 from cspd.export.mar import Mar
+from cspd.export.networks import model_graphs
 from cspd.export.onnx_export import export_graph, save_graph
 from cspd.export.presets import MarConfig
 from cspd.export.random_weights import random_state

@@ -72,17 +72,6 @@ def test_widest_step(plan):
     assert plan.widest == max(widths) and sum(widths) == plan.num_tokens
 
 
-@given(plans(), st.integers(0, 299), st.integers(1, 300))
-def test_steps_for_is_the_least_number_of_steps(plan, known, count):
-    known %= plan.num_tokens
-    steps = plan.steps_for(known, count)
-    reached = [known]
-    for _ in range(steps):
-        reached.append(plan.stop(reached[-1]))
-    wanted = min(known + count, plan.num_tokens)
-    assert reached[-1] >= wanted > reached[-2]
-
-
 def test_one_token_per_step_and_all_in_one_step():
     assert MaskPlan(49, 49).boundaries == tuple(range(1, 50))
     assert MaskPlan(49, 1).boundaries == (49,)
