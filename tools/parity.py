@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -29,19 +30,19 @@ COMPARED = [name for name in BACKENDS if name != "torch"]
 
 
 def make_ladder(
-    bundle: Bundle, *, backends: tuple[str, ...] = (), images: int = 2, num_iter: int | None = None,
-    head_steps: int | None = None, seeds: int = 2, budget: float = 20.0,
+    bundle: Bundle, *, backends: tuple[str, ...] = (), images: int = 2, num_iter: int = 8,
+    head_steps: int | None = None, seeds: int = 2, budget: float = 20.0, device: str = "cpu",
 ) -> Ladder:  # fmt: skip
-    """The ladder of `bundle`; settings that are not given are the bundle's defaults."""
+    """The ladder of `bundle`, with as many denoising steps as it is used with unless given."""
+    # PyTorch's convolutions use it by default, the exported graphs do not.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     manifest = bundle.manifest
-    values: dict[str, Any] = dict(manifest.defaults)
-    values.setdefault("num_iter", 64)
-    given = {"num_iter": num_iter, "head_steps": head_steps}
-    values |= {name: value for name, value in given.items() if value is not None}
-    values["num_iter"] = min(int(values["num_iter"]), manifest.geometry.num_tokens)
+    values: dict[str, Any] = {**manifest.defaults}
+    values["num_iter"] = min(num_iter, manifest.geometry.num_tokens)
+    values |= {"head_steps": head_steps} if head_steps else {}
     labels = tuple(range(manifest.geometry.num_classes))
     config = make_config(**values, labels=labels, num_images=images, batch_size=images)
-    return Ladder(bundle, config, candidates(backends), seeds, budget)
+    return Ladder(bundle, config, candidates(backends), seeds, budget, device)
 
 
 def climb(ladder: Ladder, rungs: Iterable[str]) -> tuple[list[Row], list[Skipped]]:
@@ -113,8 +114,21 @@ def verdict(row: Row) -> str:
     help="Only these backends.  [default: all that run here]",
 )  # fmt: skip
 @click.option("--images", default=2, show_default=True, type=click.IntRange(1))
-@click.option("--num-iter", type=int, help="Autoregressive steps of recorded runs and images.")
-@click.option("--head-steps", type=int, help="Denoising steps.")
+@click.option(
+    "--num-iter",
+    default=8,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Autoregressive steps of recorded runs and whole images.",
+)
+@click.option("--head-steps", type=click.IntRange(2), help="Denoising steps.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where PyTorch, the reference, runs.",
+)
 @click.option(
     "--seeds", default=2, show_default=True, type=click.IntRange(1), help="Random inputs per size."
 )
@@ -126,15 +140,15 @@ def verdict(row: Row) -> str:
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the JSON to this file.")
 def command(
     bundle: Path | None, rungs: tuple[str, ...], backends: tuple[str, ...], images: int,
-    num_iter: int | None, head_steps: int | None, seeds: int, budget: float, with_bisect: bool,
-    as_json: bool, out: Path | None,
+    num_iter: int, head_steps: int | None, device: str, seeds: int, budget: float,
+    with_bisect: bool, as_json: bool, out: Path | None,
 ) -> None:  # fmt: skip
     """Compare every network of BUNDLE with PyTorch; exit code 1 if one differs too much."""
     from cspd.runtime.cli import shipped_bundle
 
     ladder = make_ladder(
         open_bundle(bundle or shipped_bundle()), backends=backends, images=images,
-        num_iter=num_iter, head_steps=head_steps, seeds=seeds, budget=budget,
+        num_iter=num_iter, head_steps=head_steps, seeds=seeds, budget=budget, device=device,
     )  # fmt: skip
     rows, skipped = climb(ladder, rungs or RUNGS)
     suspects = bisect(ladder, rows) if with_bisect else []

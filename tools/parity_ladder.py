@@ -64,6 +64,7 @@ class Ladder:
     """What is compared: the networks of `bundle` in a run of `config`, on the backends `wanted`.
 
     `seeds` random inputs are drawn per size; `budget` limits one random call, in 1e9 operations.
+    PyTorch, the reference, runs on `device`.
     """
 
     bundle: Bundle
@@ -71,6 +72,7 @@ class Ladder:
     wanted: tuple[Candidate, ...]
     seeds: int = 2
     budget: float = 20.0
+    device: str = "cpu"
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -82,7 +84,9 @@ class Ladder:
         """Inputs that a real run gave to each graph, a few calls of each."""
         method = "cspd" if "draft" in self.bundle.manifest.models else "target"
         config = self.config.model_copy(update={"method": method})
-        calls = {k: _spread(v) for k, v in record_inputs(self.bundle, [config]).items()}
+        calls = {
+            k: _spread(v) for k, v in record_inputs(self.bundle, [config], self.device).items()
+        }
         for role, model in self.bundle.manifest.models.items():
             if "denoiser_loop" in model.graphs:
                 chain = calls[f"{role}/denoiser_loop"][-1]
@@ -139,9 +143,10 @@ class Ladder:
         model = self.bundle.manifest.models.get(role)  # type: ignore[call-overload]
         exact = ("backbone", "denoiser", FIRST)
         if model is None or model.precision == "fp32" or name not in exact:
-            return open_session(self.bundle, label, "torch")
+            return open_session(self.bundle, label, "torch", device=self.device)
         spec = self.bundle.graph(label).spec
-        return TorchSession(spec, self.modules(role, "fp32")[name], torch.device("cpu"))
+        module = self.modules(role, "fp32")[name]
+        return TorchSession(spec, module, torch.device(self.device))
 
     def modules(self, role: str, precision: str) -> dict[str, nn.Module]:
         """The transformer and the denoising step of `role`, computing in `precision`."""
@@ -153,7 +158,9 @@ class Ladder:
 
     def reference_pipeline(self) -> Pipeline:
         """A pipeline that runs the reference."""
-        return ProbePipeline(self.bundle, "torch", wrap=lambda label, _: self.reference(label))
+        return ProbePipeline(
+            self.bundle, "torch", self.device, wrap=lambda label, _: self.reference(label)
+        )
 
     def reference_steps(self, role: str) -> StepSession:
         """The reference's session for every denoising step."""

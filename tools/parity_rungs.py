@@ -1,6 +1,6 @@
 """The rungs of the parity ladder, from one call of one graph up to whole images and decisions.
 
-Every rung compares with PyTorch in float32 on the CPU, with the weights of the bundle.
+Every rung compares with PyTorch in float32, with the weights of the bundle and without TF32.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def precision_rung(ladder: Ladder) -> Iterator[Result]:
             for name in ("backbone", "denoiser"):
                 label = f"{role}/{name}"
                 spec = ladder.bundle.graph(label).spec
-                session = TorchSession(spec, modules[name], torch.device("cpu"))
+                session = TorchSession(spec, modules[name], torch.device(ladder.device))
                 for case, inputs in ladder.recorded_cases(label):
                     if "step" in inputs and int(inputs["step"].max()) + 1 == len(
                         inputs["schedule"]

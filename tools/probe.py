@@ -77,11 +77,11 @@ class _RecordedSession:
 
 
 def record_inputs(
-    bundle: Bundle, configs: list[RunConfig], backend: str = "torch"
+    bundle: Bundle, configs: list[RunConfig], device: str = "cpu"
 ) -> dict[str, list[dict[str, Tensor]]]:
-    """Inputs of every call that generating the images of `configs` makes, by graph label."""
+    """Inputs of every call that PyTorch needs for the images of `configs`, by graph label."""
     recorder = Recorder()
-    pipeline = ProbePipeline(bundle, backend, wrap=recorder.wrap)
+    pipeline = ProbePipeline(bundle, "torch", device, wrap=recorder.wrap)
     for config in configs:
         for _ in pipeline.generate(config):
             pass
