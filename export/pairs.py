@@ -31,7 +31,7 @@ FASHION_SCHEDULE = ScheduleSpec(clip_timesteps=950)
 FASHION_DEFAULTS: dict[str, float | int | str] = {
     "num_iter": 49,
     "head_steps": 100,
-    "cfg": 2.0,
+    "cfg": 6.0,
     "cfg_schedule": "linear",
 }
 
