@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cspd.engines.errors import CspdError
-from cspd.tools.classifier import Classifier, embed, load_classifier
 from cspd.export.pairs import FASHION_CLASSES
+from cspd.tools.classifier import Classifier, embed, load_classifier
 from cspd.tools.fashion import load_images
 
 PER_CLASS = 1000  # real images per class behind each half of the reference

@@ -147,7 +147,8 @@ def test_the_command_on_the_shipped_pair(tmp_path):
     (item,) = record["scores"]
     assert item["score"]["n"] == 100 and item["score"]["frechet"] > item["score"]["frechet_floor"]
     assert len(record["judge"]["extractor_sha256"]) == 64
-    again = CliRunner().invoke(evaluate.command, arguments, catch_exceptions=False)
+    assert record["command"].startswith("evaluate --method draft --num-images 100")
+    again = CliRunner().invoke(evaluate.command, [*arguments, "--quiet"], catch_exceptions=False)
     assert json.loads(again.stdout) == record
 
 

@@ -116,7 +116,7 @@ def test_the_command_succeeds_on_a_sound_bundle(tiny_bundle, tmp_path):
 
 
 def test_a_sound_graph_has_no_suspects(sound):
-    assert suspect(sound[0], "draft/denoiser").nodes == []
+    assert suspect(sound[0], "decoder").nodes == []
 
 
 def test_measure_against_hand_values():
