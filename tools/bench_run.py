@@ -125,7 +125,9 @@ class Bench:
 
     def _jobs(self, points: list[Point]) -> Iterator[tuple[Point, int]]:
         """Warm-ups first, then the points in turn, so that drift of the machine hits all alike."""
-        warm = {point.warm_key: point for point in reversed(points)}
+        warm: dict[tuple[str, str, int], Point] = {}
+        for point in points:
+            warm.setdefault(point.warm_key, point)
         for point in warm.values():
             yield point, WARM_UP
         for repeat in range(max(point.repeats for point in points)):
