@@ -21,7 +21,9 @@ lint: .venv/dev
 
 bench: .venv/report
 	$(BIN)/cspd-run bench --out out/bench
-	$(BIN)/cspd-run report out/bench --out out/bench/report.html
+	$(BIN)/cspd-run evaluate --method target --method cspd --method lossless --out out/evaluate
+	$(BIN)/cspd-export parity --out out/parity.json
+	$(BIN)/cspd-run report out/bench out/evaluate out/parity.json --out out/report.html
 
 clean:
 	rm -rf .venv build out

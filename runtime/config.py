@@ -33,7 +33,7 @@ class RunConfig(Record):
     accept_temperature: float = Field(42.0, gt=0, le=1000, allow_inf_nan=False)
     verify: Literal["parallel", "prefix"] = "parallel"
     align: bool = True
-    on_reject: Literal["residual", "target"] = "residual"
+    on_reject: Literal["target", "residual"] = "target"
     window: int | None = Field(None, ge=1, le=64)
     # Images that are computed together. With `reproducible`, batches are padded to this size, so
     # that an image is the same to the last bit whatever it is generated with.

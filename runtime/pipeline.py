@@ -159,10 +159,13 @@ class Pipeline:
         grid = self.bundle.manifest.geometry.grid
         latents = canvas.tokens.transpose(1, 2).unflatten(2, (grid, grid)).contiguous()
         session = self.session("decoder")
-        outputs = session(latents=latents)
-        session.spec.check_finite(outputs, f"images {chunk[0]}..{chunk[-1]}")
-        pixels = outputs["images"].add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-        arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        parts = []
+        for piece in latents.split(session.spec.axes["batch"].max):
+            outputs = session(latents=piece)
+            session.spec.check_finite(outputs, f"images {chunk[0]}..{chunk[-1]}")
+            pixels = outputs["images"].add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+            parts.append(pixels.permute(0, 2, 3, 1).cpu())
+        arrays = torch.cat(parts).numpy()
         verdicts = statistics.per_image or [Verdicts() for _ in chunk]
         return [
             GeneratedImage(image, config.label_of(image), arrays[row], verdicts[row])

@@ -54,3 +54,11 @@ def test_images_show_their_class(bundle, method, least):
     images = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
     score = score_images(images, torch.arange(100) % 10)
     assert score.accuracy >= least
+
+
+def test_a_batch_may_be_larger_than_the_decoder_takes(bundle):
+    limit = bundle.manifest.decoder.spec.axes["batch"].max
+    options = {"num_iter": 1, "head_steps": 2}
+    config = make_config(**{**QUICK, **options}, num_images=limit + 1, batch_size=limit + 1)
+    ((images, _),) = Pipeline(bundle, threads=1).generate(config)
+    assert [image.index for image in images] == list(range(limit + 1))

@@ -28,6 +28,8 @@ FAR = 1e3  # a shift of the target that no draft survives
 
 
 def decode(sampler, target, draft, batch, **options):
+    """Speculative decoding with the paper's residual unless `options` say otherwise."""
+    options = {"on_reject": "residual", **options}
     return decode_cspd(sampler, target, draft, CspdOptions(**options), batch, CHANNELS)
 
 
@@ -323,7 +325,7 @@ def test_rejected_token_and_what_follows_are_drafted_again():
     """After a rejection the next window begins right behind the replaced token (D8)."""
     sampler, batch = make_sampler(), batch_of(0)
     target, draft = member("target", shift=odd_positions_far), member("draft")
-    options = CspdOptions(verify="prefix", gamma=8)
+    options = CspdOptions(verify="prefix", gamma=8, on_reject="residual")
     canvas = Canvas.empty(batch, sampler.noise, LENGTH, CHANNELS)
     window = propose(sampler, draft, options, batch, canvas, Statistics())
     judged = verify(sampler, target, options, batch, canvas, window)
@@ -437,7 +439,7 @@ def test_real_equal_pair_under_prefix_is_the_target_alone():
     sampler = Sampler(MaskPlan(16, 6, 3.0, "linear"), make_schedule(CLIPPED, 10), Noise(0))
     batch, target = make_batch([0, 1, 2, 3]), torch_member("target")
     draft = replace(target, name="draft")
-    options = CspdOptions(verify="prefix", prefill=0)
+    options = CspdOptions(verify="prefix", prefill=0, on_reject="residual")
     canvas, statistics = decode_cspd(sampler, target, draft, options, batch, 16)
     assert statistics.verdicts.accepted == statistics.verdicts.proposed == 64
     alone, _ = decode_alone(sampler, target, batch, 16)
