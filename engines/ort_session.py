@@ -34,6 +34,8 @@ def ort_session(path: str, spec: GraphSpec, device: str = "cpu", threads: int = 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # Spinning threads of several sessions, and torch beside them, would starve each other.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
     if provider not in ort.get_available_providers():
         raise CspdError(
