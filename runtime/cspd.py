@@ -30,8 +30,8 @@ class CspdOptions:
     `gamma` tokens at least are drafted per window, `prefill` is the share of tokens that the target
     generates first. `accept_temperature` widens both densities of the test: 1 is the paper's
     formula, 42 what the authors released. `align` shares the noise between draft and target.
-    `on_reject` "target" takes the target's own aligned sample, "residual" draws from the residual as
-    the paper does, which at a temperature of 42 adds visible noise (docs/results.md).
+    `on_reject` "target" takes the target's own aligned sample; "residual" draws from the residual
+    as the paper does, which at a temperature of 42 adds visible noise (docs/results.md).
     """
 
     gamma: int = 8
