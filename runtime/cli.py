@@ -35,6 +35,7 @@ assert isinstance(main, Commands)
 main.add_tool("bench", "cspd.tools.bench", "Measure methods against each other.")
 main.add_tool("evaluate", "cspd.tools.evaluate", "Score images as the papers do.")
 main.add_tool("report", "cspd.tools.report", "Write one HTML file about runs.")
+main.add_tool("serve", "cspd.tools.serve", "Answer requests for images over HTTP.")
 
 
 def shipped_bundle() -> Path:
