@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cspd.runtime.noise import Noise
 
-
 ACCEPTED, REJECTED = 1, 2
 
 
@@ -63,9 +62,7 @@ class Canvas:
     fates: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.fates = torch.zeros(
-            self.sequence.shape, dtype=torch.int8, device=self.sequence.device
-        )
+        self.fates = torch.zeros(self.sequence.shape, dtype=torch.int8, device=self.sequence.device)
 
     @classmethod
     def empty(cls, batch: Batch, noise: Noise, num_tokens: int, channels: int) -> Canvas:

@@ -96,7 +96,9 @@ class RowNoise(Noise):
         self, seeds: list[int], images: list[int], device: torch.device | str = "cpu"
     ) -> None:
         super().__init__(0, device)
-        words = [(seed & _WORD, seed >> 32 & _WORD, k) for seed, k in zip(seeds, images, strict=True)]
+        words = [
+            (seed & _WORD, seed >> 32 & _WORD, k) for seed, k in zip(seeds, images, strict=True)
+        ]
         self._rows = torch.tensor(words, device=self.device)
 
     def _words(

@@ -25,8 +25,15 @@ from cspd.runtime.outputs import law, tool_version
 from cspd.tools.serve_limits import Admission, Guard, Refusal, error_response
 from cspd.tools.serve_metrics import Metrics
 from cspd.tools.serve_models import (
-    ErrorAnswer, HealthAnswer, ImageAnswer, ImageRequest, ImagesAnswer, ModelsAnswer, Settings,
-    configuration, describe,
+    ErrorAnswer,
+    HealthAnswer,
+    ImageAnswer,
+    ImageRequest,
+    ImagesAnswer,
+    ModelsAnswer,
+    Settings,
+    configuration,
+    describe,
 )  # fmt: skip
 
 log = logging.getLogger("ray.serve")

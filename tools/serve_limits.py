@@ -38,7 +38,7 @@ SECURITY_HEADERS = {
 }
 
 
-class Refusal(Exception):  # noqa: N818 - an answer, not a failure
+class Refusal(Exception):
     """A request that is answered with an error."""
 
     def __init__(self, status: int, code: str, message: str, retry_after: int = 0) -> None:

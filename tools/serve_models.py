@@ -39,9 +39,9 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    label: Annotated[int, Field(ge=0, le=10**6)] | Annotated[
-        str, Field(min_length=1, max_length=120)
-    ] = Field(description="Number or name of the class.")
+    label: (
+        Annotated[int, Field(ge=0, le=10**6)] | Annotated[str, Field(min_length=1, max_length=120)]
+    ) = Field(description="Number or name of the class.")
     n: int = Field(1, ge=1, le=MAX_IMAGES, description="Number of images: 0 to n-1 of the seed.")
     method: Method | None = None
     seed: int = Field(0, ge=0, le=MAX_SEED)
