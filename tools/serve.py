@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.runtime.cli import FOLDER, machine_options, shipped_bundle
@@ -89,7 +90,11 @@ def start(settings: Settings, host: str, port: int, logs: Path | None) -> None:
         _node_ip_address="127.0.0.1", num_cpus=max(os.cpu_count() or 1, settings.replicas),
     )  # fmt: skip
     serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logging)
-    serve.run(application(settings), name="cspd", logging_config=logging)
+    try:
+        serve.run(application(settings), name="cspd", logging_config=logging)
+    except RuntimeError as error:
+        ray.shutdown()
+        raise CspdError(f"the server did not start: {error}") from None
 
 
 def application(settings: Settings) -> Any:
@@ -135,10 +140,16 @@ def stop() -> None:
               help="Engines; on CUDA one GPU each.")  # fmt: skip
 @click.option("--api-key-file", type=click.Path(path_type=Path),
               help="File with the key that clients must send; needed beyond loopback.")  # fmt: skip
-@click.option("--backend", default="onnxruntime", show_default=True, help="As in generate.")
+@click.option(
+    "--backend",
+    default="onnxruntime",
+    show_default=True,
+    type=click.Choice(list(BACKENDS)),
+    help="What runs the networks.",
+)
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1, 512),
-              help="Images computed together; part of what an image says about itself.")  # fmt: skip
-@click.option("--max-queue", default=64, show_default=True, type=click.IntRange(MAX_IMAGES, 10_000),
+              help="Images computed together, as in generate.")  # fmt: skip
+@click.option("--max-queue", default=64, show_default=True, type=click.IntRange(MAX_IMAGES, 10**4),
               help="Images in work or waiting; beyond it, 429.")  # fmt: skip
 @click.option("--timeout", default=120.0, show_default=True, type=click.FloatRange(1, 3600),
               help="Seconds for one request.")  # fmt: skip
@@ -149,7 +160,10 @@ def command(
     logs: Path | None, **options: Any,
 ) -> None:  # fmt: skip
     """Answer requests for images of BUNDLE, by default the pair inside the package."""
-    folder = open_bundle(bundle or shipped_bundle()).folder.resolve()
+    opened = open_bundle(bundle or shipped_bundle())
+    for name in opened.manifest.files:
+        opened.file(name)  # a damaged bundle is refused here, not by every replica
+    folder = opened.folder.resolve()
     if not options["threads"]:
         options["threads"] = max(1, (os.cpu_count() or 1) // replicas)
     settings = Settings(
@@ -157,10 +171,11 @@ def command(
         hosts=LOOPBACK if is_loopback(host) else (), **options,
     )  # fmt: skip
     check_port(host, port)
+    start(settings, host, port, logs)
     ended = threading.Event()
+    # Ray has put handlers of its own in place by now.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: ended.set())
-    start(settings, host, port, logs)
     click.echo(f"cspd serves {folder} at http://{host}:{port}/")
     ended.wait()
     stop()

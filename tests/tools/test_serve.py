@@ -98,7 +98,7 @@ def test_stream_shows_every_token_once_and_ends_with_the_image(server, offline):
     assert kinds[:2] == ["accepted", "started"] and kinds[-1] == "done"
     steps = [data for kind, data in events if kind == "step"]
     assert len(steps) == len(kinds) - 3
-    assert sorted(sum((step["new"] for step in steps), [])) == list(range(49))
+    assert sorted(position for step in steps for position in step["new"]) == list(range(49))
     done = events[-1][1]
     assert sum(len(step["accepted"]) for step in steps) == done["accepted"]
     judged = sum(len(step["accepted"] + step["rejected"]) for step in steps)
