@@ -22,7 +22,7 @@ from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
 from cspd.runtime.config import RunConfig
 from cspd.runtime.outputs import law, tool_version
-from cspd.tools.serve_limits import Admission, Guard, Refusal, error_response
+from cspd.tools.serve_limits import INTERNAL, Admission, Guard, Refusal, error_response
 from cspd.tools.serve_metrics import Metrics
 from cspd.tools.serve_models import (
     ErrorAnswer,
@@ -104,8 +104,10 @@ class Service:
                 finally:
                     call.cancel()
         except Refusal as refusal:
-            problem = {"id": request_id, "code": refusal.code, "message": refusal.message}
-            yield _event("error", problem)
+            yield _problem(refusal, request_id)
+        except Exception:
+            log.exception("failed", extra={"cspd_id": request_id})
+            yield _problem(Refusal(500, "internal", INTERNAL), request_id)
 
     async def ready(self) -> bool:
         """Whether an engine answers."""
@@ -218,10 +220,10 @@ def add_page(app: FastAPI) -> None:
     for path, name in PAGE.items():
         content, kind = (folder / name).read_bytes(), TYPES[name.rpartition(".")[2]]
 
-        def page(content: bytes = content, kind: str = kind) -> Response:
+        def page(_: Request, content: bytes = content, kind: str = kind) -> Response:
             return Response(content, media_type=kind)
 
-        app.add_route(path, lambda _, page=page: page(), methods=["GET"])  # type: ignore[misc]
+        app.add_route(path, page, methods=["GET"])
 
 
 def add_errors(app: FastAPI) -> None:
@@ -244,6 +246,11 @@ def add_errors(app: FastAPI) -> None:
         response = error_response(refusal, request.state.request_id)
         response.headers.update(error.headers or {})
         return response
+
+
+def _problem(refusal: Refusal, request_id: str) -> str:
+    problem = {"id": request_id, "code": refusal.code, "message": refusal.message}
+    return _event("error", problem)
 
 
 def _event(kind: str, value: Any) -> str:

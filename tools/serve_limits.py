@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import logging
 import math
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ log = logging.getLogger("ray.serve")
 # Readable without a key: whether the server lives, and the page that asks for the key.
 OPEN_PATHS = frozenset(("/healthz", "/readyz", "/", "/app.js", "/style.css"))
 BODY_SECONDS = 10.0
+INTERNAL = "internal error; the log has this id"
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -45,6 +47,8 @@ class Refusal(Exception):
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
         self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
 
 
 def error_response(refusal: Refusal, request_id: str) -> JSONResponse:
@@ -111,7 +115,7 @@ class Guard:
                 log.exception("failed", extra={"cspd_id": request_id})
                 if began:
                     raise
-                refusal = Refusal(500, "internal", "internal error; the log has this id")
+                refusal = Refusal(500, "internal", INTERNAL)
                 await error_response(refusal, request_id)(scope, receive, answer)
         finally:
             self._note(scope, request_id, status, time.monotonic() - start)
@@ -119,7 +123,7 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         """Refuse a wrong host or key."""
         headers, settings = Headers(scope=scope), self.settings
-        host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
+        host = re.sub(r":[0-9]+$", "", headers.get("host", ""))
         if settings.hosts and host not in settings.hosts:
             raise Refusal(421, "wrong_host", f"this server answers to {', '.join(settings.hosts)}")
         if settings.key_sha256 is None or scope["path"] in OPEN_PATHS:

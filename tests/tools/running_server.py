@@ -74,7 +74,7 @@ def running_server(folder: Path) -> Iterator[Server]:
     made = Server(f"http://127.0.0.1:{port}", process, folder / "bundle", folder / "logs")
     try:
         made.wait_until(
-            lambda: b"cspd serves" in (folder / "out").read_bytes() or process.poll(), 60
+            lambda: b"cspd serves" in (folder / "out").read_bytes() or process.poll(), 180
         )
         assert process.poll() is None, (folder / "out").read_text()
         yield made

@@ -144,6 +144,7 @@ def test_bounds_around_the_request(server):
     problem(server.post(iter([b" " * 2**15] * 4)), 413, "too_large")
     problem(server.get("/v1/models", Host="evil.example"), 421, "wrong_host")
     problem(server.get("/../../etc/passwd"), 404, "http")
+    assert server.get("/healthz", Host="localhost:1").status_code == 200
     problem(server.get("/v1/images"), 405, "http")
 
 

@@ -1,6 +1,8 @@
 """Parts of the server without Ray: grouping, cancelling, keys, noise of mixed rows."""
 
 import asyncio
+import shutil
+import socket
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from click.testing import CliRunner
 
 from cspd.engines.errors import CspdError
 from cspd.runtime.canvas import ACCEPTED, REJECTED, Canvas
-from cspd.runtime.cli import main
+from cspd.runtime.cli import main, shipped_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.noise import Noise, Purpose, RowNoise
 from cspd.runtime.pipeline import ImageId
@@ -132,3 +134,18 @@ def test_no_server_beyond_loopback_without_a_key(tmp_path):
     missing = ["serve", "--host", "0.0.0.0", "--api-key-file", str(tmp_path / "none")]
     result = CliRunner().invoke(main, missing)
     assert result.exit_code == 1 and "cannot be read" in result.output
+
+
+def test_a_damaged_bundle_or_a_taken_port_is_refused_before_anything_starts(tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(shipped_bundle(), bundle)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(main, ["serve", str(bundle), "--port", port])
+    assert result.exit_code == 1 and "choose another --port" in result.output
+    with (bundle / "draft" / "weights.safetensors").open("r+b") as file:
+        file.write(b"\0" * 8)
+    result = CliRunner().invoke(main, ["serve", str(bundle)])
+    assert result.exit_code == 1 and "differs from the hash" in result.output
