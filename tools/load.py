@@ -47,7 +47,8 @@ class Tally:
         """The figures of the run."""
         found = {"p50": 50, "p95": 95, "p99": 99} if self.seconds else {}
         tail = self.memory[len(self.memory) // 4 :]
-        slope = float(np.polyfit(*zip(*tail, strict=True), 1)[0]) * 60 if len(tail) > 2 else None
+        times, sizes = [t for t, _ in tail], [mb for _, mb in tail]
+        slope = float(np.polyfit(times, sizes, 1)[0]) * 60 if len(tail) > 2 else None
         return {
             "seconds": round(wall, 1),
             "statuses": dict(sorted(self.statuses.items())),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import logging
 import os
 import secrets
 import signal
@@ -82,16 +83,16 @@ def start(settings: Settings, host: str, port: int, logs: Path | None) -> None:
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
-    logging = LoggingConfig(
+    logs_config = LoggingConfig(
         encoding="JSON", logs_dir=str(logs.resolve()) if logs else None, enable_access_log=False
     )
     ray.init(
-        address="local", include_dashboard=False, log_to_driver=False, logging_level="error",
+        address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1", num_cpus=max(os.cpu_count() or 1, settings.replicas),
     )  # fmt: skip
-    serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logging)
+    serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logs_config)
     try:
-        serve.run(application(settings), name="cspd", logging_config=logging)
+        serve.run(application(settings), name="cspd", logging_config=logs_config)
     except RuntimeError as error:
         ray.shutdown()
         raise CspdError(f"the server did not start: {error}") from None
@@ -112,14 +113,14 @@ def application(settings: Settings) -> Any:
     # The gate bounds the queue, so that nothing may be refused or held back behind it.
     unbounded = 100_000
     engine = serve.deployment(
-        Engine, num_replicas=settings.replicas, max_ongoing_requests=unbounded,
+        num_replicas=settings.replicas, max_ongoing_requests=unbounded,
         ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, health_check_period_s=2,
         graceful_shutdown_timeout_s=5,
-    )  # fmt: skip
+    )(Engine)  # fmt: skip
     gate = serve.deployment(
-        serve.ingress(build)(), name="Gate", max_ongoing_requests=unbounded,
+        name="Gate", max_ongoing_requests=unbounded,
         ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=5,
-    )  # fmt: skip
+    )(serve.ingress(build)())  # fmt: skip
     return gate.bind(engine.bind(settings))
 
 
@@ -174,8 +175,8 @@ def command(
     start(settings, host, port, logs)
     ended = threading.Event()
     # Ray has put handlers of its own in place by now.
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: ended.set())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
     click.echo(f"cspd serves {folder} at http://{host}:{port}/")
     ended.wait()
     stop()

@@ -8,13 +8,13 @@ import importlib.resources
 import json
 import logging
 from collections.abc import AsyncIterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
@@ -37,11 +37,12 @@ from cspd.tools.serve_models import (
 )  # fmt: skip
 
 log = logging.getLogger("ray.serve")
+Responses = dict[int | str, dict[str, Any]]
 READY_SECONDS = 5.0
 RETRY_SECONDS = 5
 PAGE = {"/": "index.html", "/app.js": "app.js", "/style.css": "style.css"}
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
-ERRORS: dict[int | str, dict[str, Any]] = {
+ERRORS: Responses = {
     status: {"model": ErrorAnswer, "description": text}
     for status, text in {
         400: "The body is not JSON.", 401: "A key is needed.", 408: "The body came too slowly.",
@@ -51,7 +52,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "It took too long.",
     }.items()
 }  # fmt: skip
-PNG = {200: {"content": {"image/png": {}, "application/json": {}}}}
+PNG: Responses = {200: {"content": {"image/png": {}, "application/json": {}}}}
 
 
 class Service:
@@ -91,7 +92,8 @@ class Service:
         yield _event("accepted", {"id": request_id, "law": law(config)})
         try:
             with self.admission.admit(1):
-                call = self.engine.options(stream=True).watch.remote(config)
+                watch = self.engine.options(stream=True).watch
+                call = cast(DeploymentResponseGenerator[Any], watch.remote(config))
                 try:
                     async with asyncio.timeout(self.settings.timeout):
                         async for kind, value in call:
@@ -162,7 +164,9 @@ def add_images(app: FastAPI, service: Service) -> None:
             images=made,
         )
 
-    stream = {200: {"content": {"text/event-stream": {}}, "description": "Server-sent events."}}
+    stream: Responses = {
+        200: {"content": {"text/event-stream": {}}, "description": "Server-sent events."}
+    }
 
     @app.post("/v1/images/stream", response_class=StreamingResponse, responses={**ERRORS, **stream})
     async def watch(body: ImageRequest, request: Request) -> StreamingResponse:
@@ -184,21 +188,22 @@ def png_response(image: ImageAnswer) -> Response:
 
 def add_information(app: FastAPI, service: Service) -> None:
     """The routes about the server itself."""
-    errors = {status: ERRORS[status] for status in (401, 421, 500)}
+    host: Responses = {421: ERRORS[421]}
+    errors: Responses = {status: ERRORS[status] for status in (401, 421, 500)}
 
     @app.get("/v1/models", responses=errors)
     async def models() -> ModelsAnswer:
         """The bundle that is served."""
         return ModelsAnswer(data=[service.model])
 
-    @app.get("/healthz", responses={421: ERRORS[421]})
+    @app.get("/healthz", responses=host)
     async def healthz() -> HealthAnswer:
         """The server lives."""
         return HealthAnswer(status="ok")
 
-    starting = {503: {"model": HealthAnswer, "description": "No engine is ready."}}
+    starting: Responses = {503: {"model": HealthAnswer, "description": "No engine is ready."}}
 
-    @app.get("/readyz", responses={421: ERRORS[421], **starting})
+    @app.get("/readyz", responses={**host, **starting})
     async def readyz(response: Response) -> HealthAnswer:
         """An engine is ready to make images."""
         if await service.ready():
@@ -206,7 +211,9 @@ def add_information(app: FastAPI, service: Service) -> None:
         response.status_code = 503
         return HealthAnswer(status="starting")
 
-    plain = {200: {"content": {"text/plain": {}}, "description": "Prometheus text format."}}
+    plain: Responses = {
+        200: {"content": {"text/plain": {}}, "description": "Prometheus text format."}
+    }
 
     @app.get("/metrics", response_class=Response, responses={**errors, **plain})
     async def metrics() -> Response:

@@ -115,8 +115,8 @@ class Guard:
                 log.exception("failed", extra={"cspd_id": request_id})
                 if began:
                     raise
-                refusal = Refusal(500, "internal", INTERNAL)
-                await error_response(refusal, request_id)(scope, receive, answer)
+                broken = Refusal(500, "internal", INTERNAL)
+                await error_response(broken, request_id)(scope, receive, answer)
         finally:
             self._note(scope, request_id, status, time.monotonic() - start)
 
