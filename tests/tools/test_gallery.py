@@ -51,7 +51,9 @@ def page(server):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:
-        yield Page(driver, server.url)
+        opened = Page(driver, server.url)
+        opened.size(1280, 900)
+        yield opened
     finally:
         driver.quit()
 
