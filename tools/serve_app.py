@@ -80,6 +80,7 @@ def add_images(app: FastAPI, service: Service) -> None:
         """One image in the making: events accepted, started, step, then done or error."""
         if body.n != 1:
             raise Refusal(422, "invalid", "n: a stream shows one image")
+        service.admission.check(1)  # while the answer can still be a 429
         events = service.events(service.configuration(body), request.state.request_id)
         return StreamingResponse(events, media_type="text/event-stream")
 

@@ -64,14 +64,18 @@ class Admission:
         self.limit, self.images = limit, 0
         self._seconds_per_image = 1.0
 
-    @contextmanager
-    def admit(self, images: int) -> Iterator[None]:
-        """Hold room for `images`; Refusal 429 if there is none."""
+    def check(self, images: int) -> None:
+        """Raise Refusal 429 unless there is room for `images`."""
         if self.images + images > self.limit:
             wait = math.ceil(min(60.0, max(1.0, self._seconds_per_image * self.images)))
             raise Refusal(
                 429, "queue_full", f"{self.images} images wait, the limit is {self.limit}", wait
             )
+
+    @contextmanager
+    def admit(self, images: int) -> Iterator[None]:
+        """Hold room for `images`; Refusal 429 if there is none."""
+        self.check(images)
         self.images += images
         try:
             yield

@@ -194,7 +194,17 @@ def test_a_client_that_leaves_frees_its_rows(server, offline, path):
     assert time.monotonic() - left < 5
 
 
-def test_full_queue(server, offline):
+@pytest.mark.parametrize("path", ["/v1/images", "/v1/images/stream"])
+def test_a_full_queue_refuses_at_once(server, path):
+    body = {"label": 5, "n": 16, **SLOW}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.post, body | {"num_iter": 12})
+        server.wait_until(lambda: server.metric("cspd_queue_images") == 16)
+        problem(server.post({"label": 5}, path), 429, "queue_full")
+        assert first.result().status_code == 200
+
+
+def test_what_a_queue_takes_is_right(server, offline):
     def ask(seed):
         return server.post({"label": 5, "n": 4, "seed": seed, "method": "draft", **QUICK})
 
