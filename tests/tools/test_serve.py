@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from running_server import KEY
+from running_server import KEY, MAX_QUEUE
 
 from cspd.engines.bundle import open_bundle
 from cspd.runtime.cli import configure, main, shipped_bundle
@@ -194,13 +194,13 @@ def test_a_client_that_leaves_frees_its_rows(server, offline, path):
     assert time.monotonic() - left < 5
 
 
-@pytest.mark.parametrize("path", ["/v1/images", "/v1/images/stream"])
-def test_a_full_queue_refuses_at_once(server, path):
-    body = {"label": 5, "n": 16, **SLOW}
+def test_a_full_queue_refuses_at_once(server):
+    body = {"label": 5, "n": MAX_QUEUE, "method": "target", "num_iter": 12, "head_steps": 50}
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(server.post, body | {"num_iter": 12})
-        server.wait_until(lambda: server.metric("cspd_queue_images") == 16)
-        problem(server.post({"label": 5}, path), 429, "queue_full")
+        first = pool.submit(server.post, body)
+        server.wait_until(lambda: server.metric("cspd_queue_images") == MAX_QUEUE)
+        for path in ("/v1/images", "/v1/images/stream"):
+            problem(server.post({"label": 5}, path), 429, "queue_full")
         assert first.result().status_code == 200
 
 
