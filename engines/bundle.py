@@ -62,14 +62,19 @@ class Bundle:
 
     def graph_file(self, label: str) -> Path:
         """Verified ONNX file of the graph `label`, its weights verified too."""
-        manifest, (role, _, _) = self.manifest, label.partition("/")
-        model = manifest.models.get(role)  # type: ignore[call-overload]
-        weights = [manifest.decoder_weights]
-        if model is not None:
-            weights = [model.weights, model.first_weights]
-        for name in filter(None, weights):
+        for name in self._weights(label):
             self.file(name)
         return self.file(self.graph(label).file)
+
+    def weight_bytes(self, label: str) -> int:
+        """Size of the weight files that the graph `label` reads from."""
+        return sum(self.manifest.files[name].bytes for name in self._weights(label))
+
+    def _weights(self, label: str) -> list[str]:
+        manifest, (role, _, _) = self.manifest, label.partition("/")
+        model = manifest.models.get(role)  # type: ignore[call-overload]
+        names = [model.weights, model.first_weights] if model else [manifest.decoder_weights]
+        return [name for name in names if name]
 
     def graph(self, label: str) -> GraphRecord:
         """Record of the graph `label`, such as "target/backbone" or "decoder"."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.engines.session import Session, torch_device
 from cspd.engines.spec import DTYPES, GraphSpec
+from cspd.engines.split_session import SplitSession
 
 
 def import_onnxruntime() -> ModuleType:
@@ -23,9 +25,24 @@ def import_onnxruntime() -> ModuleType:
     return onnxruntime
 
 
+# Weights in all single-threaded copies of one graph together; a larger model runs as one session
+# whose products are cut up by ONNX Runtime.
+COPIES_BYTES = 256 << 20
+
+
 def open_session(bundle: Bundle, label: str, *, device: str, threads: int) -> Session:
-    """Open the graph `label` of `bundle` on `device`, "cpu" or "cuda"."""
-    return ort_session(str(bundle.graph_file(label)), bundle.graph(label).spec, device, threads)
+    """Open the graph `label` of `bundle` on `device`, "cpu" or "cuda".
+
+    On the CPU a small model runs as one session per thread, see `split_session`.
+    """
+    path, spec = str(bundle.graph_file(label)), bundle.graph(label).spec
+    cores = threads or len(os.sched_getaffinity(0))
+    copies = min(cores, COPIES_BYTES // max(bundle.weight_bytes(label), 1))
+    if device == "cuda" or copies < 2:
+        return ort_session(path, spec, device, threads)
+    if spec.independent is None:
+        return ort_session(path, spec, device, 1)
+    return SplitSession(spec, [ort_session(path, spec, device, 1) for _ in range(copies)])
 
 
 def ort_session(path: str, spec: GraphSpec, device: str = "cpu", threads: int = 0) -> Session:

@@ -59,7 +59,12 @@ class TensorSpec(Record):
 
 
 class GraphSpec(Record):
-    """One exported network: its inputs and outputs, and the range of every dynamic axis."""
+    """One exported network: its inputs and outputs, and the range of every dynamic axis.
+
+    Along the axis `independent` nothing depends on anything else, so that a call may be cut there:
+    every output has the axis, and so have the inputs that must be cut. `scratch` float32 numbers
+    are held per row, branch and step while the graph runs.
+    """
 
     name: str = Field(pattern=NAME_PATTERN)
     inputs: tuple[TensorSpec, ...]
@@ -67,6 +72,8 @@ class GraphSpec(Record):
     axes: dict[str, Axis]
     # False for graphs with a loop inside, which no CUDA graph can hold.
     capturable: bool = True
+    independent: str | None = None
+    scratch: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _axes_known(self) -> GraphSpec:
@@ -74,6 +81,10 @@ class GraphSpec(Record):
         if used - set(self.axes):
             raise ValueError(
                 f"graph {self.name}: axes without a range: {sorted(used - set(self.axes))}"
+            )
+        if self.independent and not all(self.independent in t.shape for t in self.outputs):
+            raise ValueError(
+                f"graph {self.name}: an output lacks the independent axis {self.independent}"
             )
         return self
 

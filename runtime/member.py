@@ -52,17 +52,27 @@ class Head(Protocol):
         ...
 
 
+# Bytes that a denoising loop may hold for what it computes once ahead of all steps.
+DEFAULT_MEMORY = 512 << 20
+
+
 @dataclass(frozen=True)
 class LoopHead:
-    """Plain sampling with the whole denoising loop in one session call."""
+    """Plain sampling with the whole denoising loop in one session call.
+
+    Calls are cut so that what the loop prepares for all of its steps fits into `memory` bytes.
+    """
 
     session: Session
+    memory: int = DEFAULT_MEMORY
 
     def __call__(
         self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
     ) -> HeadSample:
         """Sample every row, in as many calls as the session's largest row count asks for."""
-        limit = self.session.spec.axes["rows"].max
+        spec = self.session.spec
+        row_bytes = 4 * spec.scratch * schedule.num_steps * len(rows.conditions)
+        limit = min(spec.axes["rows"].max, max(1, self.memory // max(row_bytes, 1)))
         parts = [
             self._sample(_slice(rows, i, i + limit), schedule, noise, purpose)
             for i in range(0, len(rows.images), limit)
