@@ -94,7 +94,7 @@ class DiffusionHead(nn.Module):
     @property
     def modulation_layers(self) -> list[nn.Linear]:
         """The last layer of every modulation, in the order of the layers that they modulate."""
-        owners = (*self.blocks, self.final_layer)
+        owners: list[ResBlock | FinalLayer] = [*self.blocks, self.final_layer]
         layers = [owner.adaLN_modulation[1] for owner in owners]
         return [layer for layer in layers if isinstance(layer, nn.Linear)]
 
