@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import time
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,17 @@ from pydantic import ValidationError
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
-from cspd.engines.session import CallStats
+from cspd.runtime.batches import FinishedBatch, encode, timed_batches
 from cspd.runtime.config import RunConfig, check_config
+from cspd.runtime.folder import RunFolder
+from cspd.runtime.formats import Layout
 from cspd.runtime.images import read_metadata
-from cspd.runtime.outputs import RunFolder, prepare_folder, run_record
+from cspd.runtime.outputs import run_record
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
 from cspd.runtime.progress import RunProgress
-from cspd.runtime.stats import Statistics
+from cspd.runtime.resume import open_run
+from cspd.runtime.stats import Tally
+from cspd.runtime.stopping import StopWish
 
 
 @dataclass(frozen=True)
@@ -28,65 +32,80 @@ class Outcome:
     """What one run measured."""
 
     config: RunConfig
-    statistics: Statistics
-    seconds: float
-    calls: dict[str, CallStats]
+    tally: Tally
 
 
-def run_images(
-    pipeline: Pipeline, config: RunConfig, folder: RunFolder | None, quiet: bool
-) -> Outcome:
-    """Generate every image of `config`; opening the sessions is not part of the time."""
-    check_config(config, pipeline.bundle.manifest)
-    pipeline.open(config)
-    before = {name: (stats.calls, stats.seconds) for name, stats in pipeline.calls.items()}
-    total, seconds = Statistics(), 0.0
-    with RunProgress(config.method, config.num_images, quiet) as progress:
-        progress.begin_batch(min(config.batch_size, config.num_images))
-        start = time.perf_counter()
-        for images, statistics in pipeline.generate(config, on_step=progress.on_step):
-            seconds += time.perf_counter() - start
-            for image in images if folder else []:
-                folder.add(image)  # type: ignore[union-attr]
-            total.add(statistics)
-            progress.advance(len(images))
-            progress.begin_batch(config.batch_size)
-            start = time.perf_counter()
-    calls = {
-        name: CallStats(stats.calls - before[name][0], stats.seconds - before[name][1])
-        for name, stats in pipeline.calls.items()
-    }
-    return Outcome(config, total, seconds, {n: c for n, c in calls.items() if c.calls})
+@dataclass(frozen=True)
+class Machine:
+    """What runs the networks: `threads` 0 leaves their number to the backend."""
+
+    device: str = "cpu"
+    threads: int = 0
 
 
 def generate(
-    bundle: Bundle, config: RunConfig, out: Path, *, device: str, threads: int, overwrite: bool,
-    baseline: bool, quiet: bool,
+    bundle: Bundle, config: RunConfig, out: Path, *, machine: Machine, layout: Layout,
+    overwrite: bool, baseline: bool, quiet: bool,
 ) -> tuple[dict[str, Any], list[Outcome]]:  # fmt: skip
-    """Generate images into `out`; returns the contents of `run.json` and the measured outcomes.
+    """Generate the images that `out` lacks; returns `run.json` and the measured outcomes.
 
     With `baseline` the target alone is run too, on the same sessions and noise, and not saved.
+    A run that is finished already returns its record and no outcome. Raises Interrupted when a
+    signal asked to stop; images in flight were finished and written.
     """
     check_config(config, bundle.manifest)
-    pipeline = Pipeline(bundle, config.backend, device, threads)
+    layout.check()
+    pipeline = Pipeline(bundle, config.backend, machine.device, machine.threads)
     pipeline.open(config)
-    prepare_folder(out, overwrite)
-    folder = RunFolder(out, config, bundle)
-    outcomes = [run_images(pipeline, config, folder, quiet)]
-    if baseline and config.method != "target":
-        plain = config.model_copy(update={"method": "target"})
-        outcomes.append(run_images(pipeline, plain, None, quiet))
-    record = run_record(
-        config, bundle, outcomes[0].statistics, outcomes[0].seconds, outcomes[0].calls
-    )
-    if len(outcomes) > 1:
-        record["baseline"] = {
-            "method": "target",
-            "seconds": outcomes[1].seconds,
-            "speed_ratio": outcomes[1].seconds / outcomes[0].seconds,
-        }
-    folder.finish(record)
+    opened = open_run(out, config, bundle, layout, overwrite=overwrite)
+    with opened as folder, StopWish() as stop:
+        if folder.record is not None:
+            return folder.record, []
+        write_missing(pipeline, folder, stop, quiet)
+        outcomes = [Outcome(config, folder.tally)]
+        record = run_record(config, bundle, folder.tally) | {"layout": folder.identity["layout"]}
+        if baseline and config.method != "target":
+            plain = config.model_copy(update={"method": "target"})
+            outcomes.append(measure(pipeline, plain, stop, quiet))
+            record["baseline"] = _compare(*outcomes)
+        folder.finish(record)
     return record, outcomes
+
+
+def write_missing(pipeline: Pipeline, folder: RunFolder, stop: StopWish, quiet: bool) -> None:
+    """Make every image that `folder` lacks; opening the sessions is not part of the time."""
+    config, missing = folder.config, folder.missing
+    done = config.num_images - len(missing)
+    with RunProgress(config.method, config.num_images, quiet, done=done) as progress:
+        progress.begin_batch(min(config.batch_size, len(missing)))
+        for images, tally in timed_batches(pipeline, config, missing, progress.on_step):
+            files = [encode(config, folder.bundle, image) for image in images]
+            folder.add(FinishedBatch(files, tally, os.getpid()))
+            progress.advance(len(images))
+            progress.begin_batch(config.batch_size)
+            stop.check(folder.state)
+
+
+def measure(pipeline: Pipeline, config: RunConfig, stop: StopWish, quiet: bool) -> Outcome:
+    """Generate every image of `config` without keeping any."""
+    pipeline.open(config)
+    total = Tally()
+    with RunProgress(config.method, config.num_images, quiet) as progress:
+        progress.begin_batch(min(config.batch_size, config.num_images))
+        everything = list(range(config.num_images))
+        for images, tally in timed_batches(pipeline, config, everything, progress.on_step):
+            total.add(tally)
+            progress.advance(len(images))
+            progress.begin_batch(config.batch_size)
+            stop.check("measuring the target alone")
+    return Outcome(config, total)
+
+
+def _compare(outcome: Outcome, target: Outcome) -> dict[str, Any]:
+    """The target alone against the method, per image."""
+    ours, plain = outcome.tally, target.tally
+    ratio = plain.seconds / plain.images / (ours.seconds / ours.images) if ours.images else None
+    return {"method": "target", "seconds": plain.seconds, "speed_ratio": ratio}
 
 
 def replay(bundle: Bundle, path: Path, *, device: str, threads: int) -> tuple[GeneratedImage, bool]:
