@@ -27,15 +27,17 @@ def rewrite(path: Path, lines: Iterable[Line]) -> None:
 
 def append(path: Path, lines: Iterable[Line]) -> None:
     """Add `lines` and wait until they are on disk; after an error the file is as it was."""
-    with path.open("ab") as file:
+    rest = memoryview(encode(lines))
+    # Unbuffered: a buffer would write what is left in it when the file is closed after an error.
+    with path.open("ab", buffering=0) as file:
         before = file.tell()
         try:
-            file.write(encode(lines))
-            file.flush()
+            while rest:
+                rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
         except OSError:
             with contextlib.suppress(OSError):
-                os.truncate(path, before)
+                file.truncate(before)
             raise
 
 
