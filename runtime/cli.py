@@ -133,12 +133,25 @@ def sampling_options(command: Command) -> Command:
     type=click.IntRange(min=1),
     help="webdataset, parquet: images per file.",
 )
+@click.option(
+    "--ray",
+    "address",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Compute on Ray: at ADDRESS, or on this machine alone.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="With --ray: number of workers.  [default: one per GPU, or per 4 CPUs]",
+)
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print run.json instead of a table.")
 def generate(
     bundle: Path | None, labels: str | None, device: str, threads: int, baseline: bool, out: Path,
-    overwrite: bool, format_name: Format, shard_size: int, quiet: bool, as_json: bool,
-    **sampling: Any,
+    overwrite: bool, format_name: Format, shard_size: int, address: str | None,
+    workers: int | None, quiet: bool, as_json: bool, **sampling: Any,
 ) -> None:  # fmt: skip
     """Generate images with BUNDLE, by default the small trained pair inside the package.
 
@@ -146,11 +159,15 @@ def generate(
     """
     opened = open_bundle(bundle or shipped_bundle())
     config = configure(opened, labels, sampling)
-    record, outcomes = run.generate(
-        opened, config, out, machine=run.Machine(device, threads),
-        layout=Layout(format=format_name, shard_size=shard_size), overwrite=overwrite,
-        baseline=baseline, quiet=quiet,
+    if workers is not None and address is None:
+        raise click.UsageError("--workers needs --ray")
+    if baseline and address is not None:
+        raise click.UsageError("--baseline compares times in one process: leave --ray out")
+    job = run.Job(
+        run.Machine(device, threads), Layout(format=format_name, shard_size=shard_size),
+        None if address is None else run.Cluster(address, workers), overwrite, baseline, quiet,
     )  # fmt: skip
+    record, outcomes = run.generate(opened, config, out, job)
     if as_json:
         click.echo(json.dumps(record, indent=1))
     elif not outcomes:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from cspd.runtime.outputs import run_record
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
 from cspd.runtime.progress import RunProgress
 from cspd.runtime.resume import open_run
+from cspd.runtime.scale import Cluster, Machine, connected, import_ray, pool
 from cspd.runtime.stats import Tally
 from cspd.runtime.stopping import StopWish
 
@@ -36,54 +39,112 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What runs the networks: `threads` 0 leaves their number to the backend."""
+class Job:
+    """How a run is done; nothing in it changes an image."""
 
-    device: str = "cpu"
-    threads: int = 0
+    machine: Machine = field(default_factory=Machine)
+    layout: Layout = field(default_factory=Layout)
+    # Ray instead of this process.
+    cluster: Cluster | None = None
+    overwrite: bool = False
+    # Also run the target alone, on the same sessions and noise, without saving it.
+    baseline: bool = False
+    quiet: bool = False
 
 
 def generate(
-    bundle: Bundle, config: RunConfig, out: Path, *, machine: Machine, layout: Layout,
-    overwrite: bool, baseline: bool, quiet: bool,
-) -> tuple[dict[str, Any], list[Outcome]]:  # fmt: skip
+    bundle: Bundle, config: RunConfig, out: Path, job: Job
+) -> tuple[dict[str, Any], list[Outcome]]:
     """Generate the images that `out` lacks; returns `run.json` and the measured outcomes.
 
-    With `baseline` the target alone is run too, on the same sessions and noise, and not saved.
     A run that is finished already returns its record and no outcome. Raises Interrupted when a
     signal asked to stop; images in flight were finished and written.
     """
     check_config(config, bundle.manifest)
-    layout.check()
-    pipeline = Pipeline(bundle, config.backend, machine.device, machine.threads)
+    job.layout.check()
+    if job.cluster is not None:
+        return _generate_on_ray(bundle, config, out, job, job.cluster)
+    pipeline = Pipeline(bundle, config.backend, job.machine.device, job.machine.threads)
     pipeline.open(config)
-    opened = open_run(out, config, bundle, layout, overwrite=overwrite)
+    opened = open_run(out, config, bundle, job.layout, overwrite=job.overwrite)
     with opened as folder, StopWish() as stop:
         if folder.record is not None:
             return folder.record, []
-        write_missing(pipeline, folder, stop, quiet)
+        progress = _progress(folder, job.quiet)
+        session = _write(folder, _here(pipeline, folder, stop, progress), stop, progress)
         outcomes = [Outcome(config, folder.tally)]
-        record = run_record(config, bundle, folder.tally) | {"layout": folder.identity["layout"]}
-        if baseline and config.method != "target":
+        record = _record(folder, session)
+        if job.baseline and config.method != "target":
             plain = config.model_copy(update={"method": "target"})
-            outcomes.append(measure(pipeline, plain, stop, quiet))
+            outcomes.append(measure(pipeline, plain, stop, job.quiet))
             record["baseline"] = _compare(*outcomes)
         folder.finish(record)
     return record, outcomes
 
 
-def write_missing(pipeline: Pipeline, folder: RunFolder, stop: StopWish, quiet: bool) -> None:
-    """Make every image that `folder` lacks; opening the sessions is not part of the time."""
+def _generate_on_ray(
+    bundle: Bundle, config: RunConfig, out: Path, job: Job, cluster: Cluster
+) -> tuple[dict[str, Any], list[Outcome]]:
+    """`generate` with workers that compute; this process writes."""
+    import_ray()
+    with open_run(out, config, bundle, job.layout, overwrite=job.overwrite) as folder:
+        if folder.record is not None:
+            return folder.record, []
+        # The signals are ours only once Ray has set its own handlers.
+        with (
+            connected(job.machine, cluster) as ray,
+            pool(ray, bundle, config, job.machine, cluster, folder.missing) as workers,
+            StopWish() as stop,
+        ):
+            count = len(workers.workers)
+            progress = _progress(folder, job.quiet, f", {count} workers")
+            session = _write(folder, workers.batches(stop), stop, progress)
+        record = _record(folder, session | {"workers": count})
+        folder.finish(record)
+    return record, [Outcome(config, folder.tally)]
+
+
+def _here(
+    pipeline: Pipeline, folder: RunFolder, stop: StopWish, progress: RunProgress
+) -> Iterator[FinishedBatch]:
+    """The images that `folder` lacks, made in this process; ends after a signal."""
     config, missing = folder.config, folder.missing
-    done = config.num_images - len(missing)
-    with RunProgress(config.method, config.num_images, quiet, done=done) as progress:
-        progress.begin_batch(min(config.batch_size, len(missing)))
-        for images, tally in timed_batches(pipeline, config, missing, progress.on_step):
-            files = [encode(config, folder.bundle, image) for image in images]
-            folder.add(FinishedBatch(files, tally, os.getpid()))
-            progress.advance(len(images))
-            progress.begin_batch(config.batch_size)
-            stop.check(folder.state)
+    progress.begin_batch(min(config.batch_size, len(missing)))
+    for images, tally in timed_batches(pipeline, config, missing, progress.on_step):
+        files = [encode(config, folder.bundle, image) for image in images]
+        yield FinishedBatch(files, tally, os.getpid())
+        if stop.number is not None:
+            return
+        progress.begin_batch(config.batch_size)
+
+
+def _write(
+    folder: RunFolder,
+    batches: Iterator[FinishedBatch],
+    stop: StopWish,
+    progress: RunProgress,
+) -> dict[str, Any]:
+    """Write every batch as it comes; returns what this session did. Raises Interrupted."""
+    made, begin = 0, time.perf_counter()
+    with progress:
+        for batch in batches:
+            folder.add(batch)
+            made += len(batch.files)
+            progress.advance(len(batch.files))
+    stop.check(folder.state)
+    return {"images": made, "wall_seconds": time.perf_counter() - begin, "workers": 1}
+
+
+def _progress(folder: RunFolder, quiet: bool, note: str = "") -> RunProgress:
+    total = folder.config.num_images
+    done = total - len(folder.missing)
+    return RunProgress(folder.config.method + note, total, quiet, done=done)
+
+
+def _record(folder: RunFolder, session: dict[str, Any]) -> dict[str, Any]:
+    """What goes into run.json; `session` is the part of the work that ended it."""
+    record = run_record(folder.config, folder.bundle, folder.tally)
+    return record | {"layout": folder.identity["layout"], "session": session}
 
 
 def measure(pipeline: Pipeline, config: RunConfig, stop: StopWish, quiet: bool) -> Outcome:
