@@ -6,11 +6,12 @@ Which worker makes an image, when, and how often decides nothing about its bytes
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,7 +163,7 @@ class Pool:
                 self.flying[worker.make.remote(batch)] = (worker, batch)
 
 
-@contextmanager
+@contextlib.contextmanager
 def pool(
     ray: Any, bundle: Bundle, config: RunConfig, machine: Machine, cluster: Cluster,
     missing: list[int],
@@ -181,13 +182,25 @@ def pool(
             ray.kill(worker)
 
 
-@contextmanager
+@contextlib.contextmanager
 def connected(machine: Machine, cluster: Cluster) -> Iterator[Any]:
-    """Ray, connected to the cluster or started here; a connection that is there is used."""
+    """Ray, connected to the cluster or started here; a connection that is there is used.
+
+    What Ray prints goes to stderr: it would print the deaths of workers among our results.
+    """
     ray = import_ray()
-    if ray.is_initialized():
-        yield ray
-        return
+    with contextlib.redirect_stdout(sys.stderr):
+        if ray.is_initialized():
+            yield ray
+            return
+        _connect(ray, machine, cluster)
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def _connect(ray: Any, machine: Machine, cluster: Cluster) -> None:
     options: dict[str, Any] = {"address": cluster.address}
     if cluster.address == "local":
         wanted = (cluster.workers or 1) * max(1, machine.threads)
@@ -201,10 +214,6 @@ def connected(machine: Machine, cluster: Cluster) -> Iterator[Any]:
             f"--ray {cluster.address}: cannot connect: {reason}; start Ray there with "
             "'ray start --head', or use --ray local"
         ) from None
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
 
 
 def _shares(ray: Any, machine: Machine, cluster: Cluster) -> tuple[int, Machine, dict[str, float]]:
