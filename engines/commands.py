@@ -24,7 +24,7 @@ class ToolCommand(click.Command):
 
 
 class Commands(click.Group):
-    """A group of commands where a CspdError becomes one line on stderr and exit code 1."""
+    """A group of commands where a CspdError becomes one line on stderr and its exit code."""
 
     def add_tool(self, name: str, module: str, summary: str) -> None:
         """Add a verb that a module above this one provides."""
@@ -35,4 +35,5 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except CspdError as error:
-            raise click.ClickException(str(error)) from None
+            click.ClickException(str(error)).show()
+            ctx.exit(error.exit_code)

@@ -6,6 +6,8 @@ from __future__ import annotations
 class CspdError(Exception):
     """A problem the user can mend: the message says what is, what should be, and what to do."""
 
+    exit_code = 1
+
 
 class MissingExtraError(CspdError):
     """A library of an optional extra is not installed."""
