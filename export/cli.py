@@ -34,6 +34,7 @@ def main() -> None:
 
 assert isinstance(main, Commands)
 main.add_tool("parity", "cspd.tools.parity", "Compare every graph of BUNDLE with PyTorch.")
+main.add_tool("triton", "cspd.tools.triton", "Write BUNDLE as a Triton model repository.")
 
 
 def require_exporter() -> None:
