@@ -85,23 +85,35 @@ class Bundle:
 def open_bundle(folder: Path) -> Bundle:
     """Read the manifest of `folder`; files are checked when they are used."""
     path = folder / MANIFEST
-    if not path.is_file():
-        raise BundleError(
-            f"{folder}: no {MANIFEST} there, so it is not a bundle; make one with "
-            "cspd-export build --target mar-h --draft mar-b --out DIR"
-        )
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(
-            f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB, not a manifest of cspd-export"
-        )
+    content = _read_manifest(path)
     try:
-        return Bundle(folder, Manifest.model_validate_json(path.read_bytes()))
+        return Bundle(folder, Manifest.model_validate_json(content))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         raise BundleError(
             f"{path}: {where}: {first['msg']}; rebuild the bundle with this version of cspd-export"
         ) from None
+
+
+def _read_manifest(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise BundleError(
+                f"{path.parent}: no {MANIFEST} there, so it is not a bundle; make one with "
+                "cspd-export build --target mar-h --draft mar-b --out DIR"
+            )
+        with path.open("rb") as file:
+            content = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise BundleError(
+            f"{path}: cannot be read ({error.strerror}); name the folder of a bundle of cspd-export"
+        ) from None
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise BundleError(
+            f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB, not a manifest of cspd-export"
+        )
+    return content
 
 
 def publish(staging: Path, folder: Path, overwrite: bool) -> None:

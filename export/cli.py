@@ -119,7 +119,7 @@ def build(
         allow_non_ema=allow_non_ema, clip_timesteps=clip_timesteps, warn=note,
     )  # fmt: skip
     build_bundle(plan, out, overwrite, report=note, show=progress_bar)
-    click.echo(out)
+    click.echo(click.format_filename(out))
 
 
 def engine_options(backends: tuple[str, ...], options: dict[str, Any]) -> tuple[EngineOptions, ...]:
@@ -158,7 +158,7 @@ def demo_pair(weights: Path, out: Path, overwrite: bool) -> None:
     from cspd.export.pairs import demo_plan
 
     build_bundle(demo_plan(weights), out, overwrite, report=note)
-    click.echo(out)
+    click.echo(click.format_filename(out))
 
 
 @main.command()

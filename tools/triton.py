@@ -161,4 +161,4 @@ def command(
     """Write BUNDLE as a model repository of NVIDIA Triton Inference Server."""
     parameters = {"backend": backend, "threads": str(threads), "max_images": str(max_images)}
     write_repository(open_bundle(bundle), out, device, parameters)
-    click.echo(out)
+    click.echo(click.format_filename(out))

@@ -1,0 +1,110 @@
+"""Manifests nobody vouches for: read, shown, exported, run."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from harness import budget, check, run_case, run_command
+from hypothesis import example, given
+from hypothesis import strategies as st
+from mutations import apply, damaged, edits
+
+from cspd.engines.bundle import MANIFEST, open_bundle
+from cspd.export.cli import main as export_main
+from cspd.runtime.cli import main as run_main
+from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.config import make_config
+from cspd.runtime.pipeline import Pipeline
+
+TEXT = (shipped_bundle() / MANIFEST).read_bytes()
+DOCUMENT = json.loads(TEXT)
+# A run of seconds; what the manifest says elsewhere decides the rest.
+QUICK = ["--num-images", "1", "--num-iter", "2", "--head-steps", "3", "--threads", "1", "--quiet",
+         "--batch-size", "1"]  # fmt: skip
+
+
+def put(folder, content: bytes) -> None:
+    (folder / MANIFEST).unlink()
+    (folder / MANIFEST).write_bytes(content)
+
+
+@budget(full=1200, ci=150)
+@given(content=st.one_of(damaged(TEXT), st.binary(max_size=200)))
+@example(content=b"[" * 100_000)
+@example(content=b'{"a":' * 5000)
+def test_read_bytes(arena, content):
+    read(arena.fresh(), content)
+
+
+@budget(full=1800, ci=150)
+@given(changes=edits(DOCUMENT, most=6))
+def test_read(arena, changes):
+    read(arena.fresh(), apply(DOCUMENT, changes))
+
+
+def read(folder, content: bytes) -> None:
+    (folder / MANIFEST).write_bytes(content)
+
+    def call():
+        bundle = open_bundle(folder)
+        assert bundle.sha256 and bundle.manifest.graphs()
+
+    check(run_case("manifest: read", call, folder))
+
+
+@budget(full=800, ci=150)
+@given(changes=edits(DOCUMENT), options=st.sampled_from([[], ["--json"]]))
+def test_inspect(arena, changes, options):
+    bundle = arena.bundle()
+    put(bundle, apply(DOCUMENT, changes))
+    call = run_command(export_main, ["inspect", str(bundle), "--no-verify", *options])
+    check(run_case("manifest: inspect", call, arena.root / "case"))
+
+
+@budget(full=300, ci=40)
+@given(changes=edits(DOCUMENT))
+def test_triton(arena, changes):
+    bundle = arena.bundle()
+    put(bundle, apply(DOCUMENT, changes))
+    out = arena.root / "case" / "out"
+    call = run_command(export_main, ["triton", str(bundle), "--out", str(out)])
+    check(run_case("manifest: triton", call, arena.root / "case"))
+
+
+@budget(full=900, ci=120)
+@given(
+    changes=edits(DOCUMENT),
+    method=st.sampled_from(["target", "cspd", "draft", "lossless"]),
+    backend=st.sampled_from(["onnxruntime", "onnxruntime", "torch"]),
+)
+def test_generate(arena, changes, method, backend):
+    bundle = arena.bundle()
+    put(bundle, apply(DOCUMENT, changes))
+    out = arena.root / "case" / "out"
+    arguments = ["generate", str(bundle), "--out", str(out), *QUICK]
+    call = run_command(run_main, [*arguments, "--method", method, "--backend", backend])
+    check(run_case("manifest: generate", call, arena.root / "case"))
+
+
+def test_the_untouched_manifest_generates(arena):
+    """The quick run itself is sound, so that what is refused above is refused for a reason."""
+    bundle = arena.bundle()
+    for method in ("target", "cspd", "draft", "lossless"):
+        for backend in ("onnxruntime", "torch"):
+            arguments = ["generate", str(bundle), "--out", str(bundle.parent / method / backend)]
+            arguments += [*QUICK, "--method", method, "--backend", backend]
+            call = run_command(run_main, arguments)
+            assert run_case("manifest: generate", call, bundle.parent).kind == "ok"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def warm():
+    """Import in the parent what the commands import, so that a child only does the case."""
+    import cspd.export.torch_session
+    import cspd.tools.triton
+
+    assert cspd.tools.triton and cspd.export.torch_session
+    CliRunner().invoke(export_main, ["inspect", str(shipped_bundle())])
+    # The first use of the torch backend makes the library's cache folder.
+    config = make_config(labels=[0], num_images=1, method="target", num_iter=1, head_steps=2)
+    next(Pipeline(open_bundle(shipped_bundle()), "torch").generate(config))
