@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.manifest import FileRecord, GraphRecord, Manifest
+from cspd.engines.onnx_external import external_locations
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
@@ -69,7 +70,22 @@ class Bundle:
             weights = [model.weights, model.first_weights]
         for name in filter(None, weights):
             self.file(name)
-        return self.file(self.graph(label).file)
+        path = self.file(self.graph(label).file)
+        self._check_external(path, {self.folder / name for name in weights if name})
+        return path
+
+    def _check_external(self, path: Path, weights: set[Path]) -> None:
+        """Raise BundleError if the ONNX file `path` reads anything but `weights`, just verified."""
+        try:
+            locations = external_locations(path.read_bytes())
+        except CspdError as error:
+            raise BundleError(f"{path}: {error}; rebuild it with cspd-export build") from None
+        for location in locations:
+            if path.parent / location not in weights or ".." in location:
+                raise BundleError(
+                    f"{path}: wants to read {location!r:.100}, which is not its weights file in "
+                    f"{MANIFEST}; rebuild it with cspd-export build"
+                )
 
     def graph(self, label: str) -> GraphRecord:
         """Record of the graph `label`, such as "target/backbone" or "decoder"."""

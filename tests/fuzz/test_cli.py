@@ -22,7 +22,11 @@ TEXT = st.one_of(
 )  # fmt: skip
 SMALL = ["--num-images", "1", "--num-iter", "2", "--head-steps", "2", "--batch-size", "1",
          "--threads", "1", "--quiet"]  # fmt: skip
-OPTIONS = {param.opts[0]: param for option in SAMPLING for param in [option(lambda: None).__click_params__[0]]}
+OPTIONS = {
+    param.opts[0]: param
+    for option in SAMPLING
+    for param in [option(lambda: None).__click_params__[0]]
+}
 # More images, steps or threads than these are honest work and honest waiting.
 LIMITED = {
     "--num-images": ["0", "-1", "2", "4294967297", "9" * 40],
@@ -47,7 +51,9 @@ def generate_arguments(draw) -> list[str]:
         sound = getattr(OPTIONS.get(name), "type", None)
         choices = list(getattr(sound, "choices", ())) or ["1"]
         arguments += [name, draw(st.one_of(odd, st.sampled_from(choices)))]
-    return arguments + draw(st.lists(st.sampled_from(["--json", "--baseline", "--overwrite"]), max_size=2))
+    return arguments + draw(
+        st.lists(st.sampled_from(["--json", "--baseline", "--overwrite"]), max_size=2)
+    )
 
 
 @budget(full=1500, ci=60)
