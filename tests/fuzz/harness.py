@@ -45,7 +45,7 @@ EXECUTES = {
 
 
 def budget(*, full: int, ci: int) -> settings:
-    """Hypothesis settings: `ci` examples, or `full` of them with CSPD_FUZZ=full in the environment."""
+    """Hypothesis settings: `ci` examples, or `full` with CSPD_FUZZ=full in the environment."""
     return settings(
         max_examples=full if FULL else ci,
         derandomize=not FULL,

@@ -98,9 +98,11 @@ def test_files_exchanged_with_others(arena, name, other):
 
 
 LOCATIONS = ["../../secret.txt", "../secret.bin", "/etc/passwd", "../../../../../../etc/passwd",
-             "link", "folder/secret.bin", "unlisted.bin", "", ".", "..", "/dev/zero", "/proc/self/mem",
-             "weights.safetensors/", "./weights.safetensors", "../draft/weights.safetensors",
-             "a\nb", "x" * 5000, "\u202e", "//etc/passwd", "C:\\secret", "weights.safetensors\0"]  # fmt: skip
+             "link", "folder/secret.bin", "unlisted.bin", "", ".", "..", "/dev/zero",
+             "/proc/self/mem", "weights.safetensors/", "./weights.safetensors",
+             "../draft/weights.safetensors",
+             "a\nb", "x" * 5000, "\u202e", "//etc/passwd", "C:\\secret",
+             "weights.safetensors\0"]  # fmt: skip
 
 
 @budget(full=400, ci=20)
@@ -137,7 +139,7 @@ def test_names_of_external_data(arena, name, location, offset, length):
 
 
 @budget(full=300, ci=10)
-@given(dims=st.lists(st.sampled_from([0, 1, 2**20, 2**31, 2**40, 2**62, 2**63 - 1, -1]), max_size=4),
+@given(dims=st.lists(st.sampled_from([0, 1, 2**20, 2**31, 2**40, 2**63 - 1, -1]), max_size=4),
        where=st.sampled_from(["external", "raw", "data", "input", "constant"]))  # fmt: skip
 @example(dims=[2**40], where="external")
 @example(dims=[2**31, 2**31], where="constant")
