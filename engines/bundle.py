@@ -71,17 +71,18 @@ class Bundle:
         for name in filter(None, weights):
             self.file(name)
         path = self.file(self.graph(label).file)
-        self._check_external(path, {self.folder / name for name in weights if name})
+        paths = [self.folder / name for name in weights if name]
+        self._check_external(path, {p.name for p in paths if p.parent == path.parent})
         return path
 
-    def _check_external(self, path: Path, weights: set[Path]) -> None:
-        """Raise BundleError if the ONNX file `path` reads anything but `weights`, just verified."""
+    def _check_external(self, path: Path, weights: set[str]) -> None:
+        """Raise BundleError if the ONNX file `path` reads anything beside it but `weights`."""
         try:
             locations = external_locations(path.read_bytes())
         except CspdError as error:
             raise BundleError(f"{path}: {error}; rebuild it with cspd-export build") from None
         for location in locations:
-            if path.parent / location not in weights or ".." in location:
+            if location not in weights:
                 raise BundleError(
                     f"{path}: wants to read {location!r:.100}, which is not its weights file in "
                     f"{MANIFEST}; rebuild it with cspd-export build"

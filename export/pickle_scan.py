@@ -1,6 +1,6 @@
 """What could hang or fill the memory before a pickle's restricted loader refuses anything.
 
-The restricted loader executes nothing, but it does hash the keys of dictionaries. A tuple that holds
+The restricted loader executes nothing, but it hashes the keys of dictionaries. A tuple that holds
 the same tuple twice, sixty times over, is 200 bytes in a file and takes for ever to hash. Archives
 may unpack to a thousand times their size.
 """

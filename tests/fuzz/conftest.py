@@ -10,12 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from harness import CASES, FULL
 
+from cspd.engines.bundle import open_bundle
+from cspd.export.cli import main
 from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.config import make_config
+from cspd.runtime.pipeline import Pipeline
 
 MINIMUM = 10_000
 
@@ -41,8 +46,20 @@ class Arena:
         return folder
 
 
+@pytest.fixture(scope="session")
+def warm() -> None:
+    """Do in the parent what libraries do once, such as imports and folders for their caches."""
+    import cspd.tools.triton
+
+    assert cspd.tools.triton
+    CliRunner().invoke(main, ["inspect", str(shipped_bundle())])
+    config = make_config(labels=[0], num_images=1, method="cspd", num_iter=1, head_steps=2)
+    for backend in ("torch", "onnxruntime"):
+        next(Pipeline(open_bundle(shipped_bundle()), backend, threads=1).generate(config))
+
+
 @pytest.fixture
-def arena(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+def arena(warm: None, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     """Where the cases of one test happen."""
     source = tmp_path_factory.getbasetemp() / "shipped"
     if not source.exists():

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from click import Command
 from click.testing import CliRunner
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from cspd.engines.errors import CspdError
 
@@ -51,6 +51,7 @@ def budget(*, full: int, ci: int) -> settings:
         derandomize=not FULL,
         database=None,
         deadline=None,  # the child's own time limit stands in
+        phases=(Phase.explicit, Phase.generate),  # shrinking costs hundreds of forks per failure
         suppress_health_check=list(HealthCheck),
     )
 

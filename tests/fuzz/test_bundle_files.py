@@ -68,7 +68,7 @@ def test_every_flipped_bit_is_found(arena, name):
             assert ending.kind == "refused" and "differs from the hash" in ending.text
 
 
-@budget(full=500, ci=15)
+@budget(full=200, ci=8)
 @given(name=st.sampled_from(FILES), data=st.data())
 def test_damage_is_found_before_anything_is_read(arena, name, data):
     content = data.draw(damaged(CONTENT[name]))
@@ -78,7 +78,7 @@ def test_damage_is_found_before_anything_is_read(arena, name, data):
     assert (check(call).kind == "refused") == (content != CONTENT[name])
 
 
-@budget(full=400, ci=6)
+@budget(full=80, ci=4)
 @given(name=st.sampled_from(FILES), data=st.data())
 def test_damage_that_somebody_vouches_for(arena, name, data):
     bundle = arena.bundle()
@@ -89,7 +89,7 @@ def test_damage_that_somebody_vouches_for(arena, name, data):
     generate(arena, bundle, "bundle: vouched damage", method, backend)
 
 
-@budget(full=200, ci=6)
+@budget(full=50, ci=3)
 @given(name=st.sampled_from(sorted(GRAPHS)), other=st.sampled_from(FILES))
 def test_files_exchanged_with_others(arena, name, other):
     bundle = arena.bundle()
@@ -105,7 +105,7 @@ LOCATIONS = ["../../secret.txt", "../secret.bin", "/etc/passwd", "../../../../..
              "weights.safetensors\0"]  # fmt: skip
 
 
-@budget(full=400, ci=20)
+@budget(full=150, ci=10)
 @given(
     name=st.sampled_from([n for n in sorted(GRAPHS) if "/d" in n and n.startswith("d")]),
     location=st.one_of(st.sampled_from(LOCATIONS), st.text(max_size=10)),
@@ -138,7 +138,7 @@ def test_names_of_external_data(arena, name, location, offset, length):
         assert ending.kind == "refused" and "wants to read" in ending.text
 
 
-@budget(full=300, ci=10)
+@budget(full=80, ci=5)
 @given(dims=st.lists(st.sampled_from([0, 1, 2**20, 2**31, 2**40, 2**63 - 1, -1]), max_size=4),
        where=st.sampled_from(["external", "raw", "data", "input", "constant"]))  # fmt: skip
 @example(dims=[2**40], where="external")

@@ -57,7 +57,7 @@ def generate_arguments(draw) -> list[str]:
     )
 
 
-@budget(full=1500, ci=60)
+@budget(full=300, ci=10)
 @given(arguments=generate_arguments())
 @example(arguments=[*SMALL, "--threads", "9" * 40])
 @example(arguments=[*SMALL, "--num-images", "4294967296", "--labels", "99"])
@@ -71,7 +71,7 @@ def test_generate_options(arena, arguments):
     check(run_case("command line: generate", call, folder))
 
 
-@budget(full=700, ci=60)
+@budget(full=200, ci=8)
 @given(out=TEXT, bundle=TEXT)
 @example(out="x" * 300, bundle="x" * 5000)
 @example(out=os.fsdecode(b"\xff"), bundle="")
@@ -114,7 +114,7 @@ def build_arguments(draw) -> list[str]:
     return arguments + draw(st.lists(st.sampled_from(flags), max_size=2))
 
 
-@budget(full=1200, ci=60)
+@budget(full=700, ci=12)
 @given(arguments=build_arguments())
 @example(arguments=["--target", "mar-b", "--workspace", "9" * 400])
 @example(arguments=["--target", "mar-b", "--target-weights", "x" * 5000])
@@ -129,7 +129,7 @@ def test_build_options(arena, arguments):
     assert check(run_case("command line: build", call, folder)).kind == "refused"
 
 
-@budget(full=500, ci=60)
+@budget(full=250, ci=8)
 @given(
     verb=st.sampled_from(["inspect", "lint", "triton", "demo-pair", "parity", "bulid"]), value=TEXT,
     flags=st.lists(st.sampled_from(["--json", "--no-verify", "--flavour", "--device", "-h"]),

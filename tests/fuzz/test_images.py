@@ -66,7 +66,7 @@ def read(arena, content: bytes) -> None:
     check(run_case("image: read", lambda: read_metadata(path), path.parent))
 
 
-@budget(full=1200, ci=60)
+@budget(full=1500, ci=20)
 @given(content=st.one_of(damaged(GOOD), st.binary(max_size=100)))
 @example(content=bomb(100_000, 100_000))
 @example(content=bomb(2**31 - 1, 2**31 - 1))
@@ -78,7 +78,7 @@ def test_read(arena, content):
     read(arena, content)
 
 
-@budget(full=400, ci=60)
+@budget(full=300, ci=12)
 @given(
     kind=st.sampled_from([b"IHDR", b"PLTE", b"IDAT", b"iTXt", b"zTXt", b"tEXt", b"iCCP", b"acTL",
                           b"fcTL", b"fdAT", b"tRNS", b"eXIf", b"pHYs", b"gAMA"]),
@@ -99,7 +99,7 @@ def replay(arena, content: bytes) -> str:
 SLOW = ("num_iter", "head_steps", "window", "gamma")
 
 
-@budget(full=700, ci=60)
+@budget(full=250, ci=10)
 @given(changes=edits(METADATA))
 @example(changes=[Edit(("image",), float("inf"))])
 @example(changes=[Edit(("image",), True)])
@@ -116,7 +116,7 @@ def test_replay(arena, changes):
     replay(arena, png(apply(METADATA, changes).decode()))
 
 
-@budget(full=300, ci=60)
+@budget(full=150, ci=6)
 @given(text=st.text(max_size=200))
 @example(text="[" * 100_000)
 @example(text='{"config": ' * 10_000)
@@ -154,13 +154,13 @@ RECORD = {
 }  # fmt: skip
 
 
-@budget(full=500, ci=60)
+@budget(full=300, ci=6)
 @given(changes=edits(RECORD))
 def test_report_on_run_records(arena, changes):
     report(arena, apply(RECORD, changes))
 
 
-@budget(full=300, ci=60)
+@budget(full=100, ci=4)
 @given(content=st.one_of(damaged(json.dumps(RECORD).encode()), st.binary(max_size=100)))
 @example(content=b"[" * 100_000)
 def test_report_on_other_bytes(arena, content):

@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-from click.testing import CliRunner
 from harness import budget, check, run_case, run_command
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -13,8 +11,6 @@ from cspd.engines.bundle import MANIFEST, open_bundle
 from cspd.export.cli import main as export_main
 from cspd.runtime.cli import main as run_main
 from cspd.runtime.cli import shipped_bundle
-from cspd.runtime.config import make_config
-from cspd.runtime.pipeline import Pipeline
 
 TEXT = (shipped_bundle() / MANIFEST).read_bytes()
 DOCUMENT = json.loads(TEXT)
@@ -28,7 +24,7 @@ def put(folder, content: bytes) -> None:
     (folder / MANIFEST).write_bytes(content)
 
 
-@budget(full=1200, ci=150)
+@budget(full=1500, ci=25)
 @given(content=st.one_of(damaged(TEXT), st.binary(max_size=200)))
 @example(content=b"[" * 100_000)
 @example(content=b'{"a":' * 5000)
@@ -36,7 +32,7 @@ def test_read_bytes(arena, content):
     read(arena.fresh(), content)
 
 
-@budget(full=1800, ci=150)
+@budget(full=2000, ci=25)
 @given(changes=edits(DOCUMENT, most=6))
 def test_read(arena, changes):
     read(arena.fresh(), apply(DOCUMENT, changes))
@@ -52,7 +48,7 @@ def read(folder, content: bytes) -> None:
     check(run_case("manifest: read", call, folder))
 
 
-@budget(full=800, ci=150)
+@budget(full=400, ci=12)
 @given(changes=edits(DOCUMENT), options=st.sampled_from([[], ["--json"]]))
 def test_inspect(arena, changes, options):
     bundle = arena.bundle()
@@ -61,7 +57,7 @@ def test_inspect(arena, changes, options):
     check(run_case("manifest: inspect", call, arena.root / "case"))
 
 
-@budget(full=300, ci=40)
+@budget(full=60, ci=4)
 @given(changes=edits(DOCUMENT))
 def test_triton(arena, changes):
     bundle = arena.bundle()
@@ -71,7 +67,7 @@ def test_triton(arena, changes):
     check(run_case("manifest: triton", call, arena.root / "case"))
 
 
-@budget(full=900, ci=120)
+@budget(full=150, ci=6)
 @given(
     changes=edits(DOCUMENT),
     method=st.sampled_from(["target", "cspd", "draft", "lossless"]),
@@ -95,16 +91,3 @@ def test_the_untouched_manifest_generates(arena):
             arguments += [*QUICK, "--method", method, "--backend", backend]
             call = run_command(run_main, arguments)
             assert run_case("manifest: generate", call, bundle.parent).kind == "ok"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def warm():
-    """Import in the parent what the commands import, so that a child only does the case."""
-    import cspd.export.torch_session
-    import cspd.tools.triton
-
-    assert cspd.tools.triton and cspd.export.torch_session
-    CliRunner().invoke(export_main, ["inspect", str(shipped_bundle())])
-    # The first use of the torch backend makes the library's cache folder.
-    config = make_config(labels=[0], num_images=1, method="target", num_iter=1, head_steps=2)
-    next(Pipeline(open_bundle(shipped_bundle()), "torch").generate(config))
