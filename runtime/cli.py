@@ -154,9 +154,8 @@ def generate(
     if as_json:
         click.echo(json.dumps(record, indent=1))
     elif not outcomes:
-        click.echo(
-            f"{click.format_filename(out)}: the run is finished, its {record['images']} images are intact"
-        )
+        name = click.format_filename(out)
+        click.echo(f"{name}: the run is finished, its {record['images']} images are intact")
     else:
         Console().print(outcome_table(outcomes, opened))
         click.echo(click.format_filename(out / "grid.png"))
