@@ -12,11 +12,12 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cspd.engines.bundle import check_target, open_bundle
 from cspd.engines.commands import Commands
-from cspd.engines.errors import MissingExtraError
+from cspd.engines.errors import MissingExtraError, printable
 from cspd.engines.lint import lint_model
 from cspd.engines.manifest import Manifest, Precision, Role
 from cspd.engines.trt_options import BuildOptions as EngineOptions
@@ -193,7 +194,7 @@ def inspect(bundle: Path, as_json: bool, no_verify: bool) -> None:
         return
     console = Console()
     for line in summary(opened.manifest, opened.sha256):
-        console.print(line, highlight=False)
+        console.print(printable(line), highlight=False, markup=False)
     console.print(graph_table(opened.manifest))
 
 
@@ -229,7 +230,7 @@ def graph_table(manifest: Manifest) -> Table:
         )
     for name, record in manifest.files.items():
         if name.endswith(".safetensors"):
-            table.add_row(name, human_bytes(record.bytes), "", "")
+            table.add_row(escape(name), human_bytes(record.bytes), "", "")
     return table
 
 

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Manifest
 from cspd.engines.spec import Record
+from cspd.runtime.contract import check_graphs
 
 Method = Literal["target", "draft", "cspd", "lossless"]
 MAX_SEED = 2**64 - 1
@@ -73,6 +74,7 @@ def make_config(**values: object) -> RunConfig:
 
 def check_config(config: RunConfig, manifest: Manifest) -> None:
     """Raise CspdError unless the bundle can run `config`."""
+    check_graphs(manifest)
     geometry = manifest.geometry
     for label in config.labels:
         if not 0 <= label < geometry.num_classes:

@@ -29,7 +29,7 @@ from cspd.engines.errors import CspdError
 FULL = os.environ.get("CSPD_FUZZ", "ci") == "full"
 MEMORY = 2 << 30  # bytes that a case may add to what the parent has mapped
 FILE_SIZE = 64 << 20
-SECONDS = 15
+SECONDS = 30
 LONGEST = 12_000  # characters of an error; click repeats the value of an option in full
 CASES: Counter[str] = Counter()
 

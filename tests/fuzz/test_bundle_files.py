@@ -9,7 +9,7 @@ import os
 
 import onnx
 import pytest
-from harness import budget, check, run_case, run_command
+from harness import FULL, budget, check, run_case, run_command
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import damaged
@@ -57,7 +57,7 @@ def generate(arena, bundle, target: str, method: str, backend: str):
 def test_every_flipped_bit_is_found(arena, name):
     """First, last and middle byte, every bit, of every file that a bundle holds."""
     for place in (0, len(CONTENT[name]) // 2, len(CONTENT[name]) - 1):
-        for bit in range(8):
+        for bit in range(8) if FULL else (place % 8,):
             content = bytearray(CONTENT[name])
             content[place] ^= 1 << bit
             bundle = arena.bundle()

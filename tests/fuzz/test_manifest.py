@@ -5,7 +5,7 @@ import json
 from harness import budget, check, run_case, run_command
 from hypothesis import example, given
 from hypothesis import strategies as st
-from mutations import apply, damaged, edits
+from mutations import Edit, apply, damaged, edits
 
 from cspd.engines.bundle import MANIFEST, open_bundle
 from cspd.export.cli import main as export_main
@@ -14,6 +14,9 @@ from cspd.runtime.cli import shipped_bundle
 
 TEXT = (shipped_bundle() / MANIFEST).read_bytes()
 DOCUMENT = json.loads(TEXT)
+GRAPHS, CONFIG = ("models", "draft", "graphs"), ("models", "draft", "config")
+OUTPUT = (*GRAPHS, "backbone", "spec", "outputs", 0)
+FILE = DOCUMENT["files"]["decoder/decoder.onnx"]
 # A run of seconds; what the manifest says elsewhere decides the rest.
 QUICK = ["--num-images", "1", "--num-iter", "2", "--head-steps", "3", "--threads", "1", "--quiet",
          "--batch-size", "1"]  # fmt: skip
@@ -50,6 +53,12 @@ def read(folder, content: bytes) -> None:
 
 @budget(full=400, ci=12)
 @given(changes=edits(DOCUMENT), options=st.sampled_from([[], ["--json"]]))
+@example(changes=[Edit(("tool_version",), "[/red]\x1b[31m\n")], options=[])
+@example(changes=[Edit(("models", "draft", "preset"), "[/red]")], options=[])
+@example(changes=[Edit((*GRAPHS, "backbone"), "[/red]", "rename")], options=[])
+@example(changes=[Edit((*GRAPHS, "backbone"), "../../etc/passwd", "rename")], options=[])
+@example(changes=[Edit(("a\nb",), 1)], options=[])
+@example(changes=[Edit(("files", "[/red].safetensors"), FILE)], options=[])
 def test_inspect(arena, changes, options):
     bundle = arena.bundle()
     put(bundle, apply(DOCUMENT, changes))
@@ -73,6 +82,17 @@ def test_triton(arena, changes):
     method=st.sampled_from(["target", "cspd", "draft", "lossless"]),
     backend=st.sampled_from(["onnxruntime", "onnxruntime", "torch"]),
 )
+@example(changes=[Edit(("geometry", "grid"), 2**31)], method="draft", backend="onnxruntime")
+@example(changes=[Edit(("geometry", "token_dim"), 2**31)], method="draft", backend="onnxruntime")
+@example(changes=[Edit(("geometry", "image_size"), 29)], method="draft", backend="torch")
+@example(
+    changes=[Edit(("models", "draft", "config", "grid"), "x")], method="draft", backend="torch"
+)
+@example(changes=[Edit((*CONFIG, "a"), 1)], method="draft", backend="torch")
+@example(changes=[Edit((*OUTPUT, "name"), "other")], method="draft", backend="onnxruntime")
+@example(changes=[Edit((*OUTPUT, "shape"), [2])], method="draft", backend="onnxruntime")
+@example(changes=[Edit(("defaults", "num_iter"), "x")], method="draft", backend="onnxruntime")
+@example(changes=[Edit(("defaults", "magic"), 1)], method="draft", backend="onnxruntime")
 def test_generate(arena, changes, method, backend):
     bundle = arena.bundle()
     put(bundle, apply(DOCUMENT, changes))
