@@ -35,6 +35,5 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except CspdError as error:
-            shown = click.ClickException(str(error))
-            shown.exit_code = error.exit_code
-            raise shown from None
+            click.ClickException(str(error)).show()
+            ctx.exit(error.exit_code)

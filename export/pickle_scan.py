@@ -50,7 +50,7 @@ def _scan(file: IO[bytes], path: Path) -> None:
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             memo[len(memo) if argument is None else int(argument)] = stack[-1] if stack else 0
         elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo.get(int(argument), 0))
+            stack.append(memo.get(int(argument or 0), 0))
         elif name == "TUPLE" or name in TUPLES:
             items = _to_mark(stack) if name == "TUPLE" else _last(stack, TUPLES[name])
             depth = 1 + max(items, default=0)
