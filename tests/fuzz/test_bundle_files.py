@@ -9,7 +9,7 @@ import os
 
 import onnx
 import pytest
-from harness import FULL, budget, check, run_case, run_command
+from harness import FULL, budget, check, run_case, run_command, run_here
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import damaged
@@ -62,23 +62,23 @@ def test_every_flipped_bit_is_found(arena, name):
             content[place] ^= 1 << bit
             bundle = arena.bundle()
             replace(bundle, name, bytes(content), vouched=False)
-            ending = check(run_case(
+            ending = check(run_here(
                 "bundle: flipped bits", lambda b=bundle: open_bundle(b).file(name), bundle.parent
             ))  # fmt: skip
             assert ending.kind == "refused" and "differs from the hash" in ending.text
 
 
-@budget(full=200, ci=8)
+@budget(full=300, ci=8)
 @given(name=st.sampled_from(FILES), data=st.data())
 def test_damage_is_found_before_anything_is_read(arena, name, data):
     content = data.draw(damaged(CONTENT[name]))
     bundle = arena.bundle()
     replace(bundle, name, content, vouched=False)
-    call = run_case("bundle: damaged", lambda: open_bundle(bundle).file(name), bundle.parent)
+    call = run_here("bundle: damaged", lambda: open_bundle(bundle).file(name), bundle.parent)
     assert (check(call).kind == "refused") == (content != CONTENT[name])
 
 
-@budget(full=80, ci=4)
+@budget(full=30, ci=4)
 @given(name=st.sampled_from(FILES), data=st.data())
 def test_damage_that_somebody_vouches_for(arena, name, data):
     bundle = arena.bundle()
@@ -89,7 +89,7 @@ def test_damage_that_somebody_vouches_for(arena, name, data):
     generate(arena, bundle, "bundle: vouched damage", method, backend)
 
 
-@budget(full=50, ci=3)
+@budget(full=20, ci=3)
 @given(name=st.sampled_from(sorted(GRAPHS)), other=st.sampled_from(FILES))
 def test_files_exchanged_with_others(arena, name, other):
     bundle = arena.bundle()
@@ -105,7 +105,7 @@ LOCATIONS = ["../../secret.txt", "../secret.bin", "/etc/passwd", "../../../../..
              "weights.safetensors\0"]  # fmt: skip
 
 
-@budget(full=150, ci=10)
+@budget(full=250, ci=10)
 @given(
     name=st.sampled_from([n for n in sorted(GRAPHS) if "/d" in n and n.startswith("d")]),
     location=st.one_of(st.sampled_from(LOCATIONS), st.text(max_size=10)),
@@ -128,7 +128,7 @@ def test_names_of_external_data(arena, name, location, offset, length):
     os.symlink(bundle.parent, bundle / "draft/folder")
     replace(bundle, name, model.SerializeToString(), vouched=True)
     opened = open_bundle(bundle)
-    call = run_case(
+    call = run_here(
         "bundle: names of external data",
         lambda: open_session(opened, GRAPHS[name], device="cpu", threads=1), bundle.parent,
     )  # fmt: skip
@@ -138,7 +138,7 @@ def test_names_of_external_data(arena, name, location, offset, length):
         assert ending.kind == "refused" and "wants to read" in ending.text
 
 
-@budget(full=80, ci=5)
+@budget(full=30, ci=5)
 @given(dims=st.lists(st.sampled_from([0, 1, 2**20, 2**31, 2**40, 2**63 - 1, -1]), max_size=4),
        where=st.sampled_from(["external", "raw", "data", "input", "constant"]))  # fmt: skip
 @example(dims=[2**40], where="external")
@@ -218,7 +218,7 @@ def test_something_else_in_the_place_of_a_file(arena, name, kind):
         for file in opened.manifest.files:
             opened.file(file)
 
-    ending = check(run_case("bundle: exhaustive kinds", call, bundle.parent))
+    ending = check(run_here("bundle: exhaustive kinds", call, bundle.parent))
     # The manifest has no hash, and a bundle may be reached through a link.
     harmless = name == MANIFEST and kind in ("link out", "link in", "parent link", "grown")
     assert (ending.kind == "ok") == (harmless and kind != "grown")

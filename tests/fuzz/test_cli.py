@@ -2,7 +2,7 @@
 
 import os
 
-from harness import budget, check, run_case, run_command
+from harness import budget, check, run_case, run_command, run_here
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -57,7 +57,7 @@ def generate_arguments(draw) -> list[str]:
     )
 
 
-@budget(full=300, ci=10)
+@budget(full=60, ci=10)
 @given(arguments=generate_arguments())
 @example(arguments=[*SMALL, "--threads", "9" * 40])
 @example(arguments=[*SMALL, "--num-images", "4294967296", "--labels", "99"])
@@ -71,7 +71,7 @@ def test_generate_options(arena, arguments):
     check(run_case("command line: generate", call, folder))
 
 
-@budget(full=200, ci=8)
+@budget(full=40, ci=8)
 @given(out=TEXT, bundle=TEXT)
 @example(out="x" * 300, bundle="x" * 5000)
 @example(out=os.fsdecode(b"\xff"), bundle="")
@@ -126,10 +126,10 @@ def test_build_options(arena, arguments):
         os.chdir(folder)
         run_command(export_main, ["build", *arguments, "--out", "bundle"])()
 
-    assert check(run_case("command line: build", call, folder)).kind == "refused"
+    assert check(run_here("command line: build", call, folder)).kind == "refused"
 
 
-@budget(full=250, ci=8)
+@budget(full=200, ci=8)
 @given(
     verb=st.sampled_from(["inspect", "lint", "triton", "demo-pair", "parity", "bulid"]), value=TEXT,
     flags=st.lists(st.sampled_from(["--json", "--no-verify", "--flavour", "--device", "-h"]),
@@ -145,4 +145,4 @@ def test_other_verbs(arena, verb, value, flags):
         outputs = [] if verb in ("inspect", "lint") else ["--out", "out"]
         run_command(export_main, [verb, *flags, *outputs, "--", value])()
 
-    check(run_case("command line: other verbs", call, folder))
+    check(run_here("command line: other verbs", call, folder))

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from harness import budget, check, run_case, run_command
+from harness import budget, check, run_case, run_command, run_here
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import Edit, apply, damaged, edits
@@ -63,7 +63,7 @@ ZEROS = zlib.compress(bytes(32 << 20), 9)
 def read(arena, content: bytes) -> None:
     path = arena.fresh() / "image.png"
     path.write_bytes(content)
-    check(run_case("image: read", lambda: read_metadata(path), path.parent))
+    check(run_here("image: read", lambda: read_metadata(path), path.parent))
 
 
 @budget(full=1500, ci=20)
@@ -78,7 +78,7 @@ def test_read(arena, content):
     read(arena, content)
 
 
-@budget(full=300, ci=12)
+@budget(full=400, ci=12)
 @given(
     kind=st.sampled_from([b"IHDR", b"PLTE", b"IDAT", b"iTXt", b"zTXt", b"tEXt", b"iCCP", b"acTL",
                           b"fcTL", b"fdAT", b"tRNS", b"eXIf", b"pHYs", b"gAMA"]),
@@ -99,7 +99,7 @@ def replay(arena, content: bytes) -> str:
 SLOW = ("num_iter", "head_steps", "window", "gamma")
 
 
-@budget(full=250, ci=10)
+@budget(full=60, ci=10)
 @given(changes=edits(METADATA))
 @example(changes=[Edit(("image",), float("inf"))])
 @example(changes=[Edit(("image",), True)])
@@ -116,7 +116,7 @@ def test_replay(arena, changes):
     replay(arena, png(apply(METADATA, changes).decode()))
 
 
-@budget(full=150, ci=6)
+@budget(full=30, ci=6)
 @given(text=st.text(max_size=200))
 @example(text="[" * 100_000)
 @example(text='{"config": ' * 10_000)
@@ -154,13 +154,13 @@ RECORD = {
 }  # fmt: skip
 
 
-@budget(full=300, ci=6)
+@budget(full=400, ci=6)
 @given(changes=edits(RECORD))
 def test_report_on_run_records(arena, changes):
     report(arena, apply(RECORD, changes))
 
 
-@budget(full=100, ci=4)
+@budget(full=150, ci=4)
 @given(content=st.one_of(damaged(json.dumps(RECORD).encode()), st.binary(max_size=100)))
 @example(content=b"[" * 100_000)
 def test_report_on_other_bytes(arena, content):
@@ -173,7 +173,7 @@ def report(arena, content: bytes) -> None:
     (folder / "run.json").write_bytes(content)
     Image.new("L", (8, 8)).save(folder / "grid.png")
     call = run_command(main, ["report", str(folder), "--out", str(folder.parent / "report.html")])
-    check(run_case("run.json: report", call, folder.parent))
+    check(run_here("run.json: report", call, folder.parent))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,7 +2,7 @@
 
 import json
 
-from harness import budget, check, run_case, run_command
+from harness import budget, check, run_case, run_command, run_here
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import Edit, apply, damaged, edits
@@ -35,7 +35,7 @@ def test_read_bytes(arena, content):
     read(arena.fresh(), content)
 
 
-@budget(full=2000, ci=25)
+@budget(full=2500, ci=25)
 @given(changes=edits(DOCUMENT, most=6))
 def test_read(arena, changes):
     read(arena.fresh(), apply(DOCUMENT, changes))
@@ -48,10 +48,10 @@ def read(folder, content: bytes) -> None:
         bundle = open_bundle(folder)
         assert bundle.sha256 and bundle.manifest.graphs()
 
-    check(run_case("manifest: read", call, folder))
+    check(run_here("manifest: read", call, folder))
 
 
-@budget(full=400, ci=12)
+@budget(full=600, ci=12)
 @given(changes=edits(DOCUMENT), options=st.sampled_from([[], ["--json"]]))
 @example(changes=[Edit(("tool_version",), "[/red]\x1b[31m\n")], options=[])
 @example(changes=[Edit(("models", "draft", "preset"), "[/red]")], options=[])
@@ -63,10 +63,10 @@ def test_inspect(arena, changes, options):
     bundle = arena.bundle()
     put(bundle, apply(DOCUMENT, changes))
     call = run_command(export_main, ["inspect", str(bundle), "--no-verify", *options])
-    check(run_case("manifest: inspect", call, arena.root / "case"))
+    check(run_here("manifest: inspect", call, arena.root / "case"))
 
 
-@budget(full=60, ci=4)
+@budget(full=25, ci=4)
 @given(changes=edits(DOCUMENT))
 def test_triton(arena, changes):
     bundle = arena.bundle()
@@ -76,7 +76,7 @@ def test_triton(arena, changes):
     check(run_case("manifest: triton", call, arena.root / "case"))
 
 
-@budget(full=150, ci=6)
+@budget(full=60, ci=6)
 @given(
     changes=edits(DOCUMENT),
     method=st.sampled_from(["target", "cspd", "draft", "lossless"]),

@@ -50,7 +50,7 @@ def identity(finished) -> dict:
 OPTIONS = st.sampled_from([[], [], ["--overwrite"], ["--json"]])
 
 
-@budget(full=60, ci=4)
+@budget(full=12, ci=4)
 @given(data=st.data(), options=OPTIONS)
 def test_run_record(arena, finished, data, options):
     document = json.loads((finished / "run.json").read_text())
@@ -58,7 +58,7 @@ def test_run_record(arena, finished, data, options):
     resume(arena, "run.json: resume", finished, "run.json", content, options)
 
 
-@budget(full=60, ci=4)
+@budget(full=12, ci=4)
 @given(data=st.data(), options=OPTIONS, cut=st.integers(0, 20))
 def test_lines_of_images(arena, finished, data, options, cut):
     lines = [json.loads(line) for line in (finished / "images.jsonl").read_text().splitlines()]
@@ -69,7 +69,7 @@ def test_lines_of_images(arena, finished, data, options, cut):
     resume(arena, "images.jsonl: resume", finished, "images.jsonl", content, options)
 
 
-@budget(full=50, ci=4)
+@budget(full=12, ci=4)
 @given(data=st.data(), name=st.sampled_from(RECORDS), options=OPTIONS)
 @example(data=None, name="images.jsonl", options=[])
 def test_bytes(arena, finished, data, name, options):
@@ -79,7 +79,7 @@ def test_bytes(arena, finished, data, name, options):
     resume(arena, f"{name}: damaged", finished, name, content, options)
 
 
-@budget(full=50, ci=4)
+@budget(full=12, ci=4)
 @given(data=st.data())
 def test_journals(arena, finished, data):
     first = identity(finished)

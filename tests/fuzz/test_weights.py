@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 import torch
-from harness import FILE_SIZE, budget, check, run_case
+from harness import FILE_SIZE, budget, check, run_case, run_here
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import ODD, damaged
@@ -51,7 +51,7 @@ def load(arena, target: str, content: bytes, name: str = "checkpoint.pth"):
         "vae": lambda: load_vae(path),
     }
     for call in calls.values():
-        check(run_case(target, call, folder))
+        check(run_here(target, call, folder))
         assert [found.name for found in folder.iterdir()] == [name], "a file appeared"
 
 
@@ -80,7 +80,7 @@ HTML = (b"<!DOCTYPE html><html>", b"\n <html>", b"<?xml version='1.0'?>", b"{\"e
         b"<HEAD>")  # fmt: skip
 
 
-@budget(full=50, ci=3)
+@budget(full=60, ci=3)
 @given(start=st.sampled_from(HTML), rest=st.binary(max_size=600),
        name=st.sampled_from(["a.ckpt", "a.pth", "a.safetensors"]))  # fmt: skip
 def test_stubs_of_failed_downloads(arena, start, rest, name):
@@ -140,7 +140,7 @@ def hide(attack: object, where: int, depth: int) -> object:
             return {"args": options, "model": STATE, "model_ema": STATE}
 
 
-@budget(full=100, ci=10)
+@budget(full=150, ci=10)
 @given(
     number=st.integers(0, 11), where=st.integers(0, 5), depth=st.integers(0, 3),
     form=st.sampled_from(["zip", "old", "plain", "protocol 4"]),
@@ -178,7 +178,7 @@ def zipped_pickle(program: bytes) -> bytes:
     return out.getvalue()
 
 
-@budget(full=180, ci=10)
+@budget(full=300, ci=10)
 @given(program=st.lists(st.sampled_from(OPCODES), max_size=30).map(b"".join), bare=st.booleans())
 @example(program=DOUBLED, bare=False)  # nested pairs of one object: 2 ** 60 leaves
 @example(program=DOUBLED + b"}h\0Ns", bare=False)  # ... as a key, which is hashed
@@ -207,7 +207,7 @@ SIZE = st.sampled_from(
 )
 
 
-@budget(full=140, ci=8)
+@budget(full=250, ci=8)
 @given(
     shape=st.lists(SIZE, max_size=4), offsets=st.lists(st.one_of(SIZE, ODD), max_size=3),
     dtype=st.sampled_from(["F32", "F64", "I8", "BOOL", "F8_E4M3", "C64", "U64", "X", ""]),
@@ -222,7 +222,7 @@ def test_safetensors_that_declare_anything(arena, shape, offsets, dtype, name, s
     load(arena, "weights: declared sizes", content, "a.safetensors")
 
 
-@budget(full=140, ci=8)
+@budget(full=250, ci=8)
 @given(content=damaged(SMALL))
 @example(content=declared(b"{}", length=99 << 20))
 @example(content=declared(b"{}", length=2**63))
@@ -249,7 +249,7 @@ EXTRA = (
 )
 
 
-@budget(full=100, ci=8)
+@budget(full=150, ci=8)
 @given(changes=st.dictionaries(st.sampled_from([*KEYS, *EXTRA]), st.one_of(st.none(), RANK),
                                min_size=1, max_size=2))  # fmt: skip
 @example(changes={"diffusion_pos_embed_learned": (49,)})
