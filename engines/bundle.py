@@ -48,7 +48,14 @@ class Bundle:
         path = self.folder / name
         if name in self._verified:
             return path
-        record = self.manifest.files[name]
+        try:
+            self._verify(path, self.manifest.files[name])
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
+        self._verified.add(name)
+        return path
+
+    def _verify(self, path: Path, record: FileRecord) -> None:
         rebuild = "copy the bundle again, or rebuild it with cspd-export build"
         if path.is_symlink() or not path.resolve().is_relative_to(self.folder.resolve()):
             raise BundleError(
@@ -58,8 +65,6 @@ class Bundle:
             raise BundleError(f"{path}: missing from the bundle; {rebuild}")
         if path.stat().st_size != record.bytes or hash_file(path) != record:
             raise BundleError(f"{path}: differs from the hash in {MANIFEST}; {rebuild}")
-        self._verified.add(name)
-        return path
 
     def graph_file(self, label: str) -> Path:
         """Verified ONNX file of the graph `label`, its weights verified too."""
@@ -147,6 +152,13 @@ def publish(staging: Path, folder: Path, overwrite: bool) -> None:
 
 def check_target(folder: Path, overwrite: bool) -> None:
     """Raise CspdError unless a bundle may be written to `folder`."""
+    try:
+        _check_target(folder, overwrite)
+    except OSError as error:
+        raise CspdError(f"{folder}: {error.strerror}; choose another --out") from None
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
     if not folder.exists():

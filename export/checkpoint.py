@@ -5,6 +5,7 @@ Geometry is derived from the shapes of the tensors, never from a name or an opti
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -87,7 +88,8 @@ def load_mar(
     for a geometry that no preset has. Raises CspdError for everything that is not such a file, and
     for a checkpoint without averaged weights unless `allow_non_ema`.
     """
-    path = path / "checkpoint-last.pth" if path.is_dir() else path
+    # Unlike Path.is_dir, os.path.isdir takes a name that is too long.
+    path = path / "checkpoint-last.pth" if os.path.isdir(path) else path
     content, is_safetensors = read_weights(path)
     state, source = _unwrap(content, ("model_ema", "model"), path, is_safetensors)
     if source == "model" and not allow_non_ema:

@@ -136,6 +136,7 @@ def test_build_options(arena, arguments):
                    max_size=2),
 )  # fmt: skip
 @example(verb="inspect", value="x" * 5000, flags=[])
+@example(verb="demo-pair", value="x" * 5000, flags=[])
 @example(verb="lint", value="/dev/null", flags=[])
 def test_other_verbs(arena, verb, value, flags):
     folder = arena.fresh()

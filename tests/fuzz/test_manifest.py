@@ -68,6 +68,7 @@ def test_inspect(arena, changes, options):
 
 @budget(full=25, ci=4)
 @given(changes=edits(DOCUMENT))
+@example(changes=[Edit(("files", "x" * 5000), FILE)])
 def test_triton(arena, changes):
     bundle = arena.bundle()
     put(bundle, apply(DOCUMENT, changes))
