@@ -86,9 +86,12 @@ class Guard:
             if flags is not None and flags & WRITES and not isinstance(path, int):
                 self._check(event, path)
         elif event in CHANGES:
+            # Names may be relative to an open folder, the last argument; rmtree does that.
+            base = f"/proc/self/fd/{args[-1]}" if type(args[-1]) is int and args[-1] >= 0 else ""
+            base = base if event in ("os.remove", "os.rmdir", "os.mkdir") else ""
             for path in args[:2]:
                 if isinstance(path, str | bytes | os.PathLike):
-                    self._check(event, path)
+                    self._check(event, os.path.join(base, os.fsdecode(path)))
         elif event in EXECUTES:
             self._refuse(f"{event} {args!r:.200}")
 
