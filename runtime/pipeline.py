@@ -107,10 +107,10 @@ class Pipeline:
     ) -> Iterator[tuple[list[GeneratedImage], Statistics]]:
         """Yield the images of `config`, a batch at a time; `indices` limits it to some of them."""
         check_config(config, self.bundle.manifest)
-        wanted = range(config.num_images) if indices is None else indices
+        wanted = list(range(config.num_images) if indices is None else indices)
         sampler = self.sampler(config, on_step)
         for first in range(0, len(wanted), config.batch_size):
-            chunk = list(wanted[first : first + config.batch_size])
+            chunk = wanted[first : first + config.batch_size]
             canvas, statistics = self._decode(config, sampler, self._batch(config, chunk))
             yield self._images(config, chunk, canvas, statistics), statistics
 
