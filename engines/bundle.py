@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.manifest import FileRecord, GraphRecord, Manifest
+from cspd.engines.onnx_external import external_locations
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
@@ -47,7 +48,14 @@ class Bundle:
         path = self.folder / name
         if name in self._verified:
             return path
-        record = self.manifest.files[name]
+        try:
+            self._verify(path, self.manifest.files[name])
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
+        self._verified.add(name)
+        return path
+
+    def _verify(self, path: Path, record: FileRecord) -> None:
         rebuild = "copy the bundle again, or rebuild it with cspd-export build"
         if path.is_symlink() or not path.resolve().is_relative_to(self.folder.resolve()):
             raise BundleError(
@@ -57,14 +65,28 @@ class Bundle:
             raise BundleError(f"{path}: missing from the bundle; {rebuild}")
         if path.stat().st_size != record.bytes or hash_file(path) != record:
             raise BundleError(f"{path}: differs from the hash in {MANIFEST}; {rebuild}")
-        self._verified.add(name)
-        return path
 
     def graph_file(self, label: str) -> Path:
         """Verified ONNX file of the graph `label`, its weights verified too."""
         for name in self._weights(label):
             self.file(name)
-        return self.file(self.graph(label).file)
+        path = self.file(self.graph(label).file)
+        paths = [self.folder / name for name in weights if name]
+        self._check_external(path, {p.name for p in paths if p.parent == path.parent})
+        return path
+
+    def _check_external(self, path: Path, weights: set[str]) -> None:
+        """Raise BundleError if the ONNX file `path` reads anything beside it but `weights`."""
+        try:
+            locations = external_locations(path.read_bytes())
+        except CspdError as error:
+            raise BundleError(f"{path}: {error}; rebuild it with cspd-export build") from None
+        for location in locations:
+            if location not in weights:
+                raise BundleError(
+                    f"{path}: wants to read {location!r:.100}, which is not its weights file in "
+                    f"{MANIFEST}; rebuild it with cspd-export build"
+                )
 
     def weight_bytes(self, label: str) -> int:
         """Size of the weight files that the graph `label` reads from."""
@@ -90,23 +112,35 @@ class Bundle:
 def open_bundle(folder: Path) -> Bundle:
     """Read the manifest of `folder`; files are checked when they are used."""
     path = folder / MANIFEST
-    if not path.is_file():
-        raise BundleError(
-            f"{folder}: no {MANIFEST} there, so it is not a bundle; make one with "
-            "cspd-export build --target mar-h --draft mar-b --out DIR"
-        )
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(
-            f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB, not a manifest of cspd-export"
-        )
+    content = _read_manifest(path)
     try:
-        return Bundle(folder, Manifest.model_validate_json(path.read_bytes()))
+        return Bundle(folder, Manifest.model_validate_json(content))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         raise BundleError(
             f"{path}: {where}: {first['msg']}; rebuild the bundle with this version of cspd-export"
         ) from None
+
+
+def _read_manifest(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise BundleError(
+                f"{path.parent}: no {MANIFEST} there, so it is not a bundle; make one with "
+                "cspd-export build --target mar-h --draft mar-b --out DIR"
+            )
+        with path.open("rb") as file:
+            content = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise BundleError(
+            f"{path}: cannot be read ({error.strerror}); name the folder of a bundle of cspd-export"
+        ) from None
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise BundleError(
+            f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB, not a manifest of cspd-export"
+        )
+    return content
 
 
 def publish(staging: Path, folder: Path, overwrite: bool) -> None:
@@ -123,6 +157,13 @@ def publish(staging: Path, folder: Path, overwrite: bool) -> None:
 
 def check_target(folder: Path, overwrite: bool) -> None:
     """Raise CspdError unless a bundle may be written to `folder`."""
+    try:
+        _check_target(folder, overwrite)
+    except OSError as error:
+        raise CspdError(f"{folder}: {error.strerror}; choose another --out") from None
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
     if not folder.exists():

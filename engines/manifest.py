@@ -6,16 +6,17 @@ Nothing outside the manifest is guessed, and file names carry no meaning.
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from cspd.engines.schedule import ScheduleSpec
-from cspd.engines.spec import GraphSpec, Record
+from cspd.engines.spec import NAME_PATTERN, GraphSpec, Record
 from cspd.engines.trt_options import BuildReport
 
 SCHEMA_VERSION: Literal[1] = 1
 SHA256 = r"^[0-9a-f]{64}$"
+ENGINE_PATTERN = r"^[a-z][a-z0-9-]*$"
 Role = Literal["target", "draft"]
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -38,7 +39,9 @@ class GraphRecord(Record):
 
     spec: GraphSpec
     file: str
-    engines: dict[str, EngineRecord] = Field(default_factory=dict)
+    engines: dict[Annotated[str, Field(pattern=ENGINE_PATTERN)], EngineRecord] = Field(
+        default_factory=dict
+    )
     # Largest relative error of the norm of any output against PyTorch in float32, of the ONNX file
     # on the CPU; or of the PyTorch module behind it, where ONNX Runtime lacks the number format.
     measured_error: float
@@ -56,7 +59,7 @@ class ModelRecord(Record):
     source: str
     source_sha256: str | None
     precision: Precision
-    graphs: dict[str, GraphRecord]
+    graphs: dict[Annotated[str, Field(pattern=NAME_PATTERN)], GraphRecord]
 
 
 class Geometry(Record):

@@ -82,7 +82,10 @@ class OrtCpuSession:
         """Run the graph once."""
         self.spec.bind(tensors)
         inputs = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
-        results = self._session.run(self._outputs, inputs)
+        try:
+            results = self._session.run(self._outputs, inputs)
+        except Exception as error:  # the library raises its own, undocumented types
+            raise CspdError(f"{self.spec.name}: onnxruntime cannot run it: {error}") from error
         return {
             name: torch.from_numpy(value)
             for name, value in zip(self._outputs, results, strict=True)

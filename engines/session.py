@@ -57,9 +57,12 @@ class TorchSession:
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Run the module; its outputs are matched to the spec by position."""
         self.spec.bind(tensors)
-        outputs = self._module(*(tensors[tensor.name] for tensor in self.spec.inputs))
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return dict(zip((tensor.name for tensor in self.spec.outputs), outputs, strict=True))
+        try:
+            outputs = self._module(*(tensors[tensor.name] for tensor in self.spec.inputs))
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            return dict(zip((tensor.name for tensor in self.spec.outputs), outputs, strict=True))
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            raise CspdError(f"{self.spec.name}: PyTorch cannot run it: {error}") from error
 
 
 @dataclass

@@ -12,11 +12,12 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cspd.engines.bundle import check_target, open_bundle
 from cspd.engines.commands import Commands
-from cspd.engines.errors import MissingExtraError
+from cspd.engines.errors import MissingExtraError, printable
 from cspd.engines.lint import lint_model
 from cspd.engines.manifest import Manifest, Precision, Role
 from cspd.engines.trt_options import BuildOptions as EngineOptions
@@ -34,6 +35,7 @@ def main() -> None:
 
 assert isinstance(main, Commands)
 main.add_tool("parity", "cspd.tools.parity", "Compare every graph of BUNDLE with PyTorch.")
+main.add_tool("triton", "cspd.tools.triton", "Write BUNDLE as a Triton model repository.")
 
 
 def require_exporter() -> None:
@@ -118,7 +120,7 @@ def build(
         allow_non_ema=allow_non_ema, clip_timesteps=clip_timesteps, warn=note,
     )  # fmt: skip
     build_bundle(plan, out, overwrite, report=note, show=progress_bar)
-    click.echo(out)
+    click.echo(click.format_filename(out))
 
 
 def engine_options(backends: tuple[str, ...], options: dict[str, Any]) -> tuple[EngineOptions, ...]:
@@ -157,7 +159,7 @@ def demo_pair(weights: Path, out: Path, overwrite: bool) -> None:
     from cspd.export.pairs import demo_plan
 
     build_bundle(demo_plan(weights), out, overwrite, report=note)
-    click.echo(out)
+    click.echo(click.format_filename(out))
 
 
 @main.command()
@@ -192,7 +194,7 @@ def inspect(bundle: Path, as_json: bool, no_verify: bool) -> None:
         return
     console = Console()
     for line in summary(opened.manifest, opened.sha256):
-        console.print(line, highlight=False)
+        console.print(printable(line), highlight=False, markup=False)
     console.print(graph_table(opened.manifest))
 
 
@@ -228,7 +230,7 @@ def graph_table(manifest: Manifest) -> Table:
         )
     for name, record in manifest.files.items():
         if name.endswith(".safetensors"):
-            table.add_row(name, human_bytes(record.bytes), "", "")
+            table.add_row(escape(name), human_bytes(record.bytes), "", "")
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def demo_plan(folder: Path) -> BundlePlan:
     roles: tuple[Role, ...] = ("target", "draft")
     for role in roles:
         path = folder / f"{role}.safetensors"
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, it takes a name that is too long
             raise CspdError(f"{path}: not found; train it with python -m cspd.tools.train_demo")
         preset = f"fashion-{role}"
         state, config = load_file(path), PRESETS[preset]

@@ -49,7 +49,7 @@ def machine_options(command: Command) -> Command:
         click.option(
             "--threads",
             default=0,
-            type=click.IntRange(min=0),
+            type=click.IntRange(0, 1024),
             show_default="all cores",
             help="CPU threads.",
         ),
@@ -171,10 +171,11 @@ def generate(
     if as_json:
         click.echo(json.dumps(record, indent=1))
     elif not outcomes:
-        click.echo(f"{out}: the run is finished, its {record['images']} images are intact")
+        name = click.format_filename(out)
+        click.echo(f"{name}: the run is finished, its {record['images']} images are intact")
     else:
         Console().print(outcome_table(outcomes, opened))
-        click.echo(f"{out / 'grid.png'}")
+        click.echo(click.format_filename(out / "grid.png"))
 
 
 @main.command()

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Manifest
 from cspd.engines.spec import Record
+from cspd.runtime.contract import check_graphs
 
 Method = Literal["target", "draft", "cspd", "lossless"]
 MAX_SEED = 2**64 - 1
@@ -21,7 +22,7 @@ class RunConfig(Record):
 
     method: Method = "cspd"
     labels: tuple[int, ...] = Field(min_length=1)
-    num_images: int = Field(ge=1, le=2**32)
+    num_images: int = Field(ge=1, le=10_000_000)
     # Labels in blocks of equal length, the order of the authors' evaluation, instead of in turn.
     class_balanced: bool = False
     seed: int = Field(0, ge=0, le=MAX_SEED)
@@ -39,7 +40,7 @@ class RunConfig(Record):
     window: int | None = Field(None, ge=1, le=64)
     # Images that are computed together. With `reproducible`, batches are padded to this size, so
     # that an image is the same to the last bit whatever it is generated with.
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, le=4096)
     reproducible: bool = True
     backend: str = "onnxruntime"
 
@@ -68,11 +69,12 @@ def make_config(**values: object) -> RunConfig:
         if not first["loc"]:
             raise CspdError(str(first["ctx"]["error"])) from None
         option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise CspdError(f"{option} is {first['input']!r}: {first['msg']}") from None
+        raise CspdError(f"{option} is {first['input']!r:.60}: {first['msg']}") from None
 
 
 def check_config(config: RunConfig, manifest: Manifest) -> None:
     """Raise CspdError unless the bundle can run `config`."""
+    check_graphs(manifest)
     geometry = manifest.geometry
     for label in config.labels:
         if not 0 <= label < geometry.num_classes:
@@ -108,6 +110,6 @@ def parse_labels(text: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
         elif part.lower() in by_name:
             labels.append(by_name[part.lower()])
         else:
-            near = difflib.get_close_matches(part.lower(), by_name, n=1, cutoff=0.0)
-            raise CspdError(f"--labels: no class {part!r}; the nearest is {near[0]!r}")
+            near = difflib.get_close_matches(part[:60].lower(), by_name, n=1, cutoff=0.0)
+            raise CspdError(f"--labels: no class {part!r:.60}; the nearest is {near[0]!r}")
     return tuple(labels)
