@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shutil
 import tempfile
@@ -107,13 +108,13 @@ def open_bundle(folder: Path) -> Bundle:
 def publish(staging: Path, folder: Path, overwrite: bool) -> None:
     """Move a finished bundle to `folder` in one rename; an old bundle there is kept until then."""
     check_target(folder, overwrite)
-    if not folder.exists():
-        staging.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(old / "bundle")
+    prefix = f".{folder.name}.old."
+    if folder.exists():
+        folder.rename(Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent)) / "bundle")
     staging.rename(folder)
-    shutil.rmtree(old)
+    # Of this time, and of times when the process was killed before it came here.
+    for old in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(old)
 
 
 def check_target(folder: Path, overwrite: bool) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cspd.engines.bundle import check_target, open_bundle
-from cspd.engines.commands import Commands
+from cspd.engines.commands import Commands, human_bytes
 from cspd.engines.errors import MissingExtraError
 from cspd.engines.lint import lint_model
 from cspd.engines.manifest import Manifest, Precision, Role
@@ -104,6 +104,7 @@ def build(
     """Export a pair of MAR models and its decoder as one verified bundle."""
     require_exporter()
     from cspd.export.build import BuildOptions, build_bundle
+    from cspd.export.build_table import cost_table
     from cspd.export.pairs import mar_plan
 
     engines = engine_options(backends, engine)
@@ -117,7 +118,11 @@ def build(
         random_weights=random_weights,
         allow_non_ema=allow_non_ema, clip_timesteps=clip_timesteps, warn=note,
     )  # fmt: skip
-    build_bundle(plan, out, overwrite, report=note, show=progress_bar)
+    console = Console(stderr=True)
+    build_bundle(
+        plan, out, overwrite, report=note, show=progress_bar,
+        summary=lambda finished: console.print(cost_table(finished)),
+    )  # fmt: skip
     click.echo(out)
 
 
@@ -230,15 +235,6 @@ def graph_table(manifest: Manifest) -> Table:
         if name.endswith(".safetensors"):
             table.add_row(name, human_bytes(record.bytes), "", "")
     return table
-
-
-def human_bytes(size: float) -> str:
-    """A size with its unit."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
 
 
 def note(message: Any) -> None:
