@@ -38,7 +38,10 @@ class Cost(Record):
 
 
 class FinishedGraph(Record):
-    """Record of one finished graph in the staging folder, with the hash of every file it needs."""
+    """Record of one graph in the staging folder, with the hash of every file it needs.
+
+    It is written when the graph was exported and compared, and again with every engine.
+    """
 
     graph: GraphRecord
     export: Cost
@@ -69,11 +72,15 @@ class GraphBuilder:
         `weights` is the safetensors file, relative to the staging folder, that holds its weights.
         Raises CspdError if the graph differs by more than its contract allows.
         """
-        finished = self._finished(label, spec)
-        if finished:
-            self.report(f"{label}: finished earlier")
-        else:
-            finished = self._make(label, module, spec, reference, weights)
+        kept = self._kept(label, spec)
+        finished = kept or self._make(label, module, spec, reference, weights)
+        missing = [o for o in self.engines if o.flavour not in finished.graph.engines]
+        if kept:
+            self.report(f"{label}: {'exported' if missing else 'finished'} earlier")
+        for options in missing:
+            finished = self._remember(
+                label, _with_engine(finished, self._engine(label, spec, options))
+            )
         self.finished[label] = finished
         return finished.graph
 
@@ -91,12 +98,10 @@ class GraphBuilder:
         self.report(
             f"{label}: exported in {cost.seconds:.0f} s, differs from PyTorch by {error:.1e}"
         )
-        engines = {options.flavour: self._engine(label, spec, options) for options in self.engines}
-        record = GraphRecord(
-            spec=spec, file=f"{label}.onnx", engines=engines, measured_error=error,
-            measured_by=judge(module),
-        )  # fmt: skip
-        return self._remember(label, record, cost, weights)
+        name = f"{label}.onnx"
+        record = GraphRecord(spec=spec, file=name, measured_error=error, measured_by=judge(module))
+        files = record_files(self.staging, filter(None, (name, weights)))
+        return self._remember(label, FinishedGraph(graph=record, export=cost, files=files))
 
     def _export(self, module: nn.Module, spec: GraphSpec, path: Path, weights: str | None) -> None:
         if isinstance(module, DenoiserLoopGraph):
@@ -117,25 +122,33 @@ class GraphBuilder:
         )
         return EngineRecord(file=name, **built.model_dump())
 
-    def _finished(self, label: str, spec: GraphSpec) -> FinishedGraph | None:
-        """The record of an earlier run, if it is of this contract and its files are intact."""
+    def _kept(self, label: str, spec: GraphSpec) -> FinishedGraph | None:
+        """What an earlier run left of this graph, if it is of this contract and still intact."""
         done = self.staging / f"{label}{DONE}"
         if not done.is_file():
             return None
-        finished = FinishedGraph.model_validate_json(done.read_bytes())
-        intact = intact_files(self.staging, finished.files)
-        return finished if intact and finished.graph.spec == spec else None
+        kept = FinishedGraph.model_validate_json(done.read_bytes())
+        return kept if kept.graph.spec == spec and intact_files(self.staging, kept.files) else None
 
-    def _remember(
-        self, label: str, record: GraphRecord, cost: Cost, weights: str | None
-    ) -> FinishedGraph:
-        names = [record.file, *(engine.file for engine in record.engines.values())]
-        names += [weights] if weights else []
-        files = record_files(self.staging, names)
-        finished = FinishedGraph(graph=record, export=cost, files=files)
+    def _remember(self, label: str, finished: FinishedGraph) -> FinishedGraph:
         with atomic_file(self.staging / f"{label}{DONE}") as file:
             file.write(finished.model_dump_json().encode())
         return finished
+
+
+def _with_engine(finished: FinishedGraph, engine: EngineRecord) -> FinishedGraph:
+    """`finished` with one more engine."""
+    graph = finished.graph
+    engines = {**graph.engines, engine.flavour: engine}
+    return finished.model_copy(
+        update={
+            "graph": graph.model_copy(update={"engines": engines}),
+            "files": {
+                **finished.files,
+                engine.file: FileRecord(sha256=engine.sha256, bytes=engine.bytes),
+            },
+        }
+    )
 
 
 def intact_files(folder: Path, files: Mapping[str, FileRecord]) -> bool:
