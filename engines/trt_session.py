@@ -88,6 +88,11 @@ class TrtSession:
         self._accept(self._context.execute_async_v3(stream), "run")
         return {t.name: self._view(t, sizes) for t in self.spec.outputs}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not as good as it could be, from the loading of the engine."""
+        return self.loaded.notes
+
     def save_cache(self) -> None:
         """Store the kernels compiled so far, so that the next start is fast (tensorrt-rtx)."""
         self.loaded.save_cache()

@@ -126,6 +126,8 @@ def generate(
         opened, config, out, device=device, threads=threads, overwrite=overwrite,
         baseline=baseline, quiet=quiet,
     )  # fmt: skip
+    for line in record["notes"]:
+        click.echo(f"note: {line}", err=True)
     if as_json:
         click.echo(json.dumps(record, indent=1))
     else:

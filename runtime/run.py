@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,8 @@ def generate(
     record = run_record(
         config, bundle, outcomes[0].statistics, outcomes[0].seconds, outcomes[0].calls
     )
+    record["cuda_graphs"] = {role: asdict(stats) for role, stats in pipeline.captures.items()}
+    record["notes"] = list(dict.fromkeys(pipeline.notes))
     if len(outcomes) > 1:
         record["baseline"] = {
             "method": "target",

@@ -37,7 +37,9 @@ def finished(staging: Path) -> set[str]:
 
 def made(lines: list[str]) -> set[str]:
     """Graphs that the report says were exported or built."""
-    return {line.partition(":")[0] for line in lines if "exported in" in line or "engine in" in line}
+    return {
+        line.partition(":")[0] for line in lines if "exported in" in line or "engine in" in line
+    }
 
 
 def check_whole(out: Path) -> None:
