@@ -151,7 +151,7 @@ def _open(bundle: Bundle, label: str, flavour: str, device: str) -> TrtSession:
         )
     where = _cuda_device(flavour, device)
     sha256 = bundle.manifest.files[built.file].sha256
-    file = EngineFile(bundle.folder / built.file, flavour, built.version, sha256)
+    file = EngineFile(bundle.folder / built.file, flavour, built.version, sha256, built.gpu)
     gpu = torch.cuda.get_device_name(where)
     loaded = load_engine(file, Placement(where, gpu, record.spec.capturable, _cache_dir()))
     return TrtSession(record.spec, loaded, device=where)

@@ -24,6 +24,7 @@ from cspd.engines.trt_progress import ProgressCallback, rich_progress
 
 PRESETS = ("mar-b", "mar-l", "mar-h")
 FILE = click.Path(path_type=Path, dir_okay=True)
+TABLE_WIDTH = 120
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -118,7 +119,8 @@ def build(
         random_weights=random_weights,
         allow_non_ema=allow_non_ema, clip_timesteps=clip_timesteps, warn=note,
     )  # fmt: skip
-    console = Console(stderr=True)
+    # In a log, the width of a terminal would cut the names of the graphs.
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else TABLE_WIDTH)
     build_bundle(
         plan, out, overwrite, report=note, show=progress_bar,
         summary=lambda finished: console.print(cost_table(finished)),
