@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cspd.engines.atomic import atomic_file
-from cspd.engines.bundle import MANIFEST, check_target, open_bundle, publish, record_files
+from cspd.engines.bundle import MANIFEST, Bundle, check_target, open_bundle, publish, record_files
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Geometry, GraphRecord, Manifest, ModelRecord, Precision, Role
 from cspd.engines.schedule import ScheduleSpec, make_schedule
@@ -25,6 +25,7 @@ from cspd.engines.trt_progress import ProgressCallback
 from cspd.export.assemble import assemble_mar, assemble_vae
 from cspd.export.build_graph import DONE, FinishedGraph, GraphBuilder, ShowProgress, intact_files
 from cspd.export.graphs import PixelDecoder, decoder_spec
+from cspd.export.image_effect import with_image_effects
 from cspd.export.networks import EXACT, model_graphs, with_tolerance
 from cspd.export.onnx_export import OPSET
 from cspd.export.presets import MarConfig
@@ -129,6 +130,12 @@ def build_bundle(
             for role, source in plan.models.items()
         }
         manifest = _manifest(plan, models, _build_decoder(builder, plan), staging)
+        if plan.options.precision != "fp32":
+            manifest = with_image_effects(
+                Bundle(staging, manifest),
+                {role: source.weights for role, source in plan.models.items()},
+                plan.decoder.weights if plan.decoder else None,
+            )
         with atomic_file(staging / MANIFEST) as file:
             file.write(manifest.model_dump_json(indent=1).encode() + b"\n")
         summary(builder.finished)

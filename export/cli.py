@@ -218,6 +218,13 @@ def summary(manifest: Manifest, sha256: str) -> list[str]:
         + (f" of {model.source_sha256[:16]}" if model.source_sha256 else "")
         for role, model in manifest.models.items()
     ]
+    for role, model in manifest.models.items():
+        if effect := model.image_effect:
+            lines.append(
+                f"{role} in {model.precision}, whole image: tokens differ from fp32 by "
+                f"{effect.tokens_error:.1e}, pixels {effect.psnr:.1f} dB "
+                f"({effect.num_iter} x {effect.head_steps} steps, {effect.measured_by})"
+            )
     if manifest.synthetic:
         lines.append("SYNTHETIC: random weights; images and acceptance rates mean nothing")
     return lines
