@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shutil
 import tempfile
@@ -68,11 +69,9 @@ class Bundle:
 
     def graph_file(self, label: str) -> Path:
         """Verified ONNX file of the graph `label`, its weights verified too."""
-        for name in self._weights(label):
-            self.file(name)
+        weights = [self.file(name) for name in self._weights(label)]
         path = self.file(self.graph(label).file)
-        paths = [self.folder / name for name in weights if name]
-        self._check_external(path, {p.name for p in paths if p.parent == path.parent})
+        self._check_external(path, {w.name for w in weights if w.parent == path.parent})
         return path
 
     def _check_external(self, path: Path, weights: set[str]) -> None:
@@ -146,13 +145,13 @@ def _read_manifest(path: Path) -> bytes:
 def publish(staging: Path, folder: Path, overwrite: bool) -> None:
     """Move a finished bundle to `folder` in one rename; an old bundle there is kept until then."""
     check_target(folder, overwrite)
-    if not folder.exists():
-        staging.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(old / "bundle")
+    prefix = f".{folder.name}.old."
+    if folder.exists():
+        folder.rename(Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent)) / "bundle")
     staging.rename(folder)
-    shutil.rmtree(old)
+    # Of this time, and of times when the process was killed before it came here.
+    for old in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(old)
 
 
 def check_target(folder: Path, overwrite: bool) -> None:

@@ -1,4 +1,4 @@
-"""What both command lines share: how an error of the user's looks."""
+"""What both command lines share: how an error of the user's looks, and a size."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from typing import Any
 import click
 
 from cspd.engines.errors import CspdError
+
+
+def human_bytes(size: float) -> str:
+    """A size with its unit."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
 
 
 class ToolCommand(click.Command):

@@ -48,8 +48,22 @@ class GraphRecord(Record):
     measured_by: Literal["onnxruntime", "torch"] = "onnxruntime"
 
 
+class ImageEffect(Record):
+    """What reduced precision does to a whole image, against PyTorch in float32 and one noise.
+
+    `tokens_error` is the relative error of the norm of all tokens, `psnr` that of the pixels in
+    decibels; of one image in `num_iter` autoregressive and `head_steps` denoising steps.
+    """
+
+    tokens_error: float
+    psnr: float
+    num_iter: int
+    head_steps: int
+    measured_by: Literal["onnxruntime", "torch"]
+
+
 class ModelRecord(Record):
-    """One member of the pair."""
+    """One member of the pair; `image_effect` is None for models in float32."""
 
     preset: str
     config: dict[str, Any]
@@ -59,6 +73,7 @@ class ModelRecord(Record):
     source: str
     source_sha256: str | None
     precision: Precision
+    image_effect: ImageEffect | None = None
     graphs: dict[Annotated[str, Field(pattern=NAME_PATTERN)], GraphRecord]
 
 

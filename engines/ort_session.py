@@ -64,7 +64,7 @@ def ort_session(path: str, spec: GraphSpec, device: str = "cpu", threads: int = 
     except Exception as error:  # the library raises its own, undocumented types
         raise CspdError(f"{path}: onnxruntime cannot load it: {error}") from error
     if torch_device(device).type == "cuda":
-        return OrtCudaSession(session, spec, ort)
+        return OrtBoundSession(session, spec, torch_device(device))
     return OrtCpuSession(session, spec)
 
 
@@ -92,29 +92,41 @@ class OrtCpuSession:
         }
 
 
-class OrtCudaSession:
-    """ONNX Runtime on CUDA: device pointers are bound, nothing passes through the host."""
+class OrtBoundSession:
+    """ONNX Runtime with tensors bound where they lie: on CUDA nothing passes through the host."""
 
-    device = torch.device("cuda")
-
-    def __init__(self, session: Any, spec: GraphSpec, ort: ModuleType) -> None:
-        self.spec = spec
-        self._session, self._ort = session, ort
+    def __init__(self, session: Any, spec: GraphSpec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self._session = session
+        # ONNX Runtime wants an address even for an empty tensor.
+        self._placeholder = torch.empty(1, device=device)
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Run the graph once."""
         sizes = self.spec.bind(tensors)
         binding = self._session.io_binding()
-        held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        held = {name: self._on_device(name, tensor) for name, tensor in tensors.items()}
         outputs = {
-            spec.name: torch.empty(spec.sizes(sizes), dtype=DTYPES[spec.dtype], device=self.device)
-            for spec in self.spec.outputs
+            tensor.name: torch.empty(
+                tensor.sizes(sizes), dtype=DTYPES[tensor.dtype], device=self.device
+            )
+            for tensor in self.spec.outputs
         }
         for bind, group in ((binding.bind_input, held), (binding.bind_output, outputs)):
             for name, tensor in group.items():
                 dtype = str(tensor.dtype).removeprefix("torch.")
-                bind(name, "cuda", 0, dtype, tuple(tensor.shape), tensor.data_ptr())
-        # torch and ONNX Runtime use different streams.
-        torch.cuda.current_stream().synchronize()
+                address = (tensor if tensor.numel() else self._placeholder).data_ptr()
+                index = self.device.index or 0
+                bind(name, self.device.type, index, dtype, tuple(tensor.shape), address)
+        if self.device.type == "cuda":
+            # torch and ONNX Runtime use different streams.
+            torch.cuda.current_stream().synchronize()
         self._session.run_with_iobinding(binding)
         return outputs
+
+    def _on_device(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.device.type != self.device.type:
+            raise CspdError(
+                f"{self.spec.name}: {name} lies on {tensor.device}, expected {self.device}"
+            )
+        return tensor.contiguous()

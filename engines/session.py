@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,33 @@ class Session(Protocol):
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Run the network once."""
+        ...
+
+
+@runtime_checkable
+class ForkableSession(Session, Protocol):
+    """A session of an engine whose calls a CUDA graph can hold."""
+
+    def fork(self) -> Session:
+        """A session of the same engine with a state and outputs of its own."""
+        ...
+
+    def capture_refusal(self) -> str | None:
+        """Why its calls cannot be captured; None if it is worth trying."""
+        ...
+
+
+@runtime_checkable
+class EngineSession(Protocol):
+    """A session with more to tell than results."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not as good as it could be."""
+        ...
+
+    def save_cache(self) -> None:
+        """Store what was compiled, so that the next start is fast."""
         ...
 
 

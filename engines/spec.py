@@ -42,8 +42,9 @@ class TensorSpec(Record):
     """One input or output. `shape` mixes fixed sizes and names of dynamic axes.
 
     `below` bounds the values of an index tensor (a number or an axis name), which do not repeat
-    along the last axis if `distinct`; `tolerance` is the largest relative error of the norm against
-    PyTorch in float32 that an output may have.
+    along the last axis if `distinct`, and never are the largest of them if `spares_last` (the first
+    denoising step, where another graph takes it); `tolerance` is the largest relative error of the
+    norm against PyTorch in float32 that an output may have.
     """
 
     name: str = Field(pattern=NAME_PATTERN)
@@ -51,6 +52,7 @@ class TensorSpec(Record):
     shape: tuple[int | str, ...]
     below: int | str | None = None
     distinct: bool = False
+    spares_last: bool = False
     tolerance: float | None = None
 
     def sizes(self, axes: Mapping[str, int]) -> tuple[int, ...]:
@@ -102,6 +104,8 @@ class GraphSpec(Record):
                 inputs[tensor.name] = torch.randn(shape, generator=generator)
                 continue
             limit = sizes[tensor.below] if isinstance(tensor.below, str) else tensor.below
+            if limit and tensor.spares_last:
+                limit -= 1
             if tensor.distinct:
                 value = torch.rand(*shape[:-1], limit or 1, generator=generator).argsort(-1)
                 inputs[tensor.name] = value[..., : shape[-1]].int()

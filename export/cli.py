@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cspd.engines.bundle import check_target, open_bundle
-from cspd.engines.commands import Commands
+from cspd.engines.commands import Commands, human_bytes
 from cspd.engines.errors import MissingExtraError, printable
 from cspd.engines.lint import lint_model
 from cspd.engines.manifest import Manifest, Precision, Role
@@ -25,6 +25,7 @@ from cspd.engines.trt_progress import ProgressCallback, rich_progress
 
 PRESETS = ("mar-b", "mar-l", "mar-h")
 FILE = click.Path(path_type=Path, dir_okay=True)
+TABLE_WIDTH = 120
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -106,6 +107,7 @@ def build(
     """Export a pair of MAR models and its decoder as one verified bundle."""
     require_exporter()
     from cspd.export.build import BuildOptions, build_bundle
+    from cspd.export.build_table import cost_table
     from cspd.export.pairs import mar_plan
 
     engines = engine_options(backends, engine)
@@ -119,7 +121,12 @@ def build(
         random_weights=random_weights,
         allow_non_ema=allow_non_ema, clip_timesteps=clip_timesteps, warn=note,
     )  # fmt: skip
-    build_bundle(plan, out, overwrite, report=note, show=progress_bar)
+    # In a log, the width of a terminal would cut the names of the graphs.
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else TABLE_WIDTH)
+    build_bundle(
+        plan, out, overwrite, report=note, show=progress_bar,
+        summary=lambda finished: console.print(cost_table(finished)),
+    )  # fmt: skip
     click.echo(click.format_filename(out))
 
 
@@ -213,6 +220,13 @@ def summary(manifest: Manifest, sha256: str) -> list[str]:
         + (f" of {model.source_sha256[:16]}" if model.source_sha256 else "")
         for role, model in manifest.models.items()
     ]
+    for role, model in manifest.models.items():
+        if effect := model.image_effect:
+            lines.append(
+                f"{role} in {model.precision}, whole image: tokens differ from fp32 by "
+                f"{effect.tokens_error:.1e}, pixels {effect.psnr:.1f} dB "
+                f"({effect.num_iter} x {effect.head_steps} steps, {effect.measured_by})"
+            )
     if manifest.synthetic:
         lines.append("SYNTHETIC: random weights; images and acceptance rates mean nothing")
     return lines
@@ -232,15 +246,6 @@ def graph_table(manifest: Manifest) -> Table:
         if name.endswith(".safetensors"):
             table.add_row(escape(name), human_bytes(record.bytes), "", "")
     return table
-
-
-def human_bytes(size: float) -> str:
-    """A size with its unit."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
 
 
 def note(message: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -119,14 +120,14 @@ def _random_model(preset: str, seed: int) -> Source:
     config: MarConfig = PRESETS[preset]
     with torch.device("meta"):
         module = Mar(config)
-    return Source(preset, random_state(module, seed), "random", None, config)
+    return Source(preset, partial(random_state, module, seed), "random", None, config)
 
 
 def _decoder(path: Path | None, random_weights: bool, warn: Callable[[str], None]) -> Source:
     if random_weights and path is None:
         with torch.device("meta"):
             module = VaeDecoder()
-        return Source("kl16", random_state(module, seed=2), "random")
+        return Source("kl16", partial(random_state, module, seed=2), "random")
     loaded = load_vae(path or find_default_weights("kl16"))
     for warning in loaded.warnings:
         warn(warning)

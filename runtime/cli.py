@@ -168,6 +168,8 @@ def generate(
         None if address is None else run.Cluster(address, workers), overwrite, baseline, quiet,
     )  # fmt: skip
     record, outcomes = run.generate(opened, config, out, job)
+    for line in record.get("notes", []):
+        click.echo(f"note: {line}", err=True)
     if as_json:
         click.echo(json.dumps(record, indent=1))
     elif not outcomes:

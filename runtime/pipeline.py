@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,9 +12,11 @@ import torch
 
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
+from cspd.engines.cuda_graph import Graphs, GraphStats
 from cspd.engines.schedule import make_schedule
-from cspd.engines.session import CallStats, TimedSession
+from cspd.engines.session import CallStats, EngineSession, TimedSession
 from cspd.runtime.canvas import Batch, Canvas
+from cspd.runtime.captured import CapturedSteps, captured_steps
 from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.cspd import CspdOptions, decode_cspd
 from cspd.runtime.lossless import SpeculativeHead
@@ -48,7 +51,12 @@ class Pipeline:
     backend: str = "onnxruntime"
     device: str = "cpu"
     threads: int = 0
+    # What records the denoising loop of engines: CUDA graphs unless given.
+    graphs: Graphs | None = None
+    # What a run should know: engines that could be better, loops that no CUDA graph holds.
+    notes: list[str] = field(default_factory=list)
     _sessions: dict[str, TimedSession] = field(default_factory=dict)
+    _loops: dict[str, CapturedSteps | None] = field(default_factory=dict)
 
     def session(self, label: str) -> TimedSession:
         """The session of graph `label`."""
@@ -57,12 +65,19 @@ class Pipeline:
                 self.bundle, label, self.backend, device=self.device, threads=self.threads
             )
             self._sessions[label] = TimedSession(session)
+            if isinstance(session, EngineSession):
+                self.notes += session.notes
         return self._sessions[label]
 
     @property
     def calls(self) -> dict[str, CallStats]:
         """Calls and time of every graph since the pipeline was made."""
         return {label: session.stats for label, session in self._sessions.items()}
+
+    @property
+    def captures(self) -> dict[str, GraphStats]:
+        """How the captured loop of each model ran, by role; empty without engines."""
+        return {role: steps.loop.stats for role, steps in self._loops.items() if steps}
 
     def open(self, config: RunConfig) -> None:
         """Open every session that `config` needs."""
@@ -86,7 +101,12 @@ class Pipeline:
         first = None
         if f"{role}/denoiser_first" in self.bundle.manifest.graphs():
             first = self.session(f"{role}/denoiser_first")
-        return StepHead(self.session(f"{role}/denoiser"), first)
+        session = self.session(f"{role}/denoiser")
+        if role not in self._loops:
+            self._loops[role] = captured_steps(
+                session, first, on_fallback=self.notes.append, graphs=self.graphs
+            )
+        return StepHead(session, first, self._loops[role])
 
     def _speculative(self, role: str, config: RunConfig) -> Head:
         """The head in speculative rounds, of one shape if images must not depend on batches."""
@@ -109,12 +129,14 @@ class Pipeline:
         """Yield the images of `config`, a batch at a time; `indices` limits it to some of them."""
         check_config(config, self.bundle.manifest)
         wanted = list(range(config.num_images) if indices is None else indices)
-        sampler = self.sampler(config, on_step)
+        sampler, stream = self.sampler(config, on_step), own_stream(self.device)
         for first in range(0, len(wanted), config.batch_size):
             chunk = wanted[first : first + config.batch_size]
-            with self._host_threads():
+            with self._host_threads(), stream():
                 canvas, statistics = self._decode(config, sampler, self._batch(config, chunk))
                 images = self._images(config, chunk, canvas, statistics)
+            if first == 0:
+                self._save_caches()
             yield images, statistics
 
     @contextlib.contextmanager
@@ -130,6 +152,15 @@ class Pipeline:
             yield
         finally:
             torch.set_num_threads(threads)
+
+    def _save_caches(self) -> None:
+        """Keep what engines compiled during the first batch."""
+        for timed in self._sessions.values():
+            if isinstance(timed.session, EngineSession):
+                try:
+                    timed.session.save_cache()
+                except OSError as error:
+                    self.notes.append(f"compiled kernels are not kept: {error}")
 
     def sampler(
         self, config: RunConfig, on_step: Callable[[Canvas, Statistics], None] = ignore_progress
@@ -188,3 +219,15 @@ class Pipeline:
             GeneratedImage(image, config.label_of(image), arrays[row], verdicts[row])
             for row, image in enumerate(chunk)
         ]
+
+
+def own_stream(device: str) -> Callable[[], AbstractContextManager[object]]:
+    """Makes contexts in which CUDA work is queued on one stream that is not the default one.
+
+    TensorRT synchronises more than it has to on that. Elsewhere they do nothing.
+    """
+    if torch.device(device).type != "cuda":
+        return contextlib.nullcontext
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return lambda: torch.cuda.stream(stream)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ def generate(
         session = _write(folder, _here(pipeline, folder, stop, progress), stop, progress)
         outcomes = [Outcome(config, folder.tally)]
         record = _record(folder, session)
+        record["cuda_graphs"] = {role: asdict(stats) for role, stats in pipeline.captures.items()}
+        record["notes"] = list(dict.fromkeys(pipeline.notes))
         if job.baseline and config.method != "target":
             plain = config.model_copy(update={"method": "target"})
             outcomes.append(measure(pipeline, plain, stop, job.quiet))
