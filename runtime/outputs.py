@@ -19,6 +19,7 @@ from cspd.engines.errors import CspdError
 from cspd.engines.session import CallStats
 from cspd.runtime import images
 from cspd.runtime.config import RunConfig
+from cspd.runtime.law import certificate, law
 from cspd.runtime.pipeline import GeneratedImage
 from cspd.runtime.stats import Statistics
 
@@ -111,7 +112,8 @@ def run_record(
         "schema": RUN_SCHEMA,
         "tool": tool_version(),
         "bundle": {"sha256": bundle.sha256, "synthetic": bundle.manifest.synthetic},
-        "law": law(config),
+        "law": law(config, bundle.manifest),
+        "certificate": certificate(config),
         "config": config.model_dump(mode="json"),
         "images": config.num_images,
         "seconds": seconds,
@@ -128,14 +130,6 @@ def run_record(
         "graphs": {name: asdict(stats) for name, stats in calls.items()},
         "host": environment(),
     }
-
-
-def law(config: RunConfig) -> str:
-    """Which distribution the images follow, in words."""
-    if config.method == "cspd":
-        return "approximate: acceptance test on two different paths (see DESIGN.md, What is exact)"
-    name = "draft" if config.method == "draft" else "target"
-    return f"exact: samples of the {name} model"
 
 
 def environment() -> dict[str, str]:

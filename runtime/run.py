@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from pydantic import ValidationError
+from rich.console import Console
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
@@ -69,16 +70,23 @@ def generate(
     """
     check_config(config, bundle.manifest)
     pipeline = Pipeline(bundle, config.backend, device, threads)
+    config, chosen = pipeline.resolve(config)
+    for role, explained in chosen.items():
+        Console(stderr=True, quiet=quiet).print(f"{role} head: {explained.reason}")
     pipeline.open(config)
     prepare_folder(out, overwrite)
     folder = RunFolder(out, config, bundle)
     outcomes = [run_images(pipeline, config, folder, quiet)]
     if baseline and config.method != "target":
-        plain = config.model_copy(update={"method": "target"})
+        plain = config.model_copy(
+            update={"method": "target", "head": None, "heads": (), "relax": None}
+        )
         outcomes.append(run_images(pipeline, plain, None, quiet))
     record = run_record(
         config, bundle, outcomes[0].statistics, outcomes[0].seconds, outcomes[0].calls
     )
+    if chosen:
+        record["choices"] = {role: explained.reason for role, explained in chosen.items()}
     if len(outcomes) > 1:
         record["baseline"] = {
             "method": "target",
