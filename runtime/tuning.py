@@ -159,13 +159,26 @@ class _Counting:
 
 
 @dataclass
-class _Examples:
+class Examples:
     """Rows of real conditions, recorded from one image; every call gives other ones."""
 
     recorded: list[Rows] = field(default_factory=list)
     calls: int = 0
 
-    def record(self, head: Head) -> Head:
+    @classmethod
+    def of(cls, pipeline: Pipeline, role: Role, config: RunConfig) -> Examples:
+        """Conditions of an image that the model of `role` itself makes in few steps."""
+        examples = cls()
+        few = min(EXAMPLE_STEPS, pipeline.bundle.manifest.geometry.num_tokens)
+        method = "draft" if role == "draft" else "target"
+        changes = {
+            "method": method, "head": "plain", "relax": None, "heads": (), "batch_size": 1,
+            "head_steps": measured_steps(config), "num_iter": few,
+        }  # fmt: skip
+        pipeline.record(config.model_copy(update=changes), examples._record)
+        return examples
+
+    def _record(self, head: Head) -> Head:
         def recording(rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose) -> HeadSample:
             self.recorded.append(rows)
             return head(rows, schedule, noise, purpose)
@@ -173,6 +186,7 @@ class _Examples:
         return recording
 
     def __call__(self, tokens: int) -> Rows:
+        """Rows of `tokens` tokens with noise of their own."""
         count = sum(len(rows.images) for rows in self.recorded)
         self.calls += 1
         index = (torch.arange(tokens) + 7 * self.calls) % count
@@ -187,17 +201,8 @@ class _Examples:
 
 def measure(pipeline: Pipeline, role: Role, config: RunConfig, key: str) -> HeadCosts:
     """Measure the head of `role` on conditions of an image that the model itself begins."""
-    geometry = pipeline.bundle.manifest.geometry
-    steps = measured_steps(config)
-    method = "draft" if role == "draft" else "target"
-    plain_config = config.model_copy(
-        update={
-            "method": method, "head": "plain", "relax": None, "heads": (), "batch_size": 1,
-            "head_steps": steps, "num_iter": min(EXAMPLE_STEPS, geometry.num_tokens),
-        }
-    )  # fmt: skip
-    examples, plain = _Examples(), pipeline.plain_head(role)
-    pipeline.record(plain_config, examples.record)
+    steps, channels = measured_steps(config), pipeline.bundle.manifest.geometry.token_dim
+    examples, plain = Examples.of(pipeline, role, config), pipeline.plain_head(role)
     totals = np.zeros((2, steps))
 
     def keep(stats: SpeculationStats) -> None:
@@ -206,7 +211,7 @@ def measure(pipeline: Pipeline, role: Role, config: RunConfig, key: str) -> Head
     def speculative(window: int) -> _Counting:
         session = pipeline.session(f"{role}/speculative_round")
         options = SpeculationOptions(window, max_rows=session.spec.axes["rows"].max)
-        return _Counting(SpeculativeHead(session, options, geometry.token_dim), keep)
+        return _Counting(SpeculativeHead(session, options, channels), keep)
 
     schedule = make_schedule(pipeline.bundle.manifest.schedule, steps).to(pipeline.device)
     costs = measure_heads(

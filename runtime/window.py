@@ -97,9 +97,12 @@ def _least(spent: float, known: float | None, repeat: int) -> float:
 
 
 def cost_at(points: tuple[tuple[float, float], ...], size: np.ndarray | float) -> np.ndarray:
-    """Cost at `size`: a non-decreasing, piecewise linear curve through `points`, extrapolated."""
+    """Cost at `size`: a non-decreasing, piecewise linear curve below `points`, extrapolated.
+
+    Below, because other load only ever adds to a measurement.
+    """
     sizes, costs = np.array(points).T
-    costs = np.maximum.accumulate(costs)
+    costs = np.minimum.accumulate(costs[::-1])[::-1]
     slope = (costs[-1] - costs[0]) / max(sizes[-1] - sizes[0], 1e-9)
     return np.interp(size, sizes, costs) + slope * np.maximum(np.asarray(size) - sizes[-1], 0)
 

