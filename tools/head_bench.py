@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -75,10 +75,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Timing:
-    """Least milliseconds of one way, and its head calls (None where the loop is one call)."""
+    """Least milliseconds of one way; head calls and rows a token, if it speculated, on average."""
 
     ms: float
-    calls: float | None
+    calls: float = 0.0
+    rows: float = 0.0
 
 
 def pair_setup(pipeline: Pipeline, config: RunConfig, windows: tuple[int, ...]) -> Setup:
@@ -144,15 +145,22 @@ def synthetic_setup(
 def measure(setup: Setup, tokens: int, repeats: int) -> dict[str, Timing]:
     """Every way in turn, `repeats` times after a warm-up."""
     found: dict[str, Timing] = {}
+    counts: dict[str, list[tuple[float, float]]] = {name: [] for name in setup.ways}
     for repeat in range(repeats + 1):
         for name, head in setup.ways.items():
             rows, start = setup.rows(tokens), time.perf_counter()
             out = head(rows, setup.schedule, Noise(repeat), Purpose.DENOISE)
             spent = 1000 * (time.perf_counter() - start)
-            calls = float(out.stats.calls) if isinstance(out, SpeculativeSample) else None
+            if isinstance(out, SpeculativeSample):
+                counts[name].append((out.stats.calls, out.stats.rows / tokens))
             if repeat <= 1 or spent < found[name].ms:
-                found[name] = Timing(spent, calls)
-    return found
+                found[name] = Timing(spent)
+    return {
+        name: replace(timing, **dict(zip(("calls", "rows"), np.mean(counts[name], 0), strict=True)))
+        if counts[name]
+        else timing
+        for name, timing in found.items()
+    }
 
 
 def table(title: str, found: dict[str, Timing]) -> Table:
@@ -160,13 +168,13 @@ def table(title: str, found: dict[str, Timing]) -> Table:
     plain = min(t.ms for name, t in found.items() if name.startswith("plain"))
     slowest = found[REFERENCE].ms if REFERENCE in found else None
     result = Table(
-        "way", "head calls", "ms", "against best plain", "against PyTorch",
+        "way", "head calls", "rows per token", "ms", "against best plain", "against PyTorch",
         title=title, title_justify="left",
     )  # fmt: skip
     for name, timing in found.items():
-        calls = "-" if timing.calls is None else f"{timing.calls:.0f}"
+        counts = (f"{value:.1f}" if value else "-" for value in (timing.calls, timing.rows))
         ratio = "-" if slowest is None else f"{slowest / timing.ms:.2f}x"
-        result.add_row(name, calls, f"{timing.ms:.1f}", f"{plain / timing.ms:.2f}x", ratio)
+        result.add_row(name, *counts, f"{timing.ms:.1f}", f"{plain / timing.ms:.2f}x", ratio)
     return result
 
 
