@@ -2,7 +2,7 @@
 
 The shipped pair runs with its own weights. `--preset mar-b` or `mar-h` runs a head of that size
 with random weights and replays the acceptance, by denoising step, that the shipped pair has:
-SYNTHETIC, timing only. All ways are measured in turn in one run; the least of the repeats counts.
+SYNTHETIC, timing only. All ways are measured in turn in one run; the median of the repeats counts.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Timing:
-    """Least milliseconds of one way; head calls and rows a token, if it speculated, on average."""
+    """Median milliseconds of one way; mean head calls and rows a token, if it speculated."""
 
     ms: float
     calls: float = 0.0
@@ -142,25 +142,30 @@ def synthetic_setup(
         yield Setup(schedule, rows, ways)
 
 
-def measure(setup: Setup, tokens: int, repeats: int) -> dict[str, Timing]:
-    """Every way in turn, `repeats` times after a warm-up."""
-    found: dict[str, Timing] = {}
-    counts: dict[str, list[tuple[float, float]]] = {name: [] for name in setup.ways}
+def measure(
+    setup: Setup, tokens: int, repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
+    """Every way in turn, `repeats` times after a warm-up, by the seconds of `clock`."""
+    found: dict[str, list[Timing]] = {name: [] for name in setup.ways}
     for repeat in range(repeats + 1):
         for name, head in setup.ways.items():
-            rows, start = setup.rows(tokens), time.perf_counter()
+            rows, start = setup.rows(tokens), clock()
             out = head(rows, setup.schedule, Noise(repeat), Purpose.DENOISE)
-            spent = 1000 * (time.perf_counter() - start)
+            timing = Timing(1000 * (clock() - start))
             if isinstance(out, SpeculativeSample):
-                counts[name].append((out.stats.calls, out.stats.rows / tokens))
-            if repeat <= 1 or spent < found[name].ms:
-                found[name] = Timing(spent)
-    return {
-        name: replace(timing, **dict(zip(("calls", "rows"), np.mean(counts[name], 0), strict=True)))
-        if counts[name]
-        else timing
-        for name, timing in found.items()
-    }
+                counts = {"calls": out.stats.calls, "rows": out.stats.rows / tokens}
+                timing = replace(timing, **counts)
+            if repeat:
+                found[name].append(timing)
+    return {name: _summary(timings) for name, timings in found.items()}
+
+
+def _summary(timings: list[Timing]) -> Timing:
+    """Median time, mean counts. Not the least time: that would be the luckiest noise."""
+    calls, rows = (
+        float(np.mean([getattr(t, name) for t in timings])) for name in ("calls", "rows")
+    )
+    return Timing(float(np.median([t.ms for t in timings])), calls, rows)
 
 
 def table(title: str, found: dict[str, Timing]) -> Table:
@@ -184,8 +189,19 @@ def table(title: str, found: dict[str, Timing]) -> Table:
 @click.option("--windows", default=f"{DEFAULT_WINDOW},16", show_default=True)
 @click.option("--threads", default=0, show_default="all cores")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1))
-def main(preset: str | None, tokens: str, windows: str, threads: int, repeats: int) -> None:
+@click.option(
+    "--cpu-time",
+    is_flag=True,
+    help="CPU time on one thread, for a machine that has other work; else wall-clock time.",
+)
+def main(
+    preset: str | None, tokens: str, windows: str, threads: int, repeats: int, cpu_time: bool
+) -> None:
     """Measure the head of one autoregressive step with guidance and 100 denoising steps."""
+    clock, unit = time.perf_counter, "wall-clock"
+    if cpu_time:
+        torch.set_num_threads(1)
+        threads, clock, unit = 1, time.process_time, "CPU time of one thread"
     bundle = open_bundle(shipped_bundle())
     pipeline = Pipeline(bundle, threads=threads)
     values = {**bundle.manifest.defaults, "labels": (0,), "num_images": 1, "method": "target"}
@@ -195,15 +211,16 @@ def main(preset: str | None, tokens: str, windows: str, threads: int, repeats: i
     if preset is None:
         setup = pair_setup(pipeline, config, tuple(sizes))
         for count in (int(part) for part in tokens.split(",")):
-            found = measure(setup, count, repeats)
-            console.print(table(f"shipped pair, {count} tokens with guidance", found))
+            found = measure(setup, count, repeats, clock)
+            title = f"shipped pair, {count} tokens with guidance, {unit}"
+            console.print(table(title, found))
         return
     acceptance = recorded_acceptance(pipeline, config)
     schedule = make_schedule(bundle.manifest.schedule, STEPS)
     with synthetic_setup(preset, acceptance, tuple(sizes), threads, schedule) as setup:
         for count in (int(part) for part in tokens.split(",")):
-            title = f"SYNTHETIC {preset} head, replayed acceptance, {count} tokens with guidance"
-            console.print(table(title, measure(setup, count, repeats)))
+            title = f"SYNTHETIC {preset} head, replayed acceptance, {count} tokens, {unit}"
+            console.print(table(title, measure(setup, count, repeats, clock)))
 
 
 if __name__ == "__main__":
