@@ -16,7 +16,7 @@ from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.commands import Commands
 from cspd.engines.doctor import diagnose
 from cspd.runtime import run
-from cspd.runtime.config import Method, RunConfig, make_config, parse_labels
+from cspd.runtime.config import HeadMode, Method, RunConfig, make_config, parse_labels
 from cspd.runtime.formats import Format, Layout
 from cspd.runtime.images import write_png
 from cspd.runtime.outputs import image_metadata
@@ -33,6 +33,7 @@ def main() -> None:
 
 
 assert isinstance(main, Commands)
+main.add_tool("tune", "cspd.runtime.tune_command", "Measure what head calls cost here.")
 main.add_tool("bench", "cspd.tools.bench", "Measure methods against each other.")
 main.add_tool("evaluate", "cspd.tools.evaluate", "Score images as the papers do.")
 main.add_tool("report", "cspd.tools.report", "Write one HTML file about runs.")
@@ -61,6 +62,11 @@ def machine_options(command: Command) -> Command:
     return command
 
 
+def whole(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+    """A number where the text is one."""
+    return int(value) if value and value.isdecimal() else value
+
+
 # Option names are RunConfig's fields. A default of None means: what the bundle says, and where it
 # says nothing, RunConfig's own default.
 SAMPLING = (
@@ -72,7 +78,10 @@ SAMPLING = (
     click.option("--method", type=click.Choice(get_args(Method)), help="Decoding method."),
     click.option("--seed", type=int, help="Seed; image k of a seed is always the same image."),
     click.option("--num-iter", type=int, help="Autoregressive steps."),
-    click.option("--head-steps", type=int, help="Denoising steps of the diffusion head."),
+    click.option(
+        "--head-steps", callback=whole,
+        help='Denoising steps: "100", or "50:20", fewer and fewer (lossy).',
+    ),
     click.option("--cfg", type=float, help="Guidance scale; 1 is none."),
     click.option("--cfg-schedule", type=click.Choice(["linear", "constant"]), help="Over steps."),
     click.option("--temperature", type=float, help="Factor on the noise of every denoising step."),
@@ -91,7 +100,14 @@ SAMPLING = (
         "--on-reject", type=click.Choice(["residual", "target"]),
         help="cspd: what replaces a rejected token.",
     ),
+    click.option(
+        "--head", type=click.Choice(get_args(HeadMode)),
+        help="Denoising: step by step, speculatively, or what is faster.  [default: by method]",
+    ),
     click.option("--window", type=int, help="lossless: denoising steps verified per call."),
+    click.option(
+        "--relax", help='lossless, loosened: "tv=0.05" or "sigma=0.5" (approximate).'
+    ),
     click.option("--batch-size", type=int, help="Images computed together."),
     click.option(
         "--reproducible/--no-reproducible", default=None,

@@ -6,15 +6,26 @@ import difflib
 import re
 from typing import Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cspd.engines.errors import CspdError
-from cspd.engines.manifest import Manifest
+from cspd.engines.manifest import Manifest, Role
 from cspd.engines.spec import Record
 from cspd.runtime.contract import check_graphs
+from cspd.runtime.relax import Relaxation
+from cspd.runtime.steps import HeadSteps
 
-Method = Literal["target", "draft", "cspd", "lossless"]
+Method = Literal["target", "draft", "cspd", "lossless", "auto"]
+HeadMode = Literal["plain", "lossless", "auto"]
 MAX_SEED = 2**64 - 1
+
+
+class HeadChoice(Record):
+    """The head of `role` speculates with `window` rows a token for up to `up_to` tokens."""
+
+    role: Role
+    window: int = Field(ge=1, le=64)
+    up_to: int = Field(ge=0)
 
 
 class RunConfig(Record):
@@ -27,7 +38,7 @@ class RunConfig(Record):
     class_balanced: bool = False
     seed: int = Field(0, ge=0, le=MAX_SEED)
     num_iter: int = Field(64, ge=1)
-    head_steps: int = Field(100, ge=2)
+    head_steps: int | str = 100
     cfg: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
     cfg_schedule: Literal["linear", "constant"] = "linear"
     temperature: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
@@ -37,7 +48,12 @@ class RunConfig(Record):
     verify: Literal["parallel", "prefix"] = "parallel"
     align: bool = True
     on_reject: Literal["target", "residual"] = "target"
+    # How the heads sample; by default as the method says.
+    head: HeadMode | None = None
     window: int | None = Field(None, ge=1, le=64)
+    relax: str | None = None
+    # What "auto" chose for each model; without it, it chooses from measured costs.
+    heads: tuple[HeadChoice, ...] = ()
     # Images that are computed together. With `reproducible`, batches are padded to this size, so
     # that an image is the same to the last bit whatever it is generated with.
     batch_size: int = Field(8, ge=1, le=4096)
@@ -52,6 +68,28 @@ class RunConfig(Record):
                 f"{len(self.labels)} classes"
             )
         return self
+
+    @field_validator("head_steps", mode="before")
+    @classmethod
+    def _steps(cls, value: object) -> int | str:
+        return HeadSteps.parse(value).value
+
+    @field_validator("relax")
+    @classmethod
+    def _relax(cls, value: str | None) -> str | None:
+        if value is not None:
+            Relaxation.parse(value)
+        return value
+
+    @property
+    def head_mode(self) -> HeadMode:
+        """How the heads sample."""
+        own: dict[str, HeadMode] = {"lossless": "lossless", "auto": "auto"}
+        return self.head or own.get(self.method, "plain")
+
+    def choice(self, role: Role) -> HeadChoice | None:
+        """What was chosen for the head of `role`, if anything."""
+        return next((choice for choice in self.heads if choice.role == role), None)
 
     def label_of(self, image: int) -> int:
         """Class of image number `image`: the labels in turn, or in blocks if `class_balanced`."""
@@ -89,14 +127,29 @@ def check_config(config: RunConfig, manifest: Manifest) -> None:
                 "the number of tokens of an image"
             )
     last = manifest.schedule.last_timestep
-    if config.head_steps > last + 1:
+    steps = HeadSteps.parse(config.head_steps)
+    if max(steps.first, steps.last) > last + 1:
         raise CspdError(
             f"--head-steps is {config.head_steps}, expected 2..{last + 1} for this model"
         )
+    _check_heads(config)
     if config.method in ("draft", "cspd") and "draft" not in manifest.models:
         raise CspdError(
             f"--method {config.method}: the bundle has no draft model; build it with --draft, "
             "or use --method target or lossless"
+        )
+
+
+def _check_heads(config: RunConfig) -> None:
+    """Raise CspdError for options that contradict each other."""
+    if config.method in ("lossless", "auto") and config.head not in (None, config.method):
+        raise CspdError(
+            f"--head {config.head} contradicts --method {config.method}; use --method target"
+        )
+    if config.relax and config.head_mode == "plain":
+        raise CspdError(
+            f"--relax {config.relax} loosens the test of speculative denoising, but the heads step "
+            "plainly; add --head lossless or use --method lossless"
         )
 
 

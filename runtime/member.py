@@ -42,6 +42,12 @@ class Rows:
     images: Tensor
     positions: Tensor
 
+    def take(self, index: Tensor) -> Rows:
+        """The rows `index`, int64."""
+        index = index.to(self.images.device)
+        per_row = (self.guidance, self.temperature, self.images, self.positions)
+        return Rows(self.conditions.index_select(1, index), *(value[index] for value in per_row))
+
 
 class Head(Protocol):
     """A way to sample tokens from their conditions."""

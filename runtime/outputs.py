@@ -13,6 +13,7 @@ import torch
 
 from cspd.engines.bundle import Bundle
 from cspd.runtime.config import RunConfig
+from cspd.runtime.law import certificate, law
 from cspd.runtime.pipeline import GeneratedImage
 from cspd.runtime.stats import Tally
 
@@ -45,7 +46,8 @@ def run_record(config: RunConfig, bundle: Bundle, tally: Tally) -> dict[str, Any
         "schema": RUN_SCHEMA,
         "tool": tool_version(),
         "bundle": {"sha256": bundle.sha256, "synthetic": bundle.manifest.synthetic},
-        "law": law(config),
+        "law": law(config, bundle.manifest),
+        "certificate": certificate(config),
         "config": config.model_dump(mode="json"),
         "images": config.num_images,
         "seconds": tally.seconds,
@@ -63,14 +65,6 @@ def run_record(config: RunConfig, bundle: Bundle, tally: Tally) -> dict[str, Any
         "graphs": {name: asdict(stats) for name, stats in tally.calls.items()},
         "host": environment(),
     }
-
-
-def law(config: RunConfig) -> str:
-    """Which distribution the images follow, in words."""
-    if config.method == "cspd":
-        return "approximate: acceptance test on two different paths (see DESIGN.md, What is exact)"
-    name = "draft" if config.method == "draft" else "target"
-    return f"exact: samples of the {name} model"
 
 
 def environment() -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from pydantic import ValidationError
+from rich.console import Console
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
@@ -62,9 +63,12 @@ def generate(
     """
     check_config(config, bundle.manifest)
     job.layout.check()
+    pipeline = Pipeline(bundle, config.backend, job.machine.device, job.machine.threads)
+    config, chosen = pipeline.resolve(config)
+    for role, explained in chosen.items():
+        Console(stderr=True, quiet=job.quiet).print(f"{role} head: {explained.reason}")
     if job.cluster is not None:
         return _generate_on_ray(bundle, config, out, job, job.cluster)
-    pipeline = Pipeline(bundle, config.backend, job.machine.device, job.machine.threads)
     pipeline.open(config)
     opened = open_run(out, config, bundle, job.layout, overwrite=job.overwrite)
     with opened as folder, StopWish() as stop:
@@ -76,8 +80,12 @@ def generate(
         record = _record(folder, session)
         record["cuda_graphs"] = {role: asdict(stats) for role, stats in pipeline.captures.items()}
         record["notes"] = list(dict.fromkeys(pipeline.notes))
+        if chosen:
+            record["choices"] = {role: explained.reason for role, explained in chosen.items()}
         if job.baseline and config.method != "target":
-            plain = config.model_copy(update={"method": "target"})
+            plain = config.model_copy(
+                update={"method": "target", "head": None, "heads": (), "relax": None}
+            )
             outcomes.append(measure(pipeline, plain, stop, job.quiet))
             record["baseline"] = _compare(*outcomes)
         folder.finish(record)
