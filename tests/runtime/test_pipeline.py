@@ -191,10 +191,8 @@ def broken_run(tiny_bundle, tmp_path, monkeypatch):
 
         monkeypatch.setattr(pipeline_module, "open_session", open_session)
         with pytest.raises(NonFiniteError) as caught:
-            run.generate(
-                tiny_bundle, settings, tmp_path / "out", device="cpu", threads=1, overwrite=False,
-                baseline=False, quiet=True,
-            )  # fmt: skip
+            job = run.Job(run.Machine("cpu", 1), quiet=True)
+            run.generate(tiny_bundle, settings, tmp_path / "out", job)
         assert "\n" not in str(caught.value)
         return str(caught.value), tmp_path / "out"
 
