@@ -150,7 +150,10 @@ def verify(
         z = sampler.conditions(target, canvas, batch, window.span)
     else:
         z = prefix_conditions(sampler, target, batch, canvas, window)
-    return sampler.sample(target, z, window.guidance, batch, window.span, Purpose.DENOISE)
+    # As many denoising steps as the step had that drafted a token.
+    known = torch.tensor(window.starts).gather(1, window.group.cpu())
+    counts = sampler.step_counts(known)
+    return sampler.sample(target, z, window.guidance, batch, window.span, Purpose.DENOISE, counts)
 
 
 def prefix_conditions(

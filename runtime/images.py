@@ -51,7 +51,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
             text = image.info.get(KEY)  # type: ignore[attr-defined]
-    except OSError as error:
+    except Exception as error:  # on damaged input Pillow raises anything at all
         raise CspdError(f"{path}: cannot be read as PNG: {error}") from None
     if not isinstance(text, str):
         raise CspdError(

@@ -205,7 +205,7 @@ class Bench:
         else:
             module = graph_module(self.bundle, label)
         # Unrolled, a whole denoising loop would take hours to compile.
-        inner = module.step if isinstance(module, DenoiserLoopGraph) else module
+        inner = module.reference if isinstance(module, DenoiserLoopGraph) else module
         return TorchSession(session.spec, _Compiled(module, inner), session.device)
 
     def _starts(self, points: list[Point]) -> None:

@@ -106,7 +106,9 @@ def _sources_in(path: Path) -> Iterable[Source]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
-    except ValueError as error:
+    except OSError as error:
+        raise CspdError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise CspdError(f"{path}: not JSON: {error}") from None
     if not isinstance(record, dict):
         raise CspdError(f"{path}: not a record of ours")
@@ -114,7 +116,21 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def build_report(sources: list[Source], plots: Path | None) -> str:
-    """The page for `sources`; the plots are also written to the folder `plots` as PNG."""
+    """The page for `sources`; the plots are also written to the folder `plots` as PNG.
+
+    Raises CspdError for records whose fields are missing or of another type.
+    """
+    try:
+        return _page(sources, plots)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        names = ", ".join(str(source.folder) for source in sources)
+        raise CspdError(
+            f"{names}: results are not as this version writes them "
+            f"({type(error).__name__}: {error}); make them again"
+        ) from error
+
+
+def _page(sources: list[Source], plots: Path | None) -> str:
     try:
         from cspd.tools import report_page
     except ImportError as error:
