@@ -37,6 +37,7 @@ main.add_tool("tune", "cspd.runtime.tune_command", "Measure what head calls cost
 main.add_tool("bench", "cspd.tools.bench", "Measure methods against each other.")
 main.add_tool("evaluate", "cspd.tools.evaluate", "Score images as the papers do.")
 main.add_tool("report", "cspd.tools.report", "Write one HTML file about runs.")
+main.add_tool("serve", "cspd.tools.serve", "Answer requests for images over HTTP.")
 
 
 def shipped_bundle() -> Path:

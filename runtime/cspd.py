@@ -222,6 +222,7 @@ def settle(
     found = replace(sampler, options, images, positions, window.drafted, judged, rejected, replaced)
     values = torch.where(accepted[..., None], window.drafted.sample, replaced)
     canvas.place(Span(span.start, span.stop, span.positions, kept), values)
+    canvas.judge(span, accepted, rejected)
     known = canvas.known
     canvas.known = [k + n for k, n in zip(known, kept.sum(1).tolist(), strict=True)]
     distance = (window.drafted.sample - judged.sample).norm(dim=-1)

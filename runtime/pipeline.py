@@ -31,7 +31,7 @@ from cspd.runtime.heads import (
 )
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Head, LoopHead, Member, StepHead
-from cspd.runtime.noise import Noise
+from cspd.runtime.noise import Noise, RowNoise
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.sampler import Sampler, decode_alone, ignore_progress
 from cspd.runtime.stats import Statistics, Verdicts
@@ -52,6 +52,15 @@ class GeneratedImage:
     label: int
     pixels: np.ndarray
     verdicts: Verdicts
+
+
+@dataclass(frozen=True)
+class ImageId:
+    """Which image: number `index` of `seed`, of class `label`."""
+
+    seed: int
+    index: int
+    label: int
 
 
 @dataclass
@@ -227,6 +236,37 @@ class Pipeline:
                 except OSError as error:
                     self.notes.append(f"compiled kernels are not kept: {error}")
 
+    def generate_rows(
+        self,
+        config: RunConfig,
+        rows: list[ImageId],
+        on_step: Callable[[Canvas, Statistics], None] = ignore_progress,
+    ) -> tuple[list[GeneratedImage], Statistics]:
+        """The images `rows`, one batch; seeds and labels are those of `rows`, not of `config`.
+
+        Each is what `generate` makes for its seed. Row k of the canvas is `rows[k]`.
+        """
+        check_config(config, self.bundle.manifest)
+        size = config.batch_size
+        padded = list(range(len(rows))) + [0] * (size - len(rows))
+        noise = RowNoise([r.seed for r in rows], [r.index for r in rows], self.device)
+        batch = Batch(
+            torch.tensor(padded, device=self.device),
+            torch.tensor([rows[k].label for k in padded], device=self.device),
+            self.bundle.manifest.geometry.num_classes,
+            len(rows),
+        )
+        sampler = replace(self.sampler(config, on_step), noise=noise)
+        with self._host_threads(), own_stream(self.device)():
+            canvas, statistics = self._decode(config, sampler, batch)
+            made = self._images(config, list(range(len(rows))), canvas, statistics)
+        pairs = zip(made, rows, strict=True)
+        return [replace(m, index=row.index, label=row.label) for m, row in pairs], statistics
+
+    def preview(self, canvas: Canvas, row: int) -> np.ndarray:
+        """Pixels [H, W, C] uint8 of what is known of one row, unknown tokens being zero."""
+        return self._pixels(canvas.tokens[row : row + 1], f"preview of row {row}")[0]
+
     def sampler(
         self, config: RunConfig, on_step: Callable[[Canvas, Statistics], None] = ignore_progress
     ) -> Sampler:
@@ -277,21 +317,25 @@ class Pipeline:
     def _images(
         self, config: RunConfig, chunk: list[int], canvas: Canvas, statistics: Statistics
     ) -> list[GeneratedImage]:
-        grid = self.bundle.manifest.geometry.grid
-        latents = canvas.tokens.transpose(1, 2).unflatten(2, (grid, grid)).contiguous()
-        session = self.session("decoder")
-        parts = []
-        for piece in latents.split(session.spec.axes["batch"].max):
-            outputs = session(latents=piece)
-            session.spec.check_finite(outputs, f"images {chunk[0]}..{chunk[-1]}")
-            pixels = outputs["images"].add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-            parts.append(pixels.permute(0, 2, 3, 1).cpu())
-        arrays = torch.cat(parts).numpy()
+        arrays = self._pixels(canvas.tokens, f"images {chunk[0]}..{chunk[-1]}")
         verdicts = statistics.per_image or [Verdicts() for _ in chunk]
         return [
             GeneratedImage(image, config.label_of(image), arrays[row], verdicts[row])
             for row, image in enumerate(chunk)
         ]
+
+    def _pixels(self, tokens: torch.Tensor, what: str) -> np.ndarray:
+        """Pixels [B, H, W, C] uint8 of tokens [B, L, C]."""
+        grid = self.bundle.manifest.geometry.grid
+        latents = tokens.transpose(1, 2).unflatten(2, (grid, grid)).contiguous()
+        session = self.session("decoder")
+        parts = []
+        for piece in latents.split(session.spec.axes["batch"].max):
+            outputs = session(latents=piece)
+            session.spec.check_finite(outputs, what)
+            pixels = outputs["images"].add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+            parts.append(pixels.permute(0, 2, 3, 1).cpu())
+        return torch.cat(parts).numpy()
 
 
 def own_stream(device: str) -> Callable[[], AbstractContextManager[object]]:
