@@ -81,7 +81,9 @@ class Results:
         """Medians over the batches of a point."""
         lines = self.batches(point.id)
         times = sorted(line["seconds"] / line["images"] for line in lines)
-        quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        quartiles = (
+            statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+        )
         hosts = [line["host_seconds"] / line["seconds"] for line in lines
                  if line["host_seconds"] is not None]  # fmt: skip
         scores = self.of(point.id, "score")

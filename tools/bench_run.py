@@ -19,6 +19,7 @@ from cspd.engines.errors import CspdError
 from cspd.engines.session import CallStats, Session, TorchSession
 from cspd.export.graphs import DenoiserLoopGraph
 from cspd.export.torch_session import decoder_module, graph_module
+from cspd.runtime.config import RunConfig
 from cspd.runtime.outputs import environment, tool_version
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.stats import Statistics
@@ -227,12 +228,19 @@ class Bench:
         point = next((p for p in points if "figure 11" in p.serves), None)
         if point is None or self.pattern is not None:
             return
-        size = {"num_images": point.config.batch_size}
-        config = point.config.model_copy(update=size)
+        largest = max(p.config.batch_size for p in points)
+        usual = point.config.model_copy(update={"num_images": largest})
+        self._probe("map", 0, point, usual)
+        size = {"num_images": point.config.batch_size, "on_reject": "residual"}
         for tries in TRIES:
-            if not self.journal.has("probe", tries):
-                line = probe(self.pipeline(point.backend), config, tries)
-                self.journal.append({"kind": "probe", "point": "probe", "repeat": tries, **line})
+            self._probe("tries", tries, point, point.config.model_copy(update=size))
+
+    def _probe(self, name: str, tries: int, point: Point, config: RunConfig) -> None:
+        """One batch of `config`, round by round; `tries`, unless 0, limits the residual's draws."""
+        if not self.journal.has(name, tries):
+            line = probe(self.pipeline(point.backend), config, tries or None)
+            self.journal.append({"kind": "probe", "point": name, "repeat": tries, **line})
+            self.say(f"probe {name} {tries or ''}")
 
 
 class _Compiled(torch.nn.Module):
@@ -251,7 +259,7 @@ class _Compiled(torch.nn.Module):
         return self.run(*tensors)
 
 
-def probe(pipeline: Pipeline, config: Any, tries: int) -> Line:
+def probe(pipeline: Pipeline, config: RunConfig, tries: int | None) -> Line:
     """One batch of `cspd` with at most `tries` residual draws: verdicts, counts per position."""
     length = pipeline.bundle.manifest.geometry.num_tokens
     judged, accepted = torch.zeros(length), torch.zeros(length)

@@ -28,6 +28,7 @@ from cspd.tools.evaluate_judges import Judge, find_judge, frechet_name
 from cspd.tools.evaluate_run import Variant, balanced_labels, load_images, make_images
 from cspd.tools.parity_measure import finite
 from cspd.tools.provenance import command_line, commit
+from cspd.tools.settings import setting_name
 
 SCHEMA = 1
 RESULT = "evaluate.json"
@@ -134,15 +135,25 @@ def make_variants(
     bundle: Bundle, methods: list[dict[str, Any]], seeds: list[int], num_images: int,
     base: dict[str, Any],
 ) -> list[Variant]:  # fmt: skip
-    """Every method with every seed; the first method is the one that others are compared with."""
+    """Every method with every seed; the first method is the one that others are compared with.
+
+    Raises CspdError if a setting is asked for twice.
+    """
     manifest = bundle.manifest
     labels = balanced_labels(num_images, manifest.geometry.num_classes)
-    values = {**manifest.defaults, **base, "labels": labels, "num_images": num_images}
-    return [
-        Variant(config=make_config(**{**values, **method, "seed": seed}))
-        for method in methods
-        for seed in seeds
-    ]
+    images: dict[str, Any] = {"labels": labels, "num_images": num_images}
+    machine = {key: value for key, value in base.items() if key in ("batch_size", "backend")}
+    usual = make_config(**{**manifest.defaults, **machine, **images})
+    found: dict[tuple[str, int], Variant] = {}
+    for method in methods:
+        for seed in seeds:
+            values = {**manifest.defaults, **base, **images, **method, "seed": seed}
+            config = make_config(**values)
+            setting = setting_name(config, usual)
+            if (setting, config.seed) in found:
+                raise CspdError(f"evaluate: {setting}, seed {seed} is asked for twice")
+            found[setting, config.seed] = Variant(config=config, setting=setting)
+    return list(found.values())
 
 
 def parse_method(text: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 
 from cspd.tools.bench_results import Results, Summary
-from cspd.tools.bench_tables import acceptance_by_known, name_of
+from cspd.tools.bench_tables import acceptance_by_known, name_of, tries_shares
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -126,7 +126,7 @@ def acceptance_along_image(results: Results) -> Figure | None:
 
 def heat_map(results: Results) -> Figure | None:
     """Figure 16: where on the image tokens are accepted."""
-    lines = results.of("probe", "probe")
+    lines = results.of("map", "probe")
     if not lines:
         return None
     accepted, judged = (
@@ -138,6 +138,18 @@ def heat_map(results: Results) -> Figure | None:
     axes.grid(False)
     shown = axes.imshow(share.reshape(grid, grid), cmap="viridis", vmin=0)
     figure.colorbar(shown, label="accepted per judged token")
+    return figure
+
+
+def resampling_tries(results: Results) -> Figure | None:
+    """Figure 15: share of rejected tokens for which the residual gives one within so many draws."""
+    found = tries_shares(results)
+    if not found:
+        return None
+    figure, axes = new_figure("Resampling tries", "draws allowed", "resampled per rejected token")
+    axes.plot([tries for tries, _, _ in found], [share for _, _, share in found], "o-")
+    axes.set(xscale="log", ylim=(0, 1.05))
+    axes.set_xticks([tries for tries, _, _ in found], [str(tries) for tries, _, _ in found])
     return figure
 
 
@@ -196,5 +208,6 @@ FIGURES: dict[str, Callable[[Results], Figure | None]] = {
     "figure-14-temperature": lambda r: _sweep(
         r, "figure 14", "temperature", "Acceptance against temperature"
     ),
+    "figure-15-tries": resampling_tries,
     "figure-16-positions": heat_map,
 }

@@ -38,6 +38,47 @@ def variants(tiny_bundle):
     return make_variants(bundle, methods, [0, 1], 3, FAST)
 
 
+def settings_of(bundle, *methods: dict, **base) -> list[str]:
+    """What the table calls each of `methods`."""
+    variants = make_variants(bundle, list(methods), [0], 1000, base)
+    return [variant.setting for variant in variants]
+
+
+# A value beside the default for every option that says how images are made.
+CHANGED = {
+    "head_steps": 5, "cfg": 2.5, "cfg_schedule": "constant", "temperature": 0.9, "prefill": 0.5,
+    "accept_temperature": 1.0, "verify": "prefix", "align": False, "on_reject": "residual",
+    "window": 3, "batch_size": 3, "reproducible": False, "backend": "torch",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", CHANGED)
+def test_a_setting_names_every_option_that_differs(tiny_bundle, option):
+    cspd = {"method": "cspd"}
+    plain, changed = settings_of(tiny_bundle, cspd, {**cspd, option: CHANGED[option]})
+    assert plain == "cspd, 6 steps, gamma 8"
+    assert changed.startswith(plain) and option.replace("_", "-") in changed
+
+
+def test_options_that_all_methods_share_are_named_too(tiny_bundle):
+    (name,) = settings_of(tiny_bundle, {"method": "target"}, head_steps=5, batch_size=7)
+    assert name == "target, 6 steps, head-steps 5"
+
+
+def test_a_setting_asked_for_twice_is_refused(tiny_bundle):
+    with pytest.raises(CspdError, match="twice"):
+        settings_of(tiny_bundle, {"method": "target"}, {"method": "target", "num_iter": 6})
+
+
+def test_settings_of_one_method_are_not_averaged(tiny_bundle):
+    methods = [{"method": "cspd"}, {"method": "cspd", "on_reject": "residual"}]
+    variants = make_variants(tiny_bundle, methods, [0, 1], 1000, {})
+    scores = [
+        {"setting": v.setting, "score": {"frechet": float(i)}} for i, v in enumerate(variants)
+    ]
+    assert [(row["seeds"], row["mean"]) for row in spread(scores)] == [(2, 0.5), (2, 2.5)]
+
+
 def silent(_: str) -> None:
     pass
 
