@@ -142,8 +142,9 @@ def make_variants(
     manifest = bundle.manifest
     labels = balanced_labels(num_images, manifest.geometry.num_classes)
     images: dict[str, Any] = {"labels": labels, "num_images": num_images}
-    machine = {key: value for key, value in base.items() if key in ("batch_size", "backend")}
-    usual = make_config(**{**manifest.defaults, **machine, **images})
+    shared: dict[str, Any] = {**manifest.defaults, **images}
+    shared |= {key: value for key, value in base.items() if key in ("batch_size", "backend")}
+    usual = make_config(**shared)
     found: dict[tuple[str, int], Variant] = {}
     for method in methods:
         for seed in seeds:
