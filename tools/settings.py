@@ -18,7 +18,7 @@ def setting_name(config: RunConfig, usual: RunConfig, ignored: tuple[str, ...] =
     one name differ at most in labels, seed, number of images and what is ignored.
     """
     values, standard = config.model_dump(), usual.model_dump()
-    parts = [config.method]
+    parts: list[str] = [config.method]
     parts += [f"{config.num_iter} steps"] if "num_iter" not in ignored else []
     if "gamma" not in ignored and (config.method == "cspd" or config.gamma != usual.gamma):
         parts += [f"gamma {config.gamma}"]
