@@ -211,8 +211,13 @@ def _part(item: Summary, starts: tuple[str, ...]) -> str:
     names = [name for name in item.graphs if name.startswith(starts)]
     if not names:
         return DASH
-    total = sum(item.graphs[name] for name in names)
-    return f"{total * 1e3:.0f} ({sum(item.calls[name] for name in names):.0f})"
+    milliseconds = seconds_in(item, starts) * 1e3
+    return f"{milliseconds:.0f} ({sum(item.calls[name] for name in names):.0f})"
+
+
+def seconds_in(item: Summary, starts: tuple[str, ...]) -> float:
+    """Seconds per image in the graphs whose names start so."""
+    return sum(value for name, value in item.graphs.items() if name.startswith(starts))
 
 
 def start_table(results: Results) -> Table:
