@@ -7,8 +7,9 @@ names of results are chosen here and nowhere else.
 from __future__ import annotations
 
 import hashlib
+import importlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +61,33 @@ def find_judge(manifest: Manifest, inception: Path | None, reference: Path | Non
     )
 
 
+def import_torch_fidelity() -> None:
+    """Import torch-fidelity, also where the operators of its torchvision cannot be loaded.
+
+    A torchvision built for CUDA does not load them beside a PyTorch built for the CPU. Nothing here
+    calls one, so naming them is enough. Raises MissingExtraError if it is not installed.
+    """
+    try:
+        try:
+            importlib.import_module("torch_fidelity")
+        except RuntimeError as error:
+            if "torchvision::" not in str(error):
+                raise
+            _name_operators()
+            importlib.import_module("torch_fidelity")
+    except ImportError as error:
+        raise MissingExtraError("torch-fidelity", "evaluate") from error
+
+
+@cache
+def _name_operators() -> torch.library.Library:
+    """The operators that torchvision describes while it is imported; kept alive by the cache."""
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
 class ClassifierJudge:
     """The shipped Fashion-MNIST classifier. Its Frechet distance is not FID."""
 
@@ -106,10 +134,11 @@ class InceptionJudge:
         """Frechet distance and Inception score by torch-fidelity's own functions."""
         if len(pixels) < MIN_IMAGES:
             raise CspdError(f"scores need {MIN_IMAGES} images or more, got {len(pixels)}")
-        features, logits = self._features(pixels)
+        import_torch_fidelity()
         from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
         from torch_fidelity.metric_isc import isc_features_to_metric
 
+        features, logits = self._features(pixels)
         ours = fid_features_to_statistics(features.double())
         (frechet,) = fid_statistics_to_metric(ours, self._statistics, verbose=False).values()
         inception = isc_features_to_metric(logits)
@@ -122,21 +151,26 @@ class InceptionJudge:
         return scores | self._neighbours(features)
 
     def _features(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [N, 2048] and logits [N, 1008] of `pixels` [N, H, W, 3] uint8."""
+        """Features [N, 2048] and logits [N, 1008] of `pixels` [N, H, W, 3 or 1] uint8."""
         network, found = self._network, []
-        batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(INCEPTION_CHUNK)
+        pixels = np.broadcast_to(pixels, (*pixels.shape[:-1], 3))  # grey images as three equal
+        batches = (
+            torch.from_numpy(pixels[i : i + INCEPTION_CHUNK].copy())
+            for i in range(0, len(pixels), INCEPTION_CHUNK)
+        )
         with torch.inference_mode():
             for batch in batches:
-                found.append([part.cpu() for part in network(batch.contiguous())])
+                found.append(
+                    [part.cpu() for part in network(batch.permute(0, 3, 1, 2).contiguous())]
+                )
         features, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
         return features, logits
 
     @cached_property
     def _network(self) -> Any:
-        try:
-            from torch_fidelity.utils import create_feature_extractor
-        except ImportError as error:
-            raise MissingExtraError("torch-fidelity", "evaluate") from error
+        import_torch_fidelity()
+        from torch_fidelity.utils import create_feature_extractor
+
         try:
             # torch-fidelity unpickles the file without restrictions; this looks first.
             torch.load(self.weights, weights_only=True, map_location="cpu")

@@ -84,7 +84,8 @@ footer { color: var(--soft); font-size: .8rem; padding: .5rem 0 2rem; }
   .plots { grid-template-columns: 1fr 1fr; }
   details::details-content { content-visibility: visible; block-size: auto; }
   table { font-size: 6.8pt; } th { min-width: 0; }
-  th, td { padding: .12rem .25rem; white-space: normal; overflow-wrap: anywhere; }
+  th, td { padding: .12rem .25rem; white-space: normal; } .num { white-space: nowrap; }
+  td.long { overflow-wrap: anywhere; }
   th:first-child, td:first-child { position: static; min-width: 0; } td.long { min-width: 0; } }
 """
 
