@@ -16,8 +16,10 @@ Line = dict[str, Any]
 class Summary:
     """What was measured at one point, over its batches without the warm-up.
 
-    `seconds`: median wall-clock time per image, `low` and `high` its quartiles; `host` the share of
-    it outside the sessions; `graphs` seconds per image by graph; calls are per batch.
+    `seconds`: median wall-clock time per image, `low` and `high` its quartiles; `cpu_seconds`:
+    median processor time per image of all threads, which other programs hardly change; `host`: the
+    share of the time outside the sessions; `graphs`: seconds per image by graph; calls are per
+    batch.
     """
 
     point: Point
@@ -25,6 +27,7 @@ class Summary:
     seconds: float
     low: float
     high: float
+    cpu_seconds: float
     host: float | None
     graphs: dict[str, float]
     calls: dict[str, float]
@@ -94,6 +97,7 @@ class Results:
             seconds=statistics.median(times),
             low=quartiles[0],
             high=quartiles[2],
+            cpu_seconds=statistics.median(line["cpu_seconds"] / line["images"] for line in lines),
             host=statistics.median(hosts) if hosts else None,
             graphs=_per_graph(lines),
             calls={

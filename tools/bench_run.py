@@ -163,16 +163,16 @@ class Bench:
         first = max(repeat, 0) * config.batch_size
         before = {name: (s.calls, s.seconds) for name, s in pipeline.calls.items()}
         reset_peak_memory(self.device)
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         batches = list(pipeline.generate(config, range(first, first + config.batch_size)))
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
         images, statistics = batches[0]
         if point.quality and repeat >= 0:
             self._keep(point, repeat, np.stack([image.pixels for image in images]))
         calls = _since(before, pipeline.calls)
         return {
             "kind": "batch", "point": point.id, "repeat": repeat, "images": config.batch_size,
-            "seconds": seconds, "graphs": calls,
+            "seconds": seconds, "cpu_seconds": cpu, "graphs": calls,
             "host_seconds": self._host(seconds, calls), "peak_memory_mb": peak_memory(self.device),
             "load": os.getloadavg()[0], **_counts(statistics),
         }  # fmt: skip

@@ -57,14 +57,15 @@ def readme_table(results: Results) -> Table:
         )  # fmt: skip
         rows.append([
             name_of(item) + (" (as many target calls as cspd)" if equal else ""),
-            law(item, main), seconds(item), ratio(item, reference), percent(item.acceptance),
+            law(item, main), seconds(item), ratio(item, reference), cpu_ratio(item, reference),
+            percent(item.acceptance),
             f"{item.target_calls:.0f}", f"{item.draft_calls:.0f}",
             percent(item.score.get("accuracy")), figure(item.score.get("frechet"), ".2f"),
         ])  # fmt: skip
     counts = sorted({int(item.score["n"]) for item in results.serving("readme") if item.score})
     columns = (
-        "method", "law", "seconds per image", "speed vs target", "acceptance", "target calls",
-        "draft calls", "classifier accuracy", f"Frechet distance{_n(counts)}",
+        "method", "law", "seconds per image", "speed vs target", "by CPU time", "acceptance",
+        "target calls", "draft calls", "classifier accuracy", f"Frechet distance{_n(counts)}",
     )  # fmt: skip
     return Table("Methods side by side", columns, rows, host_note(results))
 
@@ -91,11 +92,12 @@ def host_note(results: Results) -> str:
         warning += f"Acceptance REPLAYED from a run of bundle {source}, not measured here. "
     loads = [line["load"] for line in results.lines[1:] if "load" in line]
     if loads and statistics.median(loads) > float(host["cpus"]) + 0.5:
-        warning += f"The machine was busy (median load {statistics.median(loads):.1f}). "
+        warning += f"The machine was busy (median load {statistics.median(loads):.1f}): "
+        warning += "the ratios of CPU time are the ones to trust. "
     return (
         f"{warning}{names}; {where} ({host['machine']}), {results.main.backend}; batch "
         f"{main.batch_size}, {main.num_iter} autoregressive and {main.head_steps} denoising steps, "
-        f"guidance {main.cfg:g} {main.cfg_schedule}; median of batches; calls are per batch. The "
+        f"guidance {main.cfg:g} {main.cfg_schedule}; median and quartiles of batches; calls are per batch. The "
         "Frechet distance is measured in the features of the judge named in the run, see evaluate."
     )
 
@@ -120,6 +122,11 @@ def ratio(item: Summary, reference: Summary | None) -> str:
     return DASH if reference is None else f"{reference.seconds / item.seconds:.2f}x"
 
 
+def cpu_ratio(item: Summary, reference: Summary | None) -> str:
+    """Ratio of the reference's processor time to this: what a busy machine does not spoil."""
+    return DASH if reference is None else f"{reference.cpu_seconds / item.cpu_seconds:.2f}x"
+
+
 def percent(value: float | None) -> str:
     """A share as percentage."""
     return DASH if value is None else f"{value:.1%}"
@@ -138,10 +145,11 @@ def table_1(results: Results) -> Table:
         reference = results.baseline(config.batch_size)
         rows.append([
             str(config.batch_size), str(config.gamma), seconds(item), ratio(item, reference),
-            percent(item.acceptance), f"{item.target_calls:.0f}", f"{item.draft_calls:.0f}",
+            cpu_ratio(item, reference), percent(item.acceptance), f"{item.target_calls:.0f}",
+            f"{item.draft_calls:.0f}",
         ])  # fmt: skip
-    columns = ("batch", "gamma", "seconds per image", "speed vs target", "acceptance",
-               "target calls", "draft calls")  # fmt: skip
+    columns = ("batch", "gamma", "seconds per image", "speed vs target", "by CPU time",
+               "acceptance", "target calls", "draft calls")  # fmt: skip
     return Table("Table 1: speed and acceptance", columns, rows)
 
 
@@ -172,10 +180,11 @@ def sweep_table(results: Results, tag: str, title: str, option: str) -> Table:
         rows.append([
             ("on" if value else "off") if isinstance(value, bool) else f"{value:g}",
             percent(item.acceptance), percent(item.fallback), figure(item.distance),
-            seconds(item), ratio(item, reference), f"{item.target_calls:.0f}",
+            seconds(item), ratio(item, reference), cpu_ratio(item, reference),
+            f"{item.target_calls:.0f}",
         ])  # fmt: skip
     columns = (option, "acceptance", "target's own", "mean token distance", "seconds per image",
-               "speed vs target", "target calls")  # fmt: skip
+               "speed vs target", "by CPU time", "target calls")  # fmt: skip
     return Table(title, columns, rows)
 
 
@@ -196,10 +205,20 @@ def time_table(results: Results) -> Table:
     for item in shown.values():
         rows.append([
             name_of(item), item.point.backend, f"{item.seconds * 1e3:.0f}",
+            f"{item.cpu_seconds * 1e3:.0f}",
             *(_part(item, starts) for starts in PARTS.values()), percent(item.host),
             f"{item.peak_memory_mb:.0f}", str(item.batches),
         ])  # fmt: skip
-    columns = ("method", "backend", "all", *PARTS, "outside", "peak memory, MB", "batches")
+    columns = (
+        "method",
+        "backend",
+        "all",
+        "CPU time",
+        *PARTS,
+        "outside",
+        "peak memory, MB",
+        "batches",
+    )
     skips = {line["backend"]: line["reason"] for line in results.lines[1:]
              if line["kind"] == "skip"}  # fmt: skip
     note = "Milliseconds per image, in brackets calls per batch; outside: the host's share."

@@ -23,6 +23,8 @@ from cspd.export.pairs import FASHION_CLASSES
 from cspd.tools.metrics import MIN_IMAGES, precision_recall, score_images
 
 INCEPTION_CHUNK = 32
+# weights-inception-2015-12-05-6726825d.pth, the network that FID is defined by
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 FULL = 50_000
 NEIGHBOUR_IMAGES = 10_000
 
@@ -52,6 +54,9 @@ def find_judge(manifest: Manifest, inception: Path | None, reference: Path | Non
     if inception or reference:
         if not (inception and reference):
             raise CspdError("--inception and --reference belong together: weights and statistics")
+        for path in (inception, reference):
+            if not path.is_file():
+                raise CspdError(f"{path}: not found; expected a file of weights or statistics")
         return InceptionJudge(inception, reference)
     if manifest.class_names == FASHION_CLASSES and manifest.geometry.image_channels == 1:
         return ClassifierJudge()
@@ -119,14 +124,14 @@ class InceptionJudge:
 
     weights: Path
     reference: Path
-    extractor = "inception"
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """Hashes of the weights and of the reference statistics."""
+        """Hashes of the weights and of the reference statistics; other weights make no FID."""
+        digest = _sha256(self.weights)
         return {
-            "name": self.extractor,
-            "extractor_sha256": _sha256(self.weights),
+            "name": "inception" if digest == INCEPTION_SHA256 else "inception with other weights",
+            "extractor_sha256": digest,
             "statistics_sha256": _sha256(self.reference),
         }
 
@@ -151,18 +156,13 @@ class InceptionJudge:
         return scores | self._neighbours(features)
 
     def _features(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [N, 2048] and logits [N, 1008] of `pixels` [N, H, W, 3 or 1] uint8."""
+        """Features [N, 2048] and logits [N, 1008] of `pixels` [N, H, W, 3] uint8, or grey."""
         network, found = self._network, []
-        pixels = np.broadcast_to(pixels, (*pixels.shape[:-1], 3))  # grey images as three equal
-        batches = (
-            torch.from_numpy(pixels[i : i + INCEPTION_CHUNK].copy())
-            for i in range(0, len(pixels), INCEPTION_CHUNK)
-        )
-        with torch.inference_mode():
-            for batch in batches:
-                found.append(
-                    [part.cpu() for part in network(batch.permute(0, 3, 1, 2).contiguous())]
-                )
+        for start in range(0, len(pixels), INCEPTION_CHUNK):
+            chunk = torch.from_numpy(np.array(pixels[start : start + INCEPTION_CHUNK]))
+            rgb = chunk.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
+            with torch.inference_mode():
+                found.append([part.cpu() for part in network(rgb)])
         features, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
         return features, logits
 
