@@ -93,11 +93,12 @@ def host_note(results: Results) -> str:
     loads = [line["load"] for line in results.lines[1:] if "load" in line]
     if loads and statistics.median(loads) > float(host["cpus"]) + 0.5:
         warning += f"The machine was busy (median load {statistics.median(loads):.1f}): "
-        warning += "the ratios of CPU time are the ones to trust. "
+        warning += "the ratios of processor time are the ones to trust. "
     return (
         f"{warning}{names}; {where} ({host['machine']}), {results.main.backend}; batch "
         f"{main.batch_size}, {main.num_iter} autoregressive and {main.head_steps} denoising steps, "
-        f"guidance {main.cfg:g} {main.cfg_schedule}; median and quartiles of batches; calls are per batch. The "
+        f"guidance {main.cfg:g} {main.cfg_schedule}; median and quartiles of batches; calls "
+        "are per batch. The "
         "Frechet distance is measured in the features of the judge named in the run, see evaluate."
     )
 
