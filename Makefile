@@ -26,7 +26,7 @@ bench: .venv/report
 	$(BIN)/cspd-run bench --images $(BENCH_IMAGES) --batch-size 1 --batch-size 8 --batch-size 16 --threads $(THREADS) --out out/bench
 	$(BIN)/cspd-run evaluate --method target --method cspd --num-images $(BENCH_IMAGES) --batch-size 8 --threads $(THREADS) --out out/evaluate
 	$(BIN)/cspd-export parity --out out/parity.json
-	$(BIN)/cspd-run report out/bench out/evaluate out/parity.json --out out/report.html --plots out/plots
+	$(BIN)/cspd-run report out/bench out/evaluate out/parity.json --out out/report.html --plots out/plots --markdown out/report.md
 
 clean:
 	rm -rf .venv build out

@@ -2,51 +2,81 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from cspd.engines.errors import MissingExtraError
 from cspd.runtime.outputs import tool_version
+from cspd.tools.report_markdown import markdown
+from cspd.tools.report_parts import Card, Section
 from cspd.tools.report_sources import Source, load_sources
 
 PATH = click.Path(path_type=Path)
 ORDER = ("bench", "evaluate", "parity", "run")
 
 
-def build_report(sources: list[Source], plots: Path | None) -> str:
-    """The page for `sources`; the plots are also written to the folder `plots` as PNG."""
-    try:
+@dataclass(frozen=True)
+class Report:
+    """What is on the page; `plots` is the folder that holds the plots as PNG, if any."""
+
+    subtitle: str
+    cards: list[Card]
+    sections: list[Section]
+    synthetic: bool
+    plots: Path | None
+
+    def html(self) -> str:
+        """The page."""
         from cspd.tools import report_page
-        from cspd.tools import report_sections as parts
+
+        warning = "SYNTHETIC: random weights. Images, quality and acceptance rates mean nothing."
+        return report_page.render(
+            title="Continuous speculative decoding", subtitle=self.subtitle, cards=self.cards,
+            sections=self.sections, warnings=[warning] if self.synthetic else [],
+            footer=f"Made by cspd {tool_version()}. This page loads nothing from anywhere.",
+        )  # fmt: skip
+
+
+def build_report(sources: list[Source], plots: Path | None) -> Report:
+    """The report on `sources`; the plots are also written to the folder `plots` as PNG."""
+    try:
+        from cspd.tools import report_page  # noqa: F401
+        from cspd.tools import report_sections as made
     except ImportError as error:
         raise MissingExtraError(str(error.name), "report") from error
     order = sorted(sources, key=lambda source: ORDER.index(source.kind))
     sections = [section for number, source in enumerate(order)
-                for section in parts.sections_of(source, number, plots)]  # fmt: skip
-    cards = [card for source in order for card in parts.cards_of(source)]
-    warnings = ["SYNTHETIC: random weights. Images, quality and acceptance rates mean nothing."]
-    return report_page.render(
-        title="Continuous speculative decoding",
-        subtitle=next((parts.subtitle(source) for source in order if source.kind == "bench"), ""),
-        cards=cards,
-        sections=[*sections, parts.provenance_section(order)],
-        warnings=warnings if any(parts.synthetic(source) for source in order) else [],
-        footer=f"Made by cspd {tool_version()}. This page loads nothing from anywhere.",
+                for section in made.sections_of(source, number, plots)]  # fmt: skip
+    return Report(
+        subtitle=next((made.subtitle(source) for source in order if source.kind == "bench"), ""),
+        cards=[card for source in order for card in made.cards_of(source)],
+        sections=[*sections, made.provenance_section(order)],
+        synthetic=any(made.synthetic(source) for source in order),
+        plots=plots,
     )
+
+
+def write(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+    click.echo(f"{path}")
 
 
 @click.command("report")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--out", type=PATH, default=Path("report.html"), show_default=True)
 @click.option("--plots", type=PATH, help="Also write the plots as PNG to this folder.")
-def command(runs: tuple[Path, ...], out: Path, plots: Path | None) -> None:
+@click.option("--markdown", "text", type=PATH, help="Also write the tables, with links to --plots.")
+def command(runs: tuple[Path, ...], out: Path, plots: Path | None, text: Path | None) -> None:
     """Write one HTML page about RUNS: folders of bench, evaluate, generate; files of parity."""
-    page = build_report(load_sources(runs), plots)
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(page)
-    temporary.replace(out)
-    click.echo(f"{out}")
+    report = build_report(load_sources(runs), plots)
+    write(out, report.html())
+    if text is not None:
+        write(text, markdown(report.subtitle, report.sections, plots, text))
 
 
 if __name__ == "__main__":

@@ -4,72 +4,19 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_tables import TABLES, Table, percent
 from cspd.tools.evaluate import paired_table, score_table
+from cspd.tools.report_parts import Card, PairRow, Pairs, Picture, Section
 from cspd.tools.report_plots import FIGURES, errors_by_step, save
 from cspd.tools.report_sources import Source
 
 GRID = "grid.png"
 SHOWN_IMAGES = 10
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image inside the page."""
-
-    caption: str
-    data: str
-    look: str = ""  # "map": colours that mean something, which dark mode must not change
-
-
-@dataclass(frozen=True)
-class PairRow:
-    """The images of one setting, from the same noise as those of the other rows."""
-
-    name: str
-    images: list[str]
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Rows of images that belong together column by column."""
-
-    title: str
-    rows: list[PairRow]
-
-    @property
-    def count(self) -> int:
-        """Images per row."""
-        return max(len(row.images) for row in self.rows)
-
-
-@dataclass(frozen=True)
-class Card:
-    """One figure that the page leads with; `look` is "good", "bad" or nothing."""
-
-    value: str
-    label: str
-    look: str = ""
-
-
-@dataclass
-class Section:
-    """A part of the page; `data` are tables behind the plots, folded in until asked for."""
-
-    title: str
-    anchor: str
-    text: str = ""
-    tables: list[Table] = field(default_factory=list)
-    data: list[Table] = field(default_factory=list)
-    plots: list[Picture] = field(default_factory=list)
-    pairs: list[Pairs] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
-    code: str = ""
 
 
 def header_of(source: Source) -> dict[str, Any]:
@@ -151,7 +98,7 @@ def bench_section(results: Results, group: Group, anchor: str, plots: Path | Non
             caption = figure.axes[0].get_title()
             look = "map" if figure.axes[0].images else ""
             image = data_uri(save(figure, plots, name), "image/svg+xml")
-            section.plots.append(Picture(caption, image, look))
+            section.plots.append(Picture(caption, image, look, name))
     return section
 
 
@@ -219,7 +166,8 @@ def parity_section(source: Source, number: int, plots: Path | None) -> Section:
         if figure is not None:
             caption = figure.axes[0].get_title()
             image = save(figure, plots, f"parity-{rung}")
-            section.plots.append(Picture(caption, data_uri(image, "image/svg+xml")))
+            picture = Picture(caption, data_uri(image, "image/svg+xml"), name=f"parity-{rung}")
+            section.plots.append(picture)
     return section
 
 
