@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 import numpy as np
 from rich.console import Console
+from rich.table import Table as RichTable
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
@@ -200,16 +202,27 @@ def show(results: Results, out: Path, as_json: bool) -> None:
 
 
 def print_table(table: Table) -> None:
-    """A table on the terminal."""
-    from rich.table import Table as RichTable
+    """A table on the terminal, on its side where only that fits; in a pipe as wide as it needs."""
+    from rich.measure import Measurement
 
-    shown = RichTable(*table.columns, title=table.title)
-    for row in table.rows:
-        shown.add_row(*row)
     console = Console()
+    shown = _rich(table.title, table.columns, table.rows)
+    needed = Measurement.get(console, console.options.update(max_width=1000), shown).maximum
+    if not console.is_terminal:
+        console.width = max(console.width, needed)
+    elif needed > console.width and len(table.rows) < len(table.columns) - 1:
+        columns, *rows = zip(table.columns, *table.rows, strict=True)
+        shown = _rich(table.title, columns, rows)
     console.print(shown)
     if table.note:
-        console.print(table.note, highlight=False)
+        console.print(table.note, highlight=False, soft_wrap=True)
+
+
+def _rich(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> RichTable:
+    shown = RichTable(*columns, title=title)
+    for row in rows:
+        shown.add_row(*row)
+    return shown
 
 
 if __name__ == "__main__":
