@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import click
 import numpy as np
-from rich.console import Console
-from rich.table import Table as RichTable
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
@@ -17,11 +14,12 @@ from cspd.engines.errors import CspdError
 from cspd.tools.bench_plan import Point, Scale, make_plan
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_run import JOURNAL, Bench, Journal, make_header, read_lines
-from cspd.tools.bench_tables import TABLES, Table, readme_table
+from cspd.tools.bench_tables import TABLES, readme_table
 from cspd.tools.evaluate_judges import Judge, find_judge
 from cspd.tools.metrics import MIN_IMAGES
 from cspd.tools.provenance import command_line, commit
 from cspd.tools.replay import AcceptancePattern, load_pattern
+from cspd.tools.terminal import print_table
 
 PATH = click.Path(path_type=Path)
 
@@ -199,30 +197,6 @@ def show(results: Results, out: Path, as_json: bool) -> None:
     for table in filled.values():
         print_table(table)
     click.echo(f"{out / 'tables.md'}")
-
-
-def print_table(table: Table) -> None:
-    """A table on the terminal, on its side where only that fits; in a pipe as wide as it needs."""
-    from rich.measure import Measurement
-
-    console = Console()
-    shown = _rich(table.title, table.columns, table.rows)
-    needed = Measurement.get(console, console.options.update(max_width=1000), shown).maximum
-    if not console.is_terminal:
-        console.width = max(console.width, needed)
-    elif needed > console.width and len(table.rows) < len(table.columns) - 1:
-        columns, *rows = zip(table.columns, *table.rows, strict=True)
-        shown = _rich(table.title, columns, rows)
-    console.print(shown)
-    if table.note:
-        console.print(table.note, highlight=False, soft_wrap=True)
-
-
-def _rich(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> RichTable:
-    shown = RichTable(*columns, title=title)
-    for row in rows:
-        shown.add_row(*row)
-    return shown
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from cspd.tools.evaluate_run import Variant, balanced_labels, load_images, make_
 from cspd.tools.parity_measure import finite
 from cspd.tools.provenance import command_line, commit
 from cspd.tools.settings import setting_name
+from cspd.tools.terminal import print_table
 
 SCHEMA = 1
 RESULT = "evaluate.json"
@@ -232,7 +233,6 @@ def command(
 ) -> None:  # fmt: skip
     """Score the images of BUNDLE, by default the shipped pair; goes on where it was interrupted."""
     from cspd.runtime.cli import shipped_bundle
-    from cspd.tools.bench import print_table
 
     opened = open_bundle(bundle or shipped_bundle())
     given = {"num_iter": num_iter, "head_steps": head_steps}
