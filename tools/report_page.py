@@ -55,7 +55,7 @@ th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line);
 tbody tr:nth-child(even) td { background: var(--stripe); }
 tbody td { background: var(--panel); }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--panel); z-index: 1;
-  min-width: 7rem; white-space: normal; }
+  min-width: 10rem; white-space: normal; }
 .num { text-align: right; }
 td.long:not(:first-child) { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
 .pass { color: var(--good); font-weight: 600; } .fail { color: var(--bad); font-weight: 700; }
@@ -73,8 +73,8 @@ pre { background: var(--stripe); border: 1px solid var(--line); border-radius: .
 footer { color: var(--soft); font-size: .8rem; padding: .5rem 0 2rem; }
 @media (max-width: 40rem) { .wide { padding: 0 .7rem; } section { padding: .9rem .8rem; }
   .cards { grid-template-columns: repeat(2, 1fr); } th, td { padding: .35rem .5rem; }
-  th:first-child, td:first-child { width: 7.5rem; box-shadow: 1px 0 0 var(--line); } }
-@media print { @page { margin: 12mm; } nav, summary { display: none; }
+  th:first-child, td:first-child { min-width: 6.5rem; box-shadow: 1px 0 0 var(--line); } }
+@media print { @page { margin: 12mm; } nav, summary, footer { display: none; }
   body { font-size: 10pt; background: #fff; }
   header { background: none; color: #000; padding: 0; } header p { color: #444; }
   .wide { max-width: none; padding: 0; } .cards { margin-top: .8rem; }
@@ -113,7 +113,7 @@ PAGE = """{% macro show(t, under) %}
 {% if s.plots %}<div class="plots">{% for plot in s.plots %}
 <figure><img class="plot {{ plot.look }}" alt="{{ plot.caption }}" src="{{ plot.data }}"></figure>
 {% endfor %}</div>{% endif %}
-{% if s.data %}<details><summary>The figures as tables</summary>
+{% if s.data %}<details><summary>All numbers</summary>
 {% for t in s.data %}{{ show(t, s.title) }}{% endfor %}</details>{% endif %}
 {% for p in s.pairs %}<h3>{{ p.title }}</h3>
 <div class="scroll"><div class="pairs"

@@ -159,7 +159,8 @@ def parity_section(source: Source, number: int, plots: Path | None) -> Section:
     section = Section(
         "Parity", f"parity-{number}",
         text=f"The ladder {verdict}: {len(record['rows'])} comparisons with PyTorch.",
-        tables=[parity_table(record)],
+        tables=[parity_table(record, "Worst of each comparison", "unit")],
+        data=[parity_table(record, "Worst of each output", "output")],
     )  # fmt: skip
     for rung in ("trajectory", "image"):
         figure = errors_by_step(record, rung)
@@ -171,27 +172,34 @@ def parity_section(source: Source, number: int, plots: Path | None) -> Section:
     return section
 
 
-def parity_table(record: dict[str, Any]) -> Table:
-    """The worst row of every rung, subject and output."""
+MEASURES = ("max_abs", "mean_abs", "p99_abs", "max_rel", "mean_rel", "p99_rel", "cosine")
+
+
+def parity_table(record: dict[str, Any], title: str, last_key: str) -> Table:
+    """The worst row of every rung, subject and `last_key`, which is "unit" or "output"."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in record["rows"]:
-        groups.setdefault((row["rung"], row["subject"], row["output"]), []).append(row)
-    rows = []
-    for key, group in groups.items():
-        worst = max(group, key=_badness)
-        stats = worst["stats"] or {}
-        verdict = "pass" if worst["passed"] else ("FAIL" if worst["gate"] else "would fail")
-        figures = [_number(stats.get(name)) for name in ("max_abs", "mean_abs", "p99_abs")]
-        unit = "" if worst["unit"] == "relative" else f" {worst['unit']}"
-        rows.append([
-            *key, *figures, _number(stats.get("cosine"), ".6f"), _number(worst["error"]) + unit,
-            _number(worst["tolerance"]), verdict, str(len(group)),
-        ])  # fmt: skip
-    rows += [[s["rung"], s["subject"], "-", *["-"] * 6, "skipped", "0"] for s in record["skipped"]]
-    columns = ("rung", "subject", "output", "max abs", "mean abs", "p99 abs", "cosine", "error",
-               "tolerance", "verdict", "comparisons")  # fmt: skip
+        groups.setdefault((row["rung"], row["subject"], row[last_key]), []).append(row)
+    rows = [_parity_row(group) for group in groups.values()]
+    blanks = ["-"] * len(MEASURES)
+    rows += [[s["rung"], s["subject"], "-", "-", "-", "skipped", "0", *blanks]
+             for s in record["skipped"]]  # fmt: skip
+    columns = ("rung", "subject", "output", "error", "tolerance", "verdict", "of",
+               *(name.replace("_", " ") for name in MEASURES))  # fmt: skip
     notes = {item["reason"] for item in record["skipped"]}
-    return Table("Ladder", columns, rows, "Skipped: " + "; ".join(sorted(notes)) if notes else "")
+    return Table(title, columns, rows, "Skipped: " + "; ".join(sorted(notes)) if notes else "")
+
+
+def _parity_row(group: list[dict[str, Any]]) -> list[str]:
+    worst = max(group, key=_badness)
+    stats = worst["stats"] or {}
+    verdict = "pass" if worst["passed"] else ("FAIL" if worst["gate"] else "would fail")
+    unit = "" if worst["unit"] == "relative" else f" {worst['unit']}"
+    figures = [_number(stats.get(name), ".6f" if name == "cosine" else ".1e") for name in MEASURES]
+    return [
+        worst["rung"], worst["subject"], worst["output"], _number(worst["error"]) + unit,
+        _number(worst["tolerance"]), verdict, str(len(group)), *figures,
+    ]  # fmt: skip
 
 
 def _badness(row: dict[str, Any]) -> tuple[bool, float]:

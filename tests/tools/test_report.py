@@ -94,7 +94,7 @@ def test_the_page_is_whole_and_loads_nothing(page):
 
 def test_the_page_shows_every_run(page, tiny_bundle):
     text = page[0].read_text()
-    for title in ("Methods side by side", "Table 1", "Table 4", "Figure 15", "Scores", "Ladder",
+    for title in ("Methods side by side", "Table 1", "Table 4", "Figure 15", "Scores", "Worst of each output",
                   "Paired differences", "The same noise, another method", "Where the time goes",
                   tiny_bundle.sha256, "bench --quick"):  # fmt: skip
         assert title in text, title
@@ -116,7 +116,13 @@ def test_markdown_links_to_the_plots(page, tiny_bundle):
     text = (folder / "r.md").read_text()
     links = re.findall(r"!\[.+\]\((.+)\)", text)
     assert len(links) > 8 and all((folder / link).is_file() for link in links)
-    for part in ("### Table 1", "### Figure 15", "### Scores", "### Ladder", tiny_bundle.sha256):
+    for part in (
+        "### Table 1",
+        "### Figure 15",
+        "### Scores",
+        "### Worst of each comparison",
+        tiny_bundle.sha256,
+    ):
         assert part in text, part
 
 
@@ -144,8 +150,8 @@ def test_parity_table_shows_the_worst():
         "rows": [row.to_json() for row in rows],
         "skipped": [vars(Skipped("all", "tensorrt", "no device"))],
     }
-    table = report_sections.parity_table(record)
-    assert [(row[-4], row[-2], row[-1]) for row in table.rows] == [
+    table = report_sections.parity_table(record, "Ladder", "output")
+    assert [(row[3], row[5], row[6]) for row in table.rows] == [
         ("1", "FAIL", "2"), ("30 PSNR dB", "FAIL", "2"), ("-", "skipped", "0"),
     ]  # fmt: skip
     assert "no device" in table.note
