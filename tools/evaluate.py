@@ -24,7 +24,7 @@ from cspd.runtime.config import make_config
 from cspd.runtime.outputs import environment, law, tool_version
 from cspd.runtime.pipeline import Pipeline
 from cspd.tools.bench_tables import Table
-from cspd.tools.evaluate_judges import Judge, find_judge, frechet_name
+from cspd.tools.evaluate_judges import FULL, Judge, find_judge, frechet_name
 from cspd.tools.evaluate_run import Variant, balanced_labels, load_images, make_images
 from cspd.tools.parity_measure import finite
 from cspd.tools.provenance import command_line, commit
@@ -35,6 +35,7 @@ SCHEMA = 1
 RESULT = "evaluate.json"
 PATH = click.Path(path_type=Path)
 PEAK = 255.0
+IMAGENET_CLASSES, FEW = 1000, 1000
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,10 @@ def paired_table(record: dict[str, Any]) -> Table:
     "--method", "methods", multiple=True, default=("target", "cspd"), show_default=True,
     help='Methods, the first is the base: "target", "target:num_iter=8", "cspd:gamma=16".',
 )  # fmt: skip
-@click.option("--num-images", default=1000, show_default=True, help="Images per method and seed.")
+@click.option(
+    "--num-images", type=click.IntRange(1),
+    help="Images per method and seed.  [default: 50000 for 1000 classes, else 1000]",
+)  # fmt: skip
 @click.option("--seeds", default="0,1", show_default=True, help="Seeds; two and more show noise.")
 @click.option("--num-iter", type=int, help="Autoregressive steps.")
 @click.option("--head-steps", type=int, help="Denoising steps.")
@@ -226,7 +230,7 @@ def paired_table(record: dict[str, Any]) -> Table:
 @click.option("--json", "as_json", is_flag=True, help="Print evaluate.json instead of tables.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def command(
-    bundle: Path | None, methods: tuple[str, ...], num_images: int, seeds: str,
+    bundle: Path | None, methods: tuple[str, ...], num_images: int | None, seeds: str,
     num_iter: int | None, head_steps: int | None, batch_size: int, backend: str, device: str,
     threads: int, inception: Path | None, reference: Path | None, out: Path, as_json: bool,
     quiet: bool,
@@ -238,9 +242,8 @@ def command(
     given = {"num_iter": num_iter, "head_steps": head_steps}
     base: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     base |= {"batch_size": batch_size, "backend": backend}
-    variants = make_variants(
-        opened, [parse_method(m) for m in methods], _seeds(seeds), num_images, base
-    )
+    count = num_images or usual_count(opened)
+    variants = make_variants(opened, [parse_method(m) for m in methods], _seeds(seeds), count, base)
 
     def say(text: str) -> None:
         if not quiet:
@@ -258,6 +261,11 @@ def command(
         return
     for table in (score_table(record), paired_table(record)):
         print_table(table)
+
+
+def usual_count(bundle: Bundle) -> int:
+    """Images per set: as many as the papers take for ImageNet, fewer for small pairs."""
+    return FULL if bundle.manifest.geometry.num_classes == IMAGENET_CLASSES else FEW
 
 
 def _seeds(text: str) -> list[int]:

@@ -176,6 +176,11 @@ def test_methods_on_the_command_line():
         evaluate.parse_method("cspd:gamma")
 
 
+def test_as_many_images_as_the_papers_take(tiny_bundle):
+    assert evaluate.usual_count(tiny_bundle) == 50_000  # it has the classes of ImageNet
+    assert evaluate.usual_count(open_bundle(shipped_bundle())) == 1000
+
+
 def test_which_judge_fits(tiny_bundle, tmp_path):
     assert isinstance(
         find_judge(open_bundle(shipped_bundle()).manifest, None, None), ClassifierJudge
