@@ -246,13 +246,14 @@ def start_table(results: Results) -> Table:
     for line in results.lines[1:]:
         if line["kind"] != "batch" or line["repeat"] >= 0 or not results.batches(line["point"]):
             continue
-        item = results.summary(results.points[line["point"]])
-        later = item.seconds * line["images"]
+        item, images = results.summary(results.points[line["point"]]), line["images"]
         rows.append([
-            item.point.backend, name_of(item), str(line["images"]), f"{line['seconds']:.2f}",
-            f"{later:.2f}", f"{line['seconds'] / later:.2f}x",
+            item.point.backend, name_of(item), str(images), f"{line['seconds']:.2f}",
+            f"{item.seconds * images:.2f}", f"{line['seconds'] / (item.seconds * images):.2f}x",
+            f"{line['cpu_seconds'] / (item.cpu_seconds * images):.2f}x",
         ])  # fmt: skip
-    columns = ("backend", "method", "batch", "first batch, s", "later batches, s", "ratio")
+    columns = ("backend", "method", "batch", "first batch, s", "later batches, s", "cold / warm",
+               "by CPU time")  # fmt: skip
     starts = [line for line in results.lines[1:] if line["kind"] == "start"]
     note = "; ".join(f"{line['backend']}: sessions opened in {line['seconds']:.2f} s "
                      f"({line['which']})" for line in starts)  # fmt: skip
