@@ -95,7 +95,7 @@ def bench_section(results: Results, group: Group, anchor: str, plots: Path | Non
     for name in group.figures:
         figure = FIGURES[name](results)
         if figure is not None:
-            caption = figure.axes[0].get_title()
+            caption = figure.axes[0].get_title(loc="left")
             look = "map" if figure.axes[0].images else ""
             image = data_uri(save(figure, plots, name), "image/svg+xml")
             section.plots.append(Picture(caption, image, look, name))
@@ -165,7 +165,7 @@ def parity_section(source: Source, number: int, plots: Path | None) -> Section:
     for rung in ("trajectory", "image"):
         figure = errors_by_step(record, rung)
         if figure is not None:
-            caption = figure.axes[0].get_title()
+            caption = figure.axes[0].get_title(loc="left")
             image = save(figure, plots, f"parity-{rung}")
             picture = Picture(caption, data_uri(image, "image/svg+xml"), name=f"parity-{rung}")
             section.plots.append(picture)

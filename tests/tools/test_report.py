@@ -115,6 +115,7 @@ def test_markdown_links_to_the_plots(page, tiny_bundle):
     folder = page[0].parent
     text = (folder / "r.md").read_text()
     links = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert "![Acceptance against gamma](" in text
     assert len(links) > 8 and all((folder / link).is_file() for link in links)
     for part in (
         "### Table 1",
