@@ -114,15 +114,16 @@ class Bench:
     pipelines: dict[str, Pipeline] = field(default_factory=dict)
 
     def run(self, points: list[Point]) -> None:
-        """Measure what the journal does not hold yet: start-up, warm-up, batches, probes."""
+        """Measure what the journal does not hold yet: start-up, warm-up, probes, batches."""
         self._starts(points)
         jobs = list(self._jobs(points))
         for number, (point, repeat) in enumerate(jobs, 1):
+            if repeat == 0:
+                self._probes(points)
             if not self.journal.has(point.id, repeat) and not self._gave_up(point):
                 line = self._attempt(point, repeat)
                 self.journal.append(line)
                 self.say(f"[{number}/{len(jobs)}] {describe(line)}")
-        self._probes(points)
 
     def _jobs(self, points: list[Point]) -> Iterator[tuple[Point, int]]:
         """Warm-ups first, then the points in turn, so that drift of the machine hits all alike."""
@@ -165,7 +166,8 @@ class Bench:
         reset_peak_memory(self.device)
         start, start_cpu = time.perf_counter(), time.process_time()
         batches = list(pipeline.generate(config, range(first, first + config.batch_size)))
-        seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+        seconds = time.perf_counter() - start
+        cpu = time.process_time() - start_cpu if self.device == "cpu" else None
         images, statistics = batches[0]
         if point.quality and repeat >= 0:
             self._keep(point, repeat, np.stack([image.pixels for image in images]))

@@ -125,7 +125,9 @@ def ratio(item: Summary, reference: Summary | None) -> str:
 
 def cpu_ratio(item: Summary, reference: Summary | None) -> str:
     """Ratio of the reference's processor time to this: what a busy machine does not spoil."""
-    return DASH if reference is None else f"{reference.cpu_seconds / item.cpu_seconds:.2f}x"
+    if reference is None or reference.cpu_seconds is None or item.cpu_seconds is None:
+        return DASH
+    return f"{reference.cpu_seconds / item.cpu_seconds:.2f}x"
 
 
 def percent(value: float | None) -> str:
@@ -206,7 +208,7 @@ def time_table(results: Results) -> Table:
     for item in shown.values():
         rows.append([
             name_of(item), item.point.backend, f"{item.seconds * 1e3:.0f}",
-            f"{item.cpu_seconds * 1e3:.0f}",
+            DASH if item.cpu_seconds is None else f"{item.cpu_seconds * 1e3:.0f}",
             *(_part(item, starts) for starts in PARTS.values()), percent(item.host),
             f"{item.peak_memory_mb:.0f}", str(item.batches),
         ])  # fmt: skip
@@ -247,10 +249,13 @@ def start_table(results: Results) -> Table:
         if line["kind"] != "batch" or line["repeat"] >= 0 or not results.batches(line["point"]):
             continue
         item, images = results.summary(results.points[line["point"]]), line["images"]
+        cpu = DASH
+        if item.cpu_seconds is not None:
+            cpu = f"{line['cpu_seconds'] / (item.cpu_seconds * images):.2f}x"
         rows.append([
             item.point.backend, name_of(item), str(images), f"{line['seconds']:.2f}",
             f"{item.seconds * images:.2f}", f"{line['seconds'] / (item.seconds * images):.2f}x",
-            f"{line['cpu_seconds'] / (item.cpu_seconds * images):.2f}x",
+            cpu,
         ])  # fmt: skip
     columns = ("backend", "method", "batch", "first batch, s", "later batches, s", "cold / warm",
                "by CPU time")  # fmt: skip

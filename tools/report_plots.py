@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,15 +84,17 @@ def speed_against_gamma(results: Results) -> Figure | None:
     items = results.serving("table 1", method="cspd")
     if not items:
         return None
-    figure, axes = new_figure("Speed against gamma", "gamma", "speed ratio to the target")
+    figure, axes = new_figure("Speed against gamma", "gamma", "speed ratio (dotted: CPU time)")
     for size in sorted({item.point.config.batch_size for item in items}):
         reference = results.baseline(size)
         group = [item for item in items if item.point.config.batch_size == size]
         if reference is not None:
             x = [item.point.config.gamma for item in group]
-            axes.plot(
-                x, [reference.seconds / i.seconds for i in group], "o-", label=f"batch {size}"
-            )
+            ratios = [reference.seconds / i.seconds for i in group]
+            (line,) = axes.plot(x, ratios, "o-", label=f"batch {size}")
+            if reference.cpu_seconds is not None:
+                ratios = [reference.cpu_seconds / (i.cpu_seconds or math.nan) for i in group]
+                axes.plot(x, ratios, ":", color=line.get_color())
     axes.axhline(1, color="grey", linewidth=1)
     gammas = sorted({item.point.config.gamma for item in items})
     axes.set_xscale("log", base=2)
