@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test fuzz lint bench clean
 
 demo: .venv/run
 	$(BIN)/cspd-run generate --num-images 16 --method cspd --baseline --out out/demo --overwrite
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+# Hostile input in full, 10,000 cases at least; `make test` runs a few hundred of them.
+fuzz: .venv/dev
+	mkdir -p out
+	CSPD_FUZZ=full CSPD_FUZZ_COUNTS=out/fuzz.json $(BIN)/python -m pytest tests/fuzz
 
 # mypy reads the package through a folder of links, because cspd.* maps to top-level folders.
 lint: .venv/dev

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 
 from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.manifest import FileRecord, GraphRecord, Manifest
+from cspd.engines.onnx_external import external_locations
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
@@ -47,7 +49,14 @@ class Bundle:
         path = self.folder / name
         if name in self._verified:
             return path
-        record = self.manifest.files[name]
+        try:
+            self._verify(path, self.manifest.files[name])
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
+        self._verified.add(name)
+        return path
+
+    def _verify(self, path: Path, record: FileRecord) -> None:
         rebuild = "copy the bundle again, or rebuild it with cspd-export build"
         if path.is_symlink() or not path.resolve().is_relative_to(self.folder.resolve()):
             raise BundleError(
@@ -57,19 +66,36 @@ class Bundle:
             raise BundleError(f"{path}: missing from the bundle; {rebuild}")
         if path.stat().st_size != record.bytes or hash_file(path) != record:
             raise BundleError(f"{path}: differs from the hash in {MANIFEST}; {rebuild}")
-        self._verified.add(name)
-        return path
 
     def graph_file(self, label: str) -> Path:
         """Verified ONNX file of the graph `label`, its weights verified too."""
+        weights = [self.file(name) for name in self._weights(label)]
+        path = self.file(self.graph(label).file)
+        self._check_external(path, {w.name for w in weights if w.parent == path.parent})
+        return path
+
+    def _check_external(self, path: Path, weights: set[str]) -> None:
+        """Raise BundleError if the ONNX file `path` reads anything beside it but `weights`."""
+        try:
+            locations = external_locations(path.read_bytes())
+        except CspdError as error:
+            raise BundleError(f"{path}: {error}; rebuild it with cspd-export build") from None
+        for location in locations:
+            if location not in weights:
+                raise BundleError(
+                    f"{path}: wants to read {location!r:.100}, which is not its weights file in "
+                    f"{MANIFEST}; rebuild it with cspd-export build"
+                )
+
+    def weight_bytes(self, label: str) -> int:
+        """Size of the weight files that the graph `label` reads from."""
+        return sum(self.manifest.files[name].bytes for name in self._weights(label))
+
+    def _weights(self, label: str) -> list[str]:
         manifest, (role, _, _) = self.manifest, label.partition("/")
         model = manifest.models.get(role)  # type: ignore[call-overload]
-        weights = [manifest.decoder_weights]
-        if model is not None:
-            weights = [model.weights, model.first_weights]
-        for name in filter(None, weights):
-            self.file(name)
-        return self.file(self.graph(label).file)
+        names = [model.weights, model.first_weights] if model else [manifest.decoder_weights]
+        return [name for name in names if name]
 
     def graph(self, label: str) -> GraphRecord:
         """Record of the graph `label`, such as "target/backbone" or "decoder"."""
@@ -85,17 +111,9 @@ class Bundle:
 def open_bundle(folder: Path) -> Bundle:
     """Read the manifest of `folder`; files are checked when they are used."""
     path = folder / MANIFEST
-    if not path.is_file():
-        raise BundleError(
-            f"{folder}: no {MANIFEST} there, so it is not a bundle; make one with "
-            "cspd-export build --target mar-h --draft mar-b --out DIR"
-        )
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(
-            f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB, not a manifest of cspd-export"
-        )
+    content = _read_manifest(path)
     try:
-        return Bundle(folder, Manifest.model_validate_json(path.read_bytes()))
+        return Bundle(folder, Manifest.model_validate_json(content))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
@@ -104,20 +122,47 @@ def open_bundle(folder: Path) -> Bundle:
         ) from None
 
 
+def _read_manifest(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise BundleError(
+                f"{path.parent}: no {MANIFEST} there, so it is not a bundle; make one with "
+                "cspd-export build --target mar-h --draft mar-b --out DIR"
+            )
+        with path.open("rb") as file:
+            content = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise BundleError(
+            f"{path}: cannot be read ({error.strerror}); name the folder of a bundle of cspd-export"
+        ) from None
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise BundleError(
+            f"{path}: larger than {MAX_MANIFEST_BYTES >> 20} MiB, not a manifest of cspd-export"
+        )
+    return content
+
+
 def publish(staging: Path, folder: Path, overwrite: bool) -> None:
     """Move a finished bundle to `folder` in one rename; an old bundle there is kept until then."""
     check_target(folder, overwrite)
-    if not folder.exists():
-        staging.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(old / "bundle")
+    prefix = f".{folder.name}.old."
+    if folder.exists():
+        folder.rename(Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent)) / "bundle")
     staging.rename(folder)
-    shutil.rmtree(old)
+    # Of this time, and of times when the process was killed before it came here.
+    for old in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(old)
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
     """Raise CspdError unless a bundle may be written to `folder`."""
+    try:
+        _check_target(folder, overwrite)
+    except OSError as error:
+        raise CspdError(f"{folder}: {error.strerror}; choose another --out") from None
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
     if not folder.exists():

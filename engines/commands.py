@@ -1,4 +1,4 @@
-"""What both command lines share: how an error of the user's looks."""
+"""What both command lines share: how an error of the user's looks, and a size."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from typing import Any
 import click
 
 from cspd.engines.errors import CspdError
+
+
+def human_bytes(size: float) -> str:
+    """A size with its unit."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
 
 
 class ToolCommand(click.Command):
@@ -24,7 +33,7 @@ class ToolCommand(click.Command):
 
 
 class Commands(click.Group):
-    """A group of commands where a CspdError becomes one line on stderr and exit code 1."""
+    """A group of commands where a CspdError becomes one line on stderr and its exit code."""
 
     def add_tool(self, name: str, module: str, summary: str) -> None:
         """Add a verb that a module above this one provides."""
@@ -35,4 +44,5 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except CspdError as error:
-            raise click.ClickException(str(error)) from None
+            click.ClickException(str(error)).show()
+            ctx.exit(error.exit_code)

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+MAX_LINE = 1000  # characters of a message; longer ones come from a value that is no sane value
+
 
 class CspdError(Exception):
     """A problem the user can mend: the message says what is, what should be, and what to do."""
+
+    exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        # Lines of ours go on indented; any other newline came in with a value.
+        super().__init__("\n  ".join(map(printable, str(message).split("\n  "))))
+
+
+def printable(text: str) -> str:
+    """`text` in one line a terminal can show: control characters escaped, the middle cut out."""
+    if len(text) > MAX_LINE:
+        text = f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class MissingExtraError(CspdError):

@@ -6,16 +6,17 @@ Nothing outside the manifest is guessed, and file names carry no meaning.
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from cspd.engines.schedule import ScheduleSpec
-from cspd.engines.spec import GraphSpec, Record
+from cspd.engines.spec import NAME_PATTERN, GraphSpec, Record
 from cspd.engines.trt_options import BuildReport
 
 SCHEMA_VERSION: Literal[1] = 1
 SHA256 = r"^[0-9a-f]{64}$"
+ENGINE_PATTERN = r"^[a-z][a-z0-9-]*$"
 Role = Literal["target", "draft"]
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -38,15 +39,31 @@ class GraphRecord(Record):
 
     spec: GraphSpec
     file: str
-    engines: dict[str, EngineRecord] = Field(default_factory=dict)
+    engines: dict[Annotated[str, Field(pattern=ENGINE_PATTERN)], EngineRecord] = Field(
+        default_factory=dict
+    )
     # Largest relative error of the norm of any output against PyTorch in float32, of the ONNX file
     # on the CPU; or of the PyTorch module behind it, where ONNX Runtime lacks the number format.
     measured_error: float
     measured_by: Literal["onnxruntime", "torch"] = "onnxruntime"
 
 
+class ImageEffect(Record):
+    """What reduced precision does to a whole image, against PyTorch in float32 and one noise.
+
+    `tokens_error` is the relative error of the norm of all tokens, `psnr` that of the pixels in
+    decibels; of one image in `num_iter` autoregressive and `head_steps` denoising steps.
+    """
+
+    tokens_error: float
+    psnr: float
+    num_iter: int
+    head_steps: int
+    measured_by: Literal["onnxruntime", "torch"]
+
+
 class ModelRecord(Record):
-    """One member of the pair."""
+    """One member of the pair; `image_effect` is None for models in float32."""
 
     preset: str
     config: dict[str, Any]
@@ -56,7 +73,8 @@ class ModelRecord(Record):
     source: str
     source_sha256: str | None
     precision: Precision
-    graphs: dict[str, GraphRecord]
+    image_effect: ImageEffect | None = None
+    graphs: dict[Annotated[str, Field(pattern=NAME_PATTERN)], GraphRecord]
 
 
 class Geometry(Record):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,9 @@ from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.engines.session import Session, torch_device
 from cspd.engines.spec import DTYPES, GraphSpec
+from cspd.engines.split_session import SplitSession
+
+MAX_BOUND = 1024  # combinations of input shapes that are remembered as checked
 
 
 def import_onnxruntime() -> ModuleType:
@@ -23,9 +27,24 @@ def import_onnxruntime() -> ModuleType:
     return onnxruntime
 
 
+# Weights in all single-threaded copies of one graph together; a larger model runs as one session
+# whose products are cut up by ONNX Runtime.
+COPIES_BYTES = 256 << 20
+
+
 def open_session(bundle: Bundle, label: str, *, device: str, threads: int) -> Session:
-    """Open the graph `label` of `bundle` on `device`, "cpu" or "cuda"."""
-    return ort_session(str(bundle.graph_file(label)), bundle.graph(label).spec, device, threads)
+    """Open the graph `label` of `bundle` on `device`, "cpu" or "cuda".
+
+    On the CPU a small model runs as one session per thread, see `split_session`.
+    """
+    path, spec = str(bundle.graph_file(label)), bundle.graph(label).spec
+    cores = threads or len(os.sched_getaffinity(0))
+    copies = min(cores, COPIES_BYTES // max(bundle.weight_bytes(label), 1))
+    if device == "cuda" or copies < 2:
+        return ort_session(path, spec, device, threads)
+    if spec.independent is None:
+        return ort_session(path, spec, device, 1)
+    return SplitSession(spec, [ort_session(path, spec, device, 1) for _ in range(copies)])
 
 
 def ort_session(path: str, spec: GraphSpec, device: str = "cpu", threads: int = 0) -> Session:
@@ -47,7 +66,7 @@ def ort_session(path: str, spec: GraphSpec, device: str = "cpu", threads: int = 
     except Exception as error:  # the library raises its own, undocumented types
         raise CspdError(f"{path}: onnxruntime cannot load it: {error}") from error
     if torch_device(device).type == "cuda":
-        return OrtCudaSession(session, spec, ort)
+        return OrtBoundSession(session, spec, torch_device(device))
     return OrtCpuSession(session, spec)
 
 
@@ -60,41 +79,61 @@ class OrtCpuSession:
         self.spec = spec
         self._session = session
         self._outputs = [tensor.name for tensor in spec.outputs]
+        self._bound: set[tuple[tuple[str, torch.dtype, torch.Size], ...]] = set()
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Run the graph once."""
-        self.spec.bind(tensors)
+        # Checking 18 tensors takes longer than denoising one token: shapes seen before are fine.
+        shapes = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
+        if shapes not in self._bound:
+            self.spec.bind(tensors)
+            self._bound = {*self._bound, shapes} if len(self._bound) < MAX_BOUND else {shapes}
         inputs = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
-        results = self._session.run(self._outputs, inputs)
+        try:
+            results = self._session.run(self._outputs, inputs)
+        except Exception as error:  # the library raises its own, undocumented types
+            raise CspdError(f"{self.spec.name}: onnxruntime cannot run it: {error}") from error
         return {
             name: torch.from_numpy(value)
             for name, value in zip(self._outputs, results, strict=True)
         }
 
 
-class OrtCudaSession:
-    """ONNX Runtime on CUDA: device pointers are bound, nothing passes through the host."""
+class OrtBoundSession:
+    """ONNX Runtime with tensors bound where they lie: on CUDA nothing passes through the host."""
 
-    device = torch.device("cuda")
-
-    def __init__(self, session: Any, spec: GraphSpec, ort: ModuleType) -> None:
-        self.spec = spec
-        self._session, self._ort = session, ort
+    def __init__(self, session: Any, spec: GraphSpec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self._session = session
+        # ONNX Runtime wants an address even for an empty tensor.
+        self._placeholder = torch.empty(1, device=device)
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Run the graph once."""
         sizes = self.spec.bind(tensors)
         binding = self._session.io_binding()
-        held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        held = {name: self._on_device(name, tensor) for name, tensor in tensors.items()}
         outputs = {
-            spec.name: torch.empty(spec.sizes(sizes), dtype=DTYPES[spec.dtype], device=self.device)
-            for spec in self.spec.outputs
+            tensor.name: torch.empty(
+                tensor.sizes(sizes), dtype=DTYPES[tensor.dtype], device=self.device
+            )
+            for tensor in self.spec.outputs
         }
         for bind, group in ((binding.bind_input, held), (binding.bind_output, outputs)):
             for name, tensor in group.items():
                 dtype = str(tensor.dtype).removeprefix("torch.")
-                bind(name, "cuda", 0, dtype, tuple(tensor.shape), tensor.data_ptr())
-        # torch and ONNX Runtime use different streams.
-        torch.cuda.current_stream().synchronize()
+                address = (tensor if tensor.numel() else self._placeholder).data_ptr()
+                index = self.device.index or 0
+                bind(name, self.device.type, index, dtype, tuple(tensor.shape), address)
+        if self.device.type == "cuda":
+            # torch and ONNX Runtime use different streams.
+            torch.cuda.current_stream().synchronize()
         self._session.run_with_iobinding(binding)
         return outputs
+
+    def _on_device(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.device.type != self.device.type:
+            raise CspdError(
+                f"{self.spec.name}: {name} lies on {tensor.device}, expected {self.device}"
+            )
+        return tensor.contiguous()

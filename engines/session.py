@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,33 @@ class Session(Protocol):
         ...
 
 
+@runtime_checkable
+class ForkableSession(Session, Protocol):
+    """A session of an engine whose calls a CUDA graph can hold."""
+
+    def fork(self) -> Session:
+        """A session of the same engine with a state and outputs of its own."""
+        ...
+
+    def capture_refusal(self) -> str | None:
+        """Why its calls cannot be captured; None if it is worth trying."""
+        ...
+
+
+@runtime_checkable
+class EngineSession(Protocol):
+    """A session with more to tell than results."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not as good as it could be."""
+        ...
+
+    def save_cache(self) -> None:
+        """Store what was compiled, so that the next start is fast."""
+        ...
+
+
 def torch_device(name: str) -> torch.device:
     """The device `name`, "cpu" or "cuda"; CspdError if PyTorch cannot use it."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -57,9 +84,12 @@ class TorchSession:
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Run the module; its outputs are matched to the spec by position."""
         self.spec.bind(tensors)
-        outputs = self._module(*(tensors[tensor.name] for tensor in self.spec.inputs))
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return dict(zip((tensor.name for tensor in self.spec.outputs), outputs, strict=True))
+        try:
+            outputs = self._module(*(tensors[tensor.name] for tensor in self.spec.inputs))
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            return dict(zip((tensor.name for tensor in self.spec.outputs), outputs, strict=True))
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            raise CspdError(f"{self.spec.name}: PyTorch cannot run it: {error}") from error
 
 
 @dataclass

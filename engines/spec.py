@@ -42,8 +42,9 @@ class TensorSpec(Record):
     """One input or output. `shape` mixes fixed sizes and names of dynamic axes.
 
     `below` bounds the values of an index tensor (a number or an axis name), which do not repeat
-    along the last axis if `distinct`; `tolerance` is the largest relative error of the norm against
-    PyTorch in float32 that an output may have.
+    along the last axis if `distinct`, and never are the largest of them if `spares_last` (the first
+    denoising step, where another graph takes it); `tolerance` is the largest relative error of the
+    norm against PyTorch in float32 that an output may have.
     """
 
     name: str = Field(pattern=NAME_PATTERN)
@@ -51,6 +52,7 @@ class TensorSpec(Record):
     shape: tuple[int | str, ...]
     below: int | str | None = None
     distinct: bool = False
+    spares_last: bool = False
     tolerance: float | None = None
 
     def sizes(self, axes: Mapping[str, int]) -> tuple[int, ...]:
@@ -59,7 +61,12 @@ class TensorSpec(Record):
 
 
 class GraphSpec(Record):
-    """One exported network: its inputs and outputs, and the range of every dynamic axis."""
+    """One exported network: its inputs and outputs, and the range of every dynamic axis.
+
+    Along the axis `independent` nothing depends on anything else, so that a call may be cut there:
+    every output has the axis, and so have the inputs that must be cut. `scratch` float32 numbers
+    are held per row, branch and step while the graph runs.
+    """
 
     name: str = Field(pattern=NAME_PATTERN)
     inputs: tuple[TensorSpec, ...]
@@ -67,6 +74,8 @@ class GraphSpec(Record):
     axes: dict[str, Axis]
     # False for graphs with a loop inside, which no CUDA graph can hold.
     capturable: bool = True
+    independent: str | None = None
+    scratch: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _axes_known(self) -> GraphSpec:
@@ -74,6 +83,10 @@ class GraphSpec(Record):
         if used - set(self.axes):
             raise ValueError(
                 f"graph {self.name}: axes without a range: {sorted(used - set(self.axes))}"
+            )
+        if self.independent and not all(self.independent in t.shape for t in self.outputs):
+            raise ValueError(
+                f"graph {self.name}: an output lacks the independent axis {self.independent}"
             )
         return self
 
@@ -91,6 +104,8 @@ class GraphSpec(Record):
                 inputs[tensor.name] = torch.randn(shape, generator=generator)
                 continue
             limit = sizes[tensor.below] if isinstance(tensor.below, str) else tensor.below
+            if limit and tensor.spares_last:
+                limit -= 1
             if tensor.distinct:
                 value = torch.rand(*shape[:-1], limit or 1, generator=generator).argsort(-1)
                 inputs[tensor.name] = value[..., : shape[-1]].int()

@@ -82,6 +82,11 @@ def last_words(messages: Iterable[str], limit: int = 4) -> str:
     return "\n".join(f"  {line}" for line in unique) or "  (TensorRT gave no reason)"
 
 
+def one_line(messages: Iterable[str]) -> str:
+    """The last different message, for refusals."""
+    return last_words(messages, limit=1).strip(" ()")
+
+
 def parse_onnx(trt: Any, builder: Any, log: TrtLog, path: Path) -> tuple[Any, Any, list[str]]:
     """The strongly typed network of an ONNX file, its parser and what the parser objects to.
 

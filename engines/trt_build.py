@@ -5,12 +5,8 @@ Networks are strongly typed, so that precision is what the exporter wrote and no
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import hashlib
-import re
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -19,6 +15,7 @@ import torch
 
 from cspd.engines.atomic import atomic_file
 from cspd.engines.errors import CspdError
+from cspd.engines.memory import peak_memory, release_memory
 from cspd.engines.spec import GraphSpec
 from cspd.engines.trt_api import import_trt, last_words, parse_onnx, supported_capabilities, trt_log
 from cspd.engines.trt_options import BuildOptions, BuildReport, profile_shapes
@@ -46,9 +43,9 @@ def build_engine(
             "build there, or use --backend tensorrt-rtx, which needs no GPU (see cspd-run doctor)"
         )
     start = time.perf_counter()
-    with _peak_memory() as peak:
+    with peak_memory() as peak:
         digest, size = _build(trt, onnx_path, spec, options, out, progress)
-    gc.collect()
+    release_memory()
     gpu, capabilities = None, options.compute_capabilities
     if options.flavour == "tensorrt":
         gpu = torch.cuda.get_device_name()
@@ -191,21 +188,3 @@ def _save_timing_cache(config: Any, options: BuildOptions) -> None:
         options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(options.timing_cache) as file:
             file.write(memoryview(config.get_timing_cache().serialize()))
-
-
-@contextlib.contextmanager
-def _peak_memory() -> Iterator[Callable[[], int | None]]:
-    """A function giving the highest resident size of this process since the block began, in bytes.
-
-    Where the kernel cannot reset its mark, that is the highest since the process began.
-    """
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    yield _high_water_mark
-
-
-def _high_water_mark() -> int | None:
-    with contextlib.suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) * 1024 if found else None
-    return None

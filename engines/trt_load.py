@@ -15,17 +15,18 @@ from torch import Tensor
 
 from cspd.engines.atomic import atomic_file
 from cspd.engines.errors import BundleError, CspdError
-from cspd.engines.trt_api import import_trt, last_words, trt_log
+from cspd.engines.trt_api import import_trt, one_line, trt_log
 
 
 @dataclass(frozen=True)
 class EngineFile:
-    """A serialized engine and what the manifest says about it."""
+    """A serialized engine and what the manifest says about it; `gpu` is the one it was built on."""
 
     path: Path
     flavour: str
     version: str
     sha256: str
+    gpu: str | None = None
 
     @property
     def remedy(self) -> str:
@@ -83,8 +84,10 @@ def load_engine(file: EngineFile, placement: Placement) -> LoadedEngine:
         notes = _check_validity(trt, runtime, blob, file, messages)
         engine = runtime.deserialize_cuda_engine(blob)
         if engine is None:
+            built = f"built on {file.gpu}, this is {placement.gpu}: " if file.gpu else ""
             raise BundleError(
-                f"{file.path.name}: TensorRT cannot load it; {file.remedy}\n" + last_words(messages)
+                f"{file.path.name}: TensorRT cannot load it ({built}{one_line(messages)}); "
+                f"{file.remedy}"
             )
     loaded = _configure(trt, engine, file, placement)
     return replace(loaded, notes=notes + loaded.notes)
@@ -120,8 +123,8 @@ def _check_validity(
     if validity == trt.EngineValidity.INVALID:
         raise BundleError(
             f"{file.path.name}: does not run on this machine "
-            f"({reasons or 'no GPU or driver found, see cspd-run doctor'}); {file.remedy}\n"
-            + last_words(messages)
+            f"({reasons or 'no GPU or driver found, see cspd-run doctor'}: "
+            f"{one_line(messages)}); {file.remedy}"
         )
     if validity == trt.EngineValidity.SUBOPTIMAL:
         return (f"{file.path.name}: runs, but slower than it could ({reasons}); {file.remedy}",)

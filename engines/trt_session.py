@@ -88,6 +88,11 @@ class TrtSession:
         self._accept(self._context.execute_async_v3(stream), "run")
         return {t.name: self._view(t, sizes) for t in self.spec.outputs}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not as good as it could be, from the loading of the engine."""
+        return self.loaded.notes
+
     def save_cache(self) -> None:
         """Store the kernels compiled so far, so that the next start is fast (tensorrt-rtx)."""
         self.loaded.save_cache()
@@ -146,7 +151,7 @@ def _open(bundle: Bundle, label: str, flavour: str, device: str) -> TrtSession:
         )
     where = _cuda_device(flavour, device)
     sha256 = bundle.manifest.files[built.file].sha256
-    file = EngineFile(bundle.folder / built.file, flavour, built.version, sha256)
+    file = EngineFile(bundle.folder / built.file, flavour, built.version, sha256, built.gpu)
     gpu = torch.cuda.get_device_name(where)
     loaded = load_engine(file, Placement(where, gpu, record.spec.capturable, _cache_dir()))
     return TrtSession(record.spec, loaded, device=where)

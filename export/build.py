@@ -15,19 +15,22 @@ from typing import Literal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cspd.engines.bundle import MANIFEST, check_target, publish, record_files
+from cspd.engines.atomic import atomic_file
+from cspd.engines.bundle import MANIFEST, Bundle, check_target, open_bundle, publish, record_files
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Geometry, GraphRecord, Manifest, ModelRecord, Precision, Role
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.trt_options import BuildOptions as EngineOptions
 from cspd.engines.trt_progress import ProgressCallback
 from cspd.export.assemble import assemble_mar, assemble_vae
-from cspd.export.build_graph import DONE, GraphBuilder, ShowProgress
+from cspd.export.build_graph import DONE, FinishedGraph, GraphBuilder, ShowProgress, intact_files
 from cspd.export.graphs import PixelDecoder, decoder_spec
+from cspd.export.image_effect import with_image_effects
 from cspd.export.networks import EXACT, model_graphs, with_tolerance
 from cspd.export.onnx_export import OPSET
 from cspd.export.presets import MarConfig
 
+KEY = "build.key"
 WEIGHTS = "weights.safetensors"
 FIRST_WEIGHTS = "first.safetensors"
 VERIFY_STEPS = 10
@@ -36,13 +39,17 @@ LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights of one network come from."""
+    """Where the weights of one network come from: `state`, or what makes it when it is needed."""
 
     preset: str
-    state: Mapping[str, Tensor]
+    state: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]]
     origin: str  # "model_ema", "safetensors", "random", ...
     sha256: str | None = None
     config: MarConfig | None = None
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Tensors by name."""
+        return self.state() if callable(self.state) else self.state
 
 
 @dataclass(frozen=True)
@@ -102,9 +109,11 @@ def build_bundle(
     overwrite: bool = False,
     report: Callable[[str], None] = lambda line: None,
     show: ShowProgress = no_progress,
+    summary: Callable[[Mapping[str, FinishedGraph]], None] = lambda finished: None,
 ) -> Path:
     """Export, verify and publish the bundle of `plan` at `out`; `report` gets a line per piece.
 
+    `summary` gets every graph with its costs in the end, also those that an earlier run made.
     An old bundle at `out` is untouched until the new one is complete. An interrupted build of the
     same plan goes on where it was. Raises CspdError if a graph differs from PyTorch by more than
     its contract allows.
@@ -112,17 +121,37 @@ def build_bundle(
     check_target(out, overwrite)
     check_pair(plan)
     staging = _staging(plan, out)
-    schedule = make_schedule(plan.schedule, VERIFY_STEPS)
-    builder = GraphBuilder(staging, schedule, plan.options.engines, report, show)
-    models = {
-        role: _build_model(builder, role, source, plan.options)
-        for role, source in plan.models.items()
-    }
-    manifest = _manifest(plan, models, _build_decoder(builder, plan), staging)
-    (staging / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+    manifest = _complete(staging)
+    if manifest is None:
+        schedule = make_schedule(plan.schedule, VERIFY_STEPS)
+        builder = GraphBuilder(staging, schedule, plan.options.engines, report, show)
+        models = {
+            role: _build_model(builder, role, source, plan.options)
+            for role, source in plan.models.items()
+        }
+        manifest = _manifest(plan, models, _build_decoder(builder, plan), staging)
+        if plan.options.precision != "fp32":
+            manifest = with_image_effects(
+                Bundle(staging, manifest),
+                {role: source.weights for role, source in plan.models.items()},
+                plan.decoder.weights if plan.decoder else None,
+            )
+        with atomic_file(staging / MANIFEST) as file:
+            file.write(manifest.model_dump_json(indent=1).encode() + b"\n")
+        summary(builder.finished)
     _remove_unlisted(staging, manifest)
     publish(staging, out, overwrite)
+    # Last, so that a build killed before it still knows the finished folder for its own.
+    (out / KEY).unlink(missing_ok=True)
     return out
+
+
+def _complete(staging: Path) -> Manifest | None:
+    """The manifest of a build that was killed between its last graph and its publication."""
+    if not (staging / MANIFEST).is_file():
+        return None
+    manifest = open_bundle(staging).manifest
+    return manifest if intact_files(staging, manifest.files) else None
 
 
 def check_pair(plan: BundlePlan) -> None:
@@ -142,7 +171,7 @@ def check_pair(plan: BundlePlan) -> None:
 def _staging(plan: BundlePlan, out: Path) -> Path:
     """Folder of this build beside `out`; emptied if another build left it."""
     staging = out.parent / f".{out.name}.building"
-    key = staging / "build.key"
+    key = staging / KEY
     if staging.exists() and not (key.is_file() and key.read_text() == plan.key()):
         shutil.rmtree(staging)
     if not staging.exists():
@@ -160,10 +189,10 @@ def _build_model(
     assert source.config is not None
     folder = builder.staging / role
     folder.mkdir(exist_ok=True)
-    exact = assemble_mar(source.config, source.state, "fp32")
-    model = exact
+    state = source.weights()
+    exact = model = assemble_mar(source.config, state, "fp32")
     if options.precision != "fp32":
-        model = assemble_mar(source.config, source.state, options.precision)
+        model = assemble_mar(source.config, state, options.precision)
         _write_weights(exact.diffloss, folder / FIRST_WEIGHTS, None, prefix="diffloss.")
     _write_weights(model, folder / WEIGHTS, options.storage)
     first = f"{role}/{WEIGHTS if options.precision == 'fp32' else FIRST_WEIGHTS}"
@@ -194,8 +223,9 @@ def _build_decoder(builder: GraphBuilder, plan: BundlePlan) -> GraphRecord:
     module: nn.Module = PixelDecoder(geometry.image_size // geometry.grid)
     exact, weights = module, None
     if plan.decoder is not None:
-        exact = assemble_vae(plan.decoder.state, "fp32")
-        module = assemble_vae(plan.decoder.state, plan.options.precision)
+        state = plan.decoder.weights()
+        exact = assemble_vae(state, "fp32")
+        module = assemble_vae(state, plan.options.precision)
         weights = f"decoder/{WEIGHTS}"
         _write_weights(module, folder / WEIGHTS, plan.options.storage)
     image = (geometry.image_channels, geometry.image_size)
@@ -243,8 +273,8 @@ def _remove_unlisted(staging: Path, manifest: Manifest) -> None:
     """Drop records of finished graphs and whatever a killed build left half-written."""
     for path in staging.rglob("*"):
         name = path.relative_to(staging).as_posix()
-        if path.is_file() and name != MANIFEST and name not in manifest.files:
-            assert name.endswith((DONE, ".tmp", "build.key")), name
+        if path.is_file() and name not in (MANIFEST, KEY) and name not in manifest.files:
+            assert name.endswith((DONE, ".tmp")), name
             path.unlink()
 
 

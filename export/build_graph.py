@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
 from torch import nn
 
+from cspd.engines.atomic import atomic_file
 from cspd.engines.bundle import hash_file, record_files
 from cspd.engines.lint import lint_model, refuse_errors
 from cspd.engines.manifest import EngineRecord, FileRecord, GraphRecord
+from cspd.engines.memory import peak_memory, release_memory
 from cspd.engines.schedule import Schedule
 from cspd.engines.spec import GraphSpec, Record
 from cspd.engines.trt_build import build_engine
@@ -28,10 +30,21 @@ DONE = ".done.json"
 ShowProgress = Callable[[str], AbstractContextManager[ProgressCallback]]
 
 
+class Cost(Record):
+    """What the export and comparison of one graph took; `peak_memory_bytes` as of `peak_memory`."""
+
+    seconds: float
+    peak_memory_bytes: int | None
+
+
 class FinishedGraph(Record):
-    """Record of one finished graph in the staging folder, with the hash of every file it needs."""
+    """Record of one graph in the staging folder, with the hash of every file it needs.
+
+    It is written when the graph was exported and compared, and again with every engine.
+    """
 
     graph: GraphRecord
+    export: Cost
     files: dict[str, FileRecord]
 
 
@@ -40,7 +53,7 @@ class GraphBuilder:
     """Builds graphs into `staging`; a finished graph of an interrupted build is not done again.
 
     `schedule` is used for comparison only; `report` gets a line per finished piece, `show` opens a
-    progress bar for an engine.
+    progress bar for an engine; `finished` collects the graphs of this build by label.
     """
 
     staging: Path
@@ -48,6 +61,7 @@ class GraphBuilder:
     engines: tuple[EngineOptions, ...]
     report: Callable[[str], None]
     show: ShowProgress
+    finished: dict[str, FinishedGraph] = field(default_factory=dict)
 
     def build(
         self, label: str, module: nn.Module, spec: GraphSpec, reference: nn.Module,
@@ -58,23 +72,36 @@ class GraphBuilder:
         `weights` is the safetensors file, relative to the staging folder, that holds its weights.
         Raises CspdError if the graph differs by more than its contract allows.
         """
-        done = self.staging / f"{label}{DONE}"
-        if finished := self._finished(done):
-            self.report(f"{label}: finished earlier")
-            return finished
+        kept = self._kept(label, spec)
+        finished = kept or self._make(label, module, spec, reference, weights)
+        missing = [o for o in self.engines if o.flavour not in finished.graph.engines]
+        if kept:
+            self.report(f"{label}: {'exported' if missing else 'finished'} earlier")
+        for options in missing:
+            finished = self._remember(
+                label, _with_engine(finished, self._engine(label, spec, options))
+            )
+        self.finished[label] = finished
+        return finished.graph
+
+    def _make(
+        self, label: str, module: nn.Module, spec: GraphSpec, reference: nn.Module,
+        weights: str | None,
+    ) -> FinishedGraph:  # fmt: skip
         path = self.staging / f"{label}.onnx"
         start = time.perf_counter()
-        self._export(module, spec, path, weights)
-        error = verify_graph(path, spec, module, reference, self.schedule)
-        seconds = time.perf_counter() - start
-        self.report(f"{label}: exported in {seconds:.0f} s, differs from PyTorch by {error:.1e}")
-        engines = {options.flavour: self._engine(label, spec, options) for options in self.engines}
-        record = GraphRecord(
-            spec=spec, file=f"{label}.onnx", engines=engines, measured_error=error,
-            measured_by=judge(module),
-        )  # fmt: skip
-        self._remember(done, record, weights)
-        return record
+        with peak_memory() as peak:
+            self._export(module, spec, path, weights)
+            error = verify_graph(path, spec, module, reference, self.schedule)
+        release_memory()
+        cost = Cost(seconds=round(time.perf_counter() - start, 3), peak_memory_bytes=peak())
+        self.report(
+            f"{label}: exported in {cost.seconds:.0f} s, differs from PyTorch by {error:.1e}"
+        )
+        name = f"{label}.onnx"
+        record = GraphRecord(spec=spec, file=name, measured_error=error, measured_by=judge(module))
+        files = record_files(self.staging, filter(None, (name, weights)))
+        return self._remember(label, FinishedGraph(graph=record, export=cost, files=files))
 
     def _export(self, module: nn.Module, spec: GraphSpec, path: Path, weights: str | None) -> None:
         if isinstance(module, DenoiserLoopGraph):
@@ -89,32 +116,44 @@ class GraphBuilder:
         refuse_errors(label, lint_model(onnx_file, spec, options.flavour))
         with self.show(f"{label} {options.flavour}") as progress:
             built = build_engine(onnx_file, spec, options, self.staging / name, progress)
-        peak = (
-            f", peak memory {built.peak_memory_bytes / 1e9:.2f} GB"
-            if built.peak_memory_bytes
-            else ""
-        )
         self.report(
             f"{label}: {options.flavour} engine in {built.seconds:.0f} s, "
-            f"{built.bytes / 1e6:.0f} MB{peak}"
+            f"{built.bytes / 1e6:.0f} MB"
         )
         return EngineRecord(file=name, **built.model_dump())
 
-    def _finished(self, done: Path) -> GraphRecord | None:
-        """The record left at `done`, if every file it names is still intact."""
+    def _kept(self, label: str, spec: GraphSpec) -> FinishedGraph | None:
+        """What an earlier run left of this graph, if it is of this contract and still intact."""
+        done = self.staging / f"{label}{DONE}"
         if not done.is_file():
             return None
-        finished = FinishedGraph.model_validate_json(done.read_bytes())
-        for name, record in finished.files.items():
-            path = self.staging / name
-            if not path.is_file() or hash_file(path) != record:
-                return None
-        return finished.graph
+        kept = FinishedGraph.model_validate_json(done.read_bytes())
+        return kept if kept.graph.spec == spec and intact_files(self.staging, kept.files) else None
 
-    def _remember(self, done: Path, record: GraphRecord, weights: str | None) -> None:
-        names = [record.file, *(engine.file for engine in record.engines.values())]
-        names += [weights] if weights else []
-        finished = FinishedGraph(graph=record, files=record_files(self.staging, names))
-        temporary = done.with_suffix(".tmp")
-        temporary.write_text(finished.model_dump_json())
-        temporary.replace(done)
+    def _remember(self, label: str, finished: FinishedGraph) -> FinishedGraph:
+        with atomic_file(self.staging / f"{label}{DONE}") as file:
+            file.write(finished.model_dump_json().encode())
+        return finished
+
+
+def _with_engine(finished: FinishedGraph, engine: EngineRecord) -> FinishedGraph:
+    """`finished` with one more engine."""
+    graph = finished.graph
+    engines = {**graph.engines, engine.flavour: engine}
+    return finished.model_copy(
+        update={
+            "graph": graph.model_copy(update={"engines": engines}),
+            "files": {
+                **finished.files,
+                engine.file: FileRecord(sha256=engine.sha256, bytes=engine.bytes),
+            },
+        }
+    )
+
+
+def intact_files(folder: Path, files: Mapping[str, FileRecord]) -> bool:
+    """Whether every file of `files` lies below `folder` with the content recorded."""
+    return all(
+        (folder / name).is_file() and hash_file(folder / name) == record
+        for name, record in files.items()
+    )

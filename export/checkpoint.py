@@ -5,6 +5,7 @@ Geometry is derived from the shapes of the tensors, never from a name or an opti
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -47,6 +48,7 @@ PUBLISHED = ("mar-b", "mar-l", "mar-h")
 # A preset is told by these; head and classes may differ from it, and then the file decides.
 BODY = ("grid", "embed_dim", "encoder_depth", "decoder_depth", "token_dim", "buffer_size")
 NAMES_SHOWN = 3
+MAX_REPEATED = 1 << 30  # bytes of tensors that a smaller file may stand for, by strides of 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def load_mar(
     for a geometry that no preset has. Raises CspdError for everything that is not such a file, and
     for a checkpoint without averaged weights unless `allow_non_ema`.
     """
-    path = path / "checkpoint-last.pth" if path.is_dir() else path
+    # Unlike Path.is_dir, os.path.isdir takes a name that is too long.
+    path = path / "checkpoint-last.pth" if os.path.isdir(path) else path
     content, is_safetensors = read_weights(path)
     state, source = _unwrap(content, ("model_ema", "model"), path, is_safetensors)
     if source == "model" and not allow_non_ema:
@@ -124,8 +127,8 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> M
     `num_heads`. Raises CspdError if names are missing, shapes are inconsistent, or no preset fits.
     """
     shape = _Shapes(state)
-    tokens, embed_dim = shape["diffusion_pos_embed_learned"][1:]
-    head_width, token_dim = shape["diffloss.net.input_proj.weight"]
+    _, tokens, embed_dim = shape.of("diffusion_pos_embed_learned", 3)
+    head_width, token_dim = shape.of("diffloss.net.input_proj.weight", 2)
     grid = round(tokens**0.5)
     if grid * grid != tokens:
         raise CspdError(
@@ -140,8 +143,8 @@ def infer_config(state: Mapping[str, Tensor], num_heads: int | None = None) -> M
         head_width=head_width,
         head_depth=shape.count("diffloss.net.res_blocks"),
         token_dim=token_dim,
-        buffer_size=shape["encoder_pos_embed_learned"][1] - tokens,
-        num_classes=shape["class_emb.weight"][0],
+        buffer_size=shape.of("encoder_pos_embed_learned", 3)[1] - tokens,
+        num_classes=shape.of("class_emb.weight", 2)[0],
     )
     fitting = [preset for preset in PRESETS.values() if not _differences(config, preset, BODY)]
     if fitting:
@@ -158,18 +161,20 @@ class _Shapes:
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self._state = state
 
-    def __getitem__(self, name: str) -> tuple[int, ...]:
+    def of(self, name: str, rank: int) -> tuple[int, ...]:
+        """Shape of the tensor `name`, which must have `rank` axes."""
         if name not in self._state:
-            found = ", ".join(list(self._state)[:NAMES_SHOWN]) or "nothing"
-            raise CspdError(f"no weights of a MAR model: {name} is missing (found {found} ...)")
-        return tuple(self._state[name].shape)
+            names = ", ".join(list(self._state)[:NAMES_SHOWN]) or "nothing"
+            raise CspdError(f"no weights of a MAR model: {name} is missing (found {names} ...)")
+        found = self._state[name].shape
+        if len(found) != rank:
+            raise CspdError(f"no weights of a MAR model: {name} is {list(found)}, not {rank} axes")
+        return tuple(found)
 
     def count(self, prefix: str) -> int:
-        """Number of blocks `prefix`.0, `prefix`.1, ..."""
+        """Number of blocks `prefix`.0, `prefix`.1, ...; one that is missing shows later by name."""
         pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-        return 1 + max(
-            (int(m[1]) for name in self._state if (m := pattern.match(name))), default=-1
-        )
+        return len({m[1] for name in self._state if (m := pattern.match(name))})
 
 
 def find_default_weights(name: str, root: Path = Path()) -> Path:
@@ -197,18 +202,32 @@ def _unwrap(
     if isinstance(content, Mapping):
         for name in names:
             if _is_state(content.get(name)):
-                return dict(content[name]), name
+                return _stored(content[name], path), name
         if _is_state(content):
-            return dict(content), "safetensors" if is_safetensors else "state_dict"
-    found = list(map(str, content))[:8] if isinstance(content, Mapping) else type(content).__name__
+            return _stored(content, path), "safetensors" if is_safetensors else "state_dict"
+    found: object = type(content).__name__
+    if isinstance(content, Mapping):
+        found = [key if isinstance(key, str) else type(key).__name__ for key in content][:8]
     raise CspdError(f"{path}: found {found}, expected one of {list(names)} or tensors by name")
+
+
+def _stored(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """`state`, unless its tensors repeat what the file holds until they fill the memory."""
+    declared = sum(tensor.numel() * tensor.itemsize for tensor in state.values())
+    size = path.stat().st_size
+    if declared > max(size, MAX_REPEATED):
+        raise CspdError(
+            f"{path}: declares {declared:,} bytes of tensors in a file of {size:,}; "
+            "get the file from its authors"
+        )
+    return dict(state)
 
 
 def _is_state(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and len(value) > 0
-        and all(isinstance(tensor, Tensor) for tensor in value.values())
+        and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in value.items())
     )
 
 
@@ -262,8 +281,17 @@ def _check_names(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], pa
             got, want = list(state[name].shape), list(expected[name].shape)
             problems.append(f"{name} is {got}, expected {want}")
             break
+    odd = [name for name in expected if name in state and not _is_plain(state[name])]
+    if odd:
+        problems.append(f"{odd[0]} is no dense tensor of floating-point numbers")
     if problems:
         raise CspdError(f"{path}: not the weights of this network; {'; '.join(problems)}")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds floating-point numbers, all of them in the file."""
+    dense = tensor.layout == torch.strided and not tensor.is_quantized
+    return dense and tensor.is_floating_point() and tensor.device.type == "cpu"
 
 
 def _ema_warnings(path: Path, source: str, config: MarConfig) -> tuple[str, ...]:

@@ -12,11 +12,12 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cspd.engines.bundle import check_target, open_bundle
-from cspd.engines.commands import Commands
-from cspd.engines.errors import MissingExtraError
+from cspd.engines.commands import Commands, human_bytes
+from cspd.engines.errors import MissingExtraError, printable
 from cspd.engines.lint import lint_model
 from cspd.engines.manifest import Manifest, Precision, Role
 from cspd.engines.trt_options import BuildOptions as EngineOptions
@@ -24,6 +25,7 @@ from cspd.engines.trt_progress import ProgressCallback, rich_progress
 
 PRESETS = ("mar-b", "mar-l", "mar-h")
 FILE = click.Path(path_type=Path, dir_okay=True)
+TABLE_WIDTH = 120
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,6 +36,7 @@ def main() -> None:
 
 assert isinstance(main, Commands)
 main.add_tool("parity", "cspd.tools.parity", "Compare every graph of BUNDLE with PyTorch.")
+main.add_tool("triton", "cspd.tools.triton", "Write BUNDLE as a Triton model repository.")
 
 
 def require_exporter() -> None:
@@ -104,6 +107,7 @@ def build(
     """Export a pair of MAR models and its decoder as one verified bundle."""
     require_exporter()
     from cspd.export.build import BuildOptions, build_bundle
+    from cspd.export.build_table import cost_table
     from cspd.export.pairs import mar_plan
 
     engines = engine_options(backends, engine)
@@ -117,8 +121,13 @@ def build(
         random_weights=random_weights,
         allow_non_ema=allow_non_ema, clip_timesteps=clip_timesteps, warn=note,
     )  # fmt: skip
-    build_bundle(plan, out, overwrite, report=note, show=progress_bar)
-    click.echo(out)
+    # In a log, the width of a terminal would cut the names of the graphs.
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else TABLE_WIDTH)
+    build_bundle(
+        plan, out, overwrite, report=note, show=progress_bar,
+        summary=lambda finished: console.print(cost_table(finished)),
+    )  # fmt: skip
+    click.echo(click.format_filename(out))
 
 
 def engine_options(backends: tuple[str, ...], options: dict[str, Any]) -> tuple[EngineOptions, ...]:
@@ -157,7 +166,7 @@ def demo_pair(weights: Path, out: Path, overwrite: bool) -> None:
     from cspd.export.pairs import demo_plan
 
     build_bundle(demo_plan(weights), out, overwrite, report=note)
-    click.echo(out)
+    click.echo(click.format_filename(out))
 
 
 @main.command()
@@ -192,7 +201,7 @@ def inspect(bundle: Path, as_json: bool, no_verify: bool) -> None:
         return
     console = Console()
     for line in summary(opened.manifest, opened.sha256):
-        console.print(line, highlight=False)
+        console.print(printable(line), highlight=False, markup=False)
     console.print(graph_table(opened.manifest))
 
 
@@ -211,6 +220,13 @@ def summary(manifest: Manifest, sha256: str) -> list[str]:
         + (f" of {model.source_sha256[:16]}" if model.source_sha256 else "")
         for role, model in manifest.models.items()
     ]
+    for role, model in manifest.models.items():
+        if effect := model.image_effect:
+            lines.append(
+                f"{role} in {model.precision}, whole image: tokens differ from fp32 by "
+                f"{effect.tokens_error:.1e}, pixels {effect.psnr:.1f} dB "
+                f"({effect.num_iter} x {effect.head_steps} steps, {effect.measured_by})"
+            )
     if manifest.synthetic:
         lines.append("SYNTHETIC: random weights; images and acceptance rates mean nothing")
     return lines
@@ -228,17 +244,8 @@ def graph_table(manifest: Manifest) -> Table:
         )
     for name, record in manifest.files.items():
         if name.endswith(".safetensors"):
-            table.add_row(name, human_bytes(record.bytes), "", "")
+            table.add_row(escape(name), human_bytes(record.bytes), "", "")
     return table
-
-
-def human_bytes(size: float) -> str:
-    """A size with its unit."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
 
 
 def note(message: Any) -> None:

@@ -89,8 +89,19 @@ class DiffusionHead(nn.Module):
         They do not depend on the noisy token: 60 % of the head's work can be done before the loop.
         """
         active = F.silu(embedding)
-        layers = [*self.res_blocks, self.final_layer]
-        return torch.cat([layer.adaLN_modulation[1](active) for layer in layers], dim=-1)
+        return torch.cat([layer(active) for layer in self.modulation_layers], dim=-1)
+
+    @property
+    def modulation_layers(self) -> list[nn.Linear]:
+        """The last layer of every modulation, in the order of the layers that they modulate."""
+        owners: list[ResBlock | FinalLayer] = [*self.blocks, self.final_layer]
+        layers = [owner.adaLN_modulation[1] for owner in owners]
+        return [layer for layer in layers if isinstance(layer, nn.Linear)]
+
+    @property
+    def blocks(self) -> list[ResBlock]:
+        """The residual blocks."""
+        return [block for block in self.res_blocks if isinstance(block, ResBlock)]
 
     def denoise(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
         """Noise and raw variance, each [..., C], from `x` [..., C] and its `modulation`."""

@@ -12,14 +12,9 @@ from torch.nn.functional import embedding
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.export.graphs import GRAPH_TOLERANCE, MAX_STEPS, guided_kernel
+from cspd.export.graphs import GRAPH_TOLERANCE, MAX_STEPS, guided_kernel, modulation_width
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig
-
-
-def modulation_width(config: MarConfig) -> int:
-    """Numbers per token, step and branch: three vectors per block, two for the last layer."""
-    return (3 * config.head_depth + 2) * config.head_width
 
 
 def modulation_bytes(config: MarConfig, num_steps: int, branches: int) -> int:

@@ -31,6 +31,15 @@ def with_tolerance(spec: GraphSpec, precision: str) -> GraphSpec:
     return spec.model_copy(update={"outputs": outputs})
 
 
+def without_first_step(spec: GraphSpec) -> GraphSpec:
+    """The contract of a denoiser that is never asked for the first step of a chain."""
+    inputs = tuple(
+        tensor.model_copy(update={"spares_last": True}) if tensor.name == "step" else tensor
+        for tensor in spec.inputs
+    )
+    return spec.model_copy(update={"inputs": inputs})
+
+
 def model_graphs(
     model: Mar,
     max_batch: int,
@@ -55,6 +64,7 @@ def model_graphs(
         graphs["denoiser_loop"] = DenoiserLoopGraph(head), denoiser_loop_spec(config, max_rows)
     else:
         assert exact is not None
+        graphs["denoiser"] = graphs["denoiser"][0], without_first_step(graphs["denoiser"][1])
         graphs[FIRST] = DenoiserGraph(exact), denoiser.model_copy(update={"name": FIRST})
     graphs[ROUND] = SpeculativeRoundGraph(exact), round_spec(config, max_rows)
     return graphs

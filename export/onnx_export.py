@@ -36,11 +36,15 @@ def trace_graph(
     inputs: Mapping[str, Tensor],
     outputs: list[str],
     dynamic: Mapping[str, list[int]],
+    variadic: int = 0,
 ) -> ir.Model:
-    """Export `module` called with `inputs`; `dynamic` lists the free axes of each of them."""
-    shapes = tuple(
-        {axis: torch.export.Dim.DYNAMIC for axis in dynamic.get(name, [])} for name in inputs
-    )
+    """Export `module` called with `inputs`; `dynamic` lists the free axes of each of them.
+
+    The last `variadic` inputs are those of a `*args` parameter.
+    """
+    free = [{axis: torch.export.Dim.DYNAMIC for axis in dynamic.get(name, [])} for name in inputs]
+    named = len(free) - variadic
+    shapes = (*free[:named], *([tuple(free[named:])] if variadic else []))
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,7 +85,7 @@ def demo_plan(folder: Path) -> BundlePlan:
     roles: tuple[Role, ...] = ("target", "draft")
     for role in roles:
         path = folder / f"{role}.safetensors"
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, it takes a name that is too long
             raise CspdError(f"{path}: not found; train it with python -m cspd.tools.train_demo")
         preset = f"fashion-{role}"
         state, config = load_file(path), PRESETS[preset]
@@ -118,14 +120,14 @@ def _random_model(preset: str, seed: int) -> Source:
     config: MarConfig = PRESETS[preset]
     with torch.device("meta"):
         module = Mar(config)
-    return Source(preset, random_state(module, seed), "random", None, config)
+    return Source(preset, partial(random_state, module, seed), "random", None, config)
 
 
 def _decoder(path: Path | None, random_weights: bool, warn: Callable[[str], None]) -> Source:
     if random_weights and path is None:
         with torch.device("meta"):
             module = VaeDecoder()
-        return Source("kl16", random_state(module, seed=2), "random")
+        return Source("kl16", partial(random_state, module, seed=2), "random")
     loaded = load_vae(path or find_default_weights("kl16"))
     for warning in loaded.warnings:
         warn(warning)

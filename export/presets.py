@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 from cspd.engines.errors import CspdError
 
+MAX_DEPTH, MAX_SIZE = 256, 1 << 20
+
 
 @dataclass(frozen=True)
 class MarConfig:
@@ -30,8 +32,9 @@ class MarConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "norm_eps" and value < 1:
-                raise CspdError(f"model: {field.name} is {value}, expected >= 1")
+            limit = MAX_DEPTH if field.name.endswith("depth") else MAX_SIZE
+            if field.name != "norm_eps" and not 1 <= value <= limit:
+                raise CspdError(f"model: {field.name} is {value}, expected 1..{limit}")
         if self.embed_dim % self.num_heads:
             raise CspdError(
                 f"model: embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"

@@ -6,6 +6,8 @@ number of rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 import torch
 
@@ -16,8 +18,8 @@ from cspd.export.onnx_export import finish, trace_graph
 
 STEPS, ROWS, BRANCHES = 5, 3, 2  # for tracing only
 CARRIED = ("x", "sum_log_std", "last_log_std", "last_mean")
-SCANNED = ("step_noise", "step_time", "step_row")
-CONSTANT = ("condition", "guidance", "temperature")
+CONSTANT = ("tile", "first", "last", "weight")
+COEFFICIENTS = ("added", "from_x", "scale", "offset")
 
 
 def export_loop(module: DenoiserLoopGraph, spec: GraphSpec) -> ir.Model:
@@ -31,30 +33,30 @@ def export_loop(module: DenoiserLoopGraph, spec: GraphSpec) -> ir.Model:
                 shape=ir.Shape(tensor.shape),
                 type=ir.TensorType(ir.DataType.FLOAT),
             )
-    added, time, condition = prelude.graph.outputs
-    constants = (condition, inputs["guidance"], inputs["temperature"])
+    outputs = prelude.graph.outputs
+    constants, scanned = outputs[: len(CONSTANT)], outputs[len(CONSTANT) :]
     body = _detach_body(step.graph, prelude.graph, constants)
     _hoist_invariants(body, prelude.graph)
     zeros = ir.node("Mul", [inputs["noise0"], _scalar(prelude.graph, "zero", 0.0)])
     carry = [inputs["noise0"], zeros.outputs[0], zeros.outputs[0], zeros.outputs[0]]
     scan = ir.node(
         "Scan",
-        [*carry, added, time, inputs["schedule"]],
+        [*carry, *scanned],
         attributes={
             "body": body,
-            "num_scan_inputs": len(SCANNED),
-            "scan_input_directions": [1] * len(SCANNED),  # from the first step S - 1 down to 0
+            "num_scan_inputs": len(scanned),
+            "scan_input_directions": [1] * len(scanned),  # from the first step S - 1 down to 0
         },
         num_outputs=len(CARRIED),
     )
     prelude.graph.extend([zeros, scan])
-    outputs = dict(zip(("sample", "sum_log_std", "log_std", "mean"), scan.outputs, strict=True))
+    results = dict(zip(("sample", "sum_log_std", "log_std", "mean"), scan.outputs, strict=True))
     for tensor in spec.outputs:
-        value = outputs[tensor.name]
+        value = results[tensor.name]
         value.name, value.type = tensor.name, ir.TensorType(ir.DataType.FLOAT)
         value.shape = ir.Shape(tensor.shape)
     prelude.graph.inputs[:] = [inputs[tensor.name] for tensor in spec.inputs]
-    prelude.graph.outputs[:] = [outputs[tensor.name] for tensor in spec.outputs]
+    prelude.graph.outputs[:] = [results[tensor.name] for tensor in spec.outputs]
     return finish(prelude, spec)
 
 
@@ -63,26 +65,38 @@ def _export_prelude(module: DenoiserLoopGraph) -> ir.Model:
     inputs = {
         "noise": torch.randn(STEPS, ROWS, channels),
         "conditions": torch.randn(BRANCHES, ROWS, width),
+        "guidance": torch.ones(ROWS),
+        "temperature": torch.ones(ROWS),
         "schedule": torch.rand(STEPS, len(COLUMNS)),
     }
-    dynamic = {"noise": [0, 1], "conditions": [0, 1], "schedule": [0]}
-    return trace_graph(module.prelude, inputs, ["added", "time", "condition"], dynamic)
+    dynamic = {name: [0, 1] for name in ("noise", "conditions")}
+    dynamic |= {name: [0] for name in ("guidance", "temperature", "schedule")}
+    outputs = [*CONSTANT, *COEFFICIENTS, *_modulation_names(module)]
+    return trace_graph(module.prelude, inputs, outputs, dynamic)
 
 
 def _export_step(module: DenoiserLoopGraph) -> ir.Model:
-    channels, head = _channels(module), module.step.diffloss.net
-    width = head.cond_embed.out_features
-    inputs = {name: torch.randn(ROWS, channels) for name in (*CARRIED, "step_noise")}
-    inputs |= {"step_time": torch.randn(width), "step_row": torch.rand(len(COLUMNS))}
-    inputs["condition"] = torch.randn(BRANCHES, ROWS, width)
-    inputs |= {name: torch.ones(ROWS) for name in ("guidance", "temperature")}
-    dynamic = {name: [0] for name in inputs if name not in ("step_time", "step_row")}
-    dynamic["condition"] = [0, 1]
+    channels, width = _channels(module), module.step.diffloss.net.cond_embed.out_features
+    inputs = {name: torch.randn(ROWS, channels) for name in CARRIED}
+    inputs["tile"] = torch.arange(ROWS, dtype=torch.int32).repeat(BRANCHES)
+    inputs |= {name: torch.arange(ROWS, dtype=torch.int32) for name in ("first", "last")}
+    inputs["weight"] = torch.ones(ROWS, 2 * channels)
+    inputs |= {"step_added": torch.randn(ROWS, channels), "step_from_x": torch.ones(1)}
+    inputs |= {name: torch.ones(2 * channels) for name in ("step_scale", "step_offset")}
+    dynamic = {name: [0] for name in (*CARRIED, *CONSTANT, "step_added")}
+    names = [f"step_{name}" for name in _modulation_names(module)]
+    inputs |= {name: torch.randn(BRANCHES * ROWS, width) for name in names}
+    dynamic |= {name: [0] for name in names}
     outputs = ["next_x", "next_sum_log_std", "next_log_std", "next_mean"]
-    return trace_graph(module.step, inputs, outputs, dynamic)
+    return trace_graph(module.step, inputs, outputs, dynamic, variadic=len(names))
 
 
-def _detach_body(body: ir.Graph, outer: ir.Graph, constants: tuple[ir.Value, ...]) -> ir.Graph:
+def _modulation_names(module: DenoiserLoopGraph) -> list[str]:
+    depth = len(module.step.diffloss.net.res_blocks)
+    return [f"modulation{i}" for i in range(3 * depth + 2)]
+
+
+def _detach_body(body: ir.Graph, outer: ir.Graph, constants: Sequence[ir.Value]) -> ir.Graph:
     """Make `body` a Scan body: weights and constants come from the graph around it."""
     arguments = {value.name: value for value in body.inputs}
     for name, value in zip(CONSTANT, constants, strict=True):
@@ -100,7 +114,7 @@ def _detach_body(body: ir.Graph, outer: ir.Graph, constants: tuple[ir.Value, ...
         node.name = f"step.{node.name}"
         for output in node.outputs:
             output.name = f"step.{output.name}"
-    body.inputs[:] = [arguments[name] for name in (*CARRIED, *SCANNED)]
+    body.inputs[:] = [value for name, value in arguments.items() if name not in CONSTANT]
     for value in (*body.inputs, *body.outputs):
         value.shape = None
         value.metadata_props.clear()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from cspd.engines.bundle import Bundle
+from cspd.engines.errors import BundleError
 from cspd.engines.session import Session, TorchSession, torch_device
 from cspd.export.assemble import assemble_mar, assemble_vae
 from cspd.export.graphs import PixelDecoder
@@ -21,7 +23,13 @@ def open_session(bundle: Bundle, label: str, *, device: str, threads: int) -> Se
     """Session that runs graph `label` of `bundle` in PyTorch."""
     if threads:
         torch.set_num_threads(threads)
-    module = decoder_module(bundle) if label == "decoder" else graph_module(bundle, label)
+    try:
+        module = decoder_module(bundle) if label == "decoder" else graph_module(bundle, label)
+    except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"{bundle.folder}: weights and settings of {label} do not fit together "
+            f"({type(error).__name__}: {error}); rebuild it with cspd-export build"
+        ) from error
     return TorchSession(bundle.graph(label).spec, module, torch_device(device))
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from cspd.engines.errors import CspdError
+from cspd.export.pickle_scan import scan_old, scan_zip
 
 MAX_JSON_HEADER = 100 << 20  # the limit of the safetensors format
 
@@ -37,6 +38,8 @@ def read_weights(path: Path) -> tuple[Any, bool]:
     kind = _kind(start, size, path)
     try:
         return (load_file(path), True) if kind == "safetensors" else (_unpickle(path, kind), False)
+    except CspdError:
+        raise
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it asks for {found[1]}" if found else "its pickle is not of tensors alone"
@@ -72,6 +75,7 @@ def _kind(start: bytes, size: int, path: Path) -> str:
 
 
 def _unpickle(path: Path, kind: str) -> Any:
+    scan_zip(path) if kind == "zip" else scan_old(path)
     # The old format before PyTorch 1.6 cannot be memory-mapped.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from cspd.engines.schedule import Schedule
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Head, HeadSample, Rows
 from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.speculation import SpeculativeSample
 from cspd.runtime.window import Choice, CostRecord, WindowChooser, measure_costs
 
 
@@ -50,8 +52,18 @@ class AdaptiveHead:
         return sampled
 
 
+class Speculative(Protocol):
+    """A head that counts what it does."""
+
+    def __call__(
+        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
+    ) -> SpeculativeSample:
+        """Sample every row."""
+        ...
+
+
 def measure_heads(
-    plain: Head, speculative: Callable[[int], SpeculativeHead], example: Callable[[int], Rows],
+    plain: Head, speculative: Callable[[int], Speculative], example: Callable[[int], Rows],
     schedule: Schedule, noise: Noise, key: str, clock: Callable[[], float] = time.perf_counter,
 ) -> CostRecord:  # fmt: skip
     """Costs of both heads on `example(tokens)` rows; `speculative(window)` makes the second."""

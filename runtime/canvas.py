@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cspd.runtime.noise import Noise
+
+ACCEPTED, REJECTED = 1, 2
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,17 @@ class Canvas:
     """Tokens [B, L, C] and the order in which they appear.
 
     `sequence` [B, L] int32 lists token positions, first generated first; the first `known[b]` of
-    them are known. The object owns `tokens` and writes to it in place.
+    them are known. The object owns `tokens` and writes to it in place. `fates` [B, L] int8 says
+    what became of the token drafted for each position: ACCEPTED, REJECTED, or 0 for none.
     """
 
     tokens: Tensor
     sequence: Tensor
     known: list[int]
+    fates: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fates = torch.zeros(self.sequence.shape, dtype=torch.int8, device=self.sequence.device)
 
     @classmethod
     def empty(cls, batch: Batch, noise: Noise, num_tokens: int, channels: int) -> Canvas:
@@ -87,3 +94,9 @@ class Canvas:
         """Write `values` [B, P, C] to the valid tokens of `span`; does not change `known`."""
         rows, columns = span.valid.nonzero(as_tuple=True)
         self.tokens[rows, span.positions[rows, columns].long()] = values[rows, columns]
+
+    def judge(self, span: Span, accepted: Tensor, rejected: Tensor) -> None:
+        """Note the fate of the drafted tokens of `span`, both masks [B, P]."""
+        for mask, fate in ((accepted, ACCEPTED), (rejected, REJECTED)):
+            rows, columns = mask.nonzero(as_tuple=True)
+            self.fates[rows, span.positions[rows, columns].long()] = fate

@@ -16,7 +16,8 @@ from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.commands import Commands
 from cspd.engines.doctor import diagnose
 from cspd.runtime import run
-from cspd.runtime.config import Method, RunConfig, make_config, parse_labels
+from cspd.runtime.config import HeadMode, Method, RunConfig, make_config, parse_labels
+from cspd.runtime.formats import Format, Layout
 from cspd.runtime.images import write_png
 from cspd.runtime.outputs import image_metadata
 from cspd.runtime.tables import doctor_table, outcome_table
@@ -32,9 +33,11 @@ def main() -> None:
 
 
 assert isinstance(main, Commands)
+main.add_tool("tune", "cspd.runtime.tune_command", "Measure what head calls cost here.")
 main.add_tool("bench", "cspd.tools.bench", "Measure methods against each other.")
 main.add_tool("evaluate", "cspd.tools.evaluate", "Score images as the papers do.")
 main.add_tool("report", "cspd.tools.report", "Write one HTML file about runs.")
+main.add_tool("serve", "cspd.tools.serve", "Answer requests for images over HTTP.")
 
 
 def shipped_bundle() -> Path:
@@ -48,7 +51,7 @@ def machine_options(command: Command) -> Command:
         click.option(
             "--threads",
             default=0,
-            type=click.IntRange(min=0),
+            type=click.IntRange(0, 1024),
             show_default="all cores",
             help="CPU threads.",
         ),
@@ -60,14 +63,26 @@ def machine_options(command: Command) -> Command:
     return command
 
 
+def whole(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+    """A number where the text is one."""
+    return int(value) if value and value.isdecimal() else value
+
+
 # Option names are RunConfig's fields. A default of None means: what the bundle says, and where it
 # says nothing, RunConfig's own default.
 SAMPLING = (
     click.option("--num-images", type=int, help="Number of images.  [default: one per label]"),
+    click.option(
+        "--class-balanced", is_flag=True, default=None,
+        help="Labels in blocks of equal length instead of in turn.",
+    ),
     click.option("--method", type=click.Choice(get_args(Method)), help="Decoding method."),
     click.option("--seed", type=int, help="Seed; image k of a seed is always the same image."),
     click.option("--num-iter", type=int, help="Autoregressive steps."),
-    click.option("--head-steps", type=int, help="Denoising steps of the diffusion head."),
+    click.option(
+        "--head-steps", callback=whole,
+        help='Denoising steps: "100", or "50:20", fewer and fewer (lossy).',
+    ),
     click.option("--cfg", type=float, help="Guidance scale; 1 is none."),
     click.option("--cfg-schedule", type=click.Choice(["linear", "constant"]), help="Over steps."),
     click.option("--temperature", type=float, help="Factor on the noise of every denoising step."),
@@ -86,7 +101,14 @@ SAMPLING = (
         "--on-reject", type=click.Choice(["residual", "target"]),
         help="cspd: what replaces a rejected token.",
     ),
+    click.option(
+        "--head", type=click.Choice(get_args(HeadMode)),
+        help="Denoising: step by step, speculatively, or what is faster.  [default: by method]",
+    ),
     click.option("--window", type=int, help="lossless: denoising steps verified per call."),
+    click.option(
+        "--relax", help='lossless, loosened: "tv=0.05" or "sigma=0.5" (approximate).'
+    ),
     click.option("--batch-size", type=int, help="Images computed together."),
     click.option(
         "--reproducible/--no-reproducible", default=None,
@@ -113,24 +135,66 @@ def sampling_options(command: Command) -> Command:
 )
 @click.option("--out", type=FOLDER, default=Path("out"), show_default=True, help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in --out.")
+@click.option(
+    "--format",
+    "format_name",
+    default="png",
+    show_default=True,
+    type=click.Choice(get_args(Format)),
+    help="Loose PNGs, shards, or ADM's npz.",
+)
+@click.option(
+    "--shard-size",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="webdataset, parquet: images per file.",
+)
+@click.option(
+    "--ray",
+    "address",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Compute on Ray: at ADDRESS, or on this machine alone.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="With --ray: number of workers.  [default: one per GPU, or per 4 CPUs]",
+)
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print run.json instead of a table.")
 def generate(
     bundle: Path | None, labels: str | None, device: str, threads: int, baseline: bool, out: Path,
-    overwrite: bool, quiet: bool, as_json: bool, **sampling: Any,
+    overwrite: bool, format_name: Format, shard_size: int, address: str | None,
+    workers: int | None, quiet: bool, as_json: bool, **sampling: Any,
 ) -> None:  # fmt: skip
-    """Generate images with BUNDLE, by default the small trained pair inside the package."""
+    """Generate images with BUNDLE, by default the small trained pair inside the package.
+
+    A run that was stopped, killed or ran out of disk goes on with the same command.
+    """
     opened = open_bundle(bundle or shipped_bundle())
     config = configure(opened, labels, sampling)
-    record, outcomes = run.generate(
-        opened, config, out, device=device, threads=threads, overwrite=overwrite,
-        baseline=baseline, quiet=quiet,
+    if workers is not None and address is None:
+        raise click.UsageError("--workers needs --ray")
+    if baseline and address is not None:
+        raise click.UsageError("--baseline compares times in one process: leave --ray out")
+    job = run.Job(
+        run.Machine(device, threads), Layout(format=format_name, shard_size=shard_size),
+        None if address is None else run.Cluster(address, workers), overwrite, baseline, quiet,
     )  # fmt: skip
+    record, outcomes = run.generate(opened, config, out, job)
+    for line in record.get("notes", []):
+        click.echo(f"note: {line}", err=True)
     if as_json:
         click.echo(json.dumps(record, indent=1))
+    elif not outcomes:
+        name = click.format_filename(out)
+        click.echo(f"{name}: the run is finished, its {record['images']} images are intact")
     else:
         Console().print(outcome_table(outcomes, opened))
-        click.echo(f"{out / 'grid.png'}")
+        click.echo(click.format_filename(out / "grid.png"))
 
 
 @main.command()

@@ -6,14 +6,26 @@ import difflib
 import re
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cspd.engines.errors import CspdError
-from cspd.engines.manifest import Manifest
+from cspd.engines.manifest import Manifest, Role
 from cspd.engines.spec import Record
+from cspd.runtime.contract import check_graphs
+from cspd.runtime.relax import Relaxation
+from cspd.runtime.steps import HeadSteps
 
-Method = Literal["target", "draft", "cspd", "lossless"]
+Method = Literal["target", "draft", "cspd", "lossless", "auto"]
+HeadMode = Literal["plain", "lossless", "auto"]
 MAX_SEED = 2**64 - 1
+
+
+class HeadChoice(Record):
+    """The head of `role` speculates with `window` rows a token for up to `up_to` tokens."""
+
+    role: Role
+    window: int = Field(ge=1, le=64)
+    up_to: int = Field(ge=0)
 
 
 class RunConfig(Record):
@@ -21,10 +33,12 @@ class RunConfig(Record):
 
     method: Method = "cspd"
     labels: tuple[int, ...] = Field(min_length=1)
-    num_images: int = Field(ge=1, le=2**32)
+    num_images: int = Field(ge=1, le=10_000_000)
+    # Labels in blocks of equal length, the order of the authors' evaluation, instead of in turn.
+    class_balanced: bool = False
     seed: int = Field(0, ge=0, le=MAX_SEED)
     num_iter: int = Field(64, ge=1)
-    head_steps: int = Field(100, ge=2)
+    head_steps: int | str = 100
     cfg: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
     cfg_schedule: Literal["linear", "constant"] = "linear"
     temperature: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
@@ -34,15 +48,53 @@ class RunConfig(Record):
     verify: Literal["parallel", "prefix"] = "parallel"
     align: bool = True
     on_reject: Literal["target", "residual"] = "target"
+    # How the heads sample; by default as the method says.
+    head: HeadMode | None = None
     window: int | None = Field(None, ge=1, le=64)
+    relax: str | None = None
+    # What "auto" chose for each model; without it, it chooses from measured costs.
+    heads: tuple[HeadChoice, ...] = ()
     # Images that are computed together. With `reproducible`, batches are padded to this size, so
     # that an image is the same to the last bit whatever it is generated with.
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, le=4096)
     reproducible: bool = True
     backend: str = "onnxruntime"
 
+    @model_validator(mode="after")
+    def _check_balance(self) -> RunConfig:
+        if self.class_balanced and self.num_images % len(self.labels):
+            raise ValueError(
+                f"--class-balanced: --num-images is {self.num_images}, expected a multiple of the "
+                f"{len(self.labels)} classes"
+            )
+        return self
+
+    @field_validator("head_steps", mode="before")
+    @classmethod
+    def _steps(cls, value: object) -> int | str:
+        return HeadSteps.parse(value).value
+
+    @field_validator("relax")
+    @classmethod
+    def _relax(cls, value: str | None) -> str | None:
+        if value is not None:
+            Relaxation.parse(value)
+        return value
+
+    @property
+    def head_mode(self) -> HeadMode:
+        """How the heads sample."""
+        own: dict[str, HeadMode] = {"lossless": "lossless", "auto": "auto"}
+        return self.head or own.get(self.method, "plain")
+
+    def choice(self, role: Role) -> HeadChoice | None:
+        """What was chosen for the head of `role`, if anything."""
+        return next((choice for choice in self.heads if choice.role == role), None)
+
     def label_of(self, image: int) -> int:
-        """Class of image number `image`: the labels in turn."""
+        """Class of image number `image`: the labels in turn, or in blocks if `class_balanced`."""
+        if self.class_balanced:
+            return self.labels[image // (self.num_images // len(self.labels))]
         return self.labels[image % len(self.labels)]
 
 
@@ -52,12 +104,15 @@ def make_config(**values: object) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
-        raise CspdError(f"{option} is {first['input']!r}: {first['msg']}") from None
+        if not first["loc"]:
+            raise CspdError(str(first["ctx"]["error"])) from None
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise CspdError(f"{option} is {first['input']!r:.60}: {first['msg']}") from None
 
 
 def check_config(config: RunConfig, manifest: Manifest) -> None:
     """Raise CspdError unless the bundle can run `config`."""
+    check_graphs(manifest)
     geometry = manifest.geometry
     for label in config.labels:
         if not 0 <= label < geometry.num_classes:
@@ -72,14 +127,29 @@ def check_config(config: RunConfig, manifest: Manifest) -> None:
                 "the number of tokens of an image"
             )
     last = manifest.schedule.last_timestep
-    if config.head_steps > last + 1:
+    steps = HeadSteps.parse(config.head_steps)
+    if max(steps.first, steps.last) > last + 1:
         raise CspdError(
             f"--head-steps is {config.head_steps}, expected 2..{last + 1} for this model"
         )
+    _check_heads(config)
     if config.method in ("draft", "cspd") and "draft" not in manifest.models:
         raise CspdError(
             f"--method {config.method}: the bundle has no draft model; build it with --draft, "
             "or use --method target or lossless"
+        )
+
+
+def _check_heads(config: RunConfig) -> None:
+    """Raise CspdError for options that contradict each other."""
+    if config.method in ("lossless", "auto") and config.head not in (None, config.method):
+        raise CspdError(
+            f"--head {config.head} contradicts --method {config.method}; use --method target"
+        )
+    if config.relax and config.head_mode == "plain":
+        raise CspdError(
+            f"--relax {config.relax} loosens the test of speculative denoising, but the heads step "
+            "plainly; add --head lossless or use --method lossless"
         )
 
 
@@ -93,6 +163,6 @@ def parse_labels(text: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
         elif part.lower() in by_name:
             labels.append(by_name[part.lower()])
         else:
-            near = difflib.get_close_matches(part.lower(), by_name, n=1, cutoff=0.0)
-            raise CspdError(f"--labels: no class {part!r}; the nearest is {near[0]!r}")
+            near = difflib.get_close_matches(part[:60].lower(), by_name, n=1, cutoff=0.0)
+            raise CspdError(f"--labels: no class {part!r:.60}; the nearest is {near[0]!r}")
     return tuple(labels)

@@ -150,7 +150,10 @@ def verify(
         z = sampler.conditions(target, canvas, batch, window.span)
     else:
         z = prefix_conditions(sampler, target, batch, canvas, window)
-    return sampler.sample(target, z, window.guidance, batch, window.span, Purpose.DENOISE)
+    # As many denoising steps as the step had that drafted a token.
+    known = torch.tensor(window.starts).gather(1, window.group.cpu())
+    counts = sampler.step_counts(known)
+    return sampler.sample(target, z, window.guidance, batch, window.span, Purpose.DENOISE, counts)
 
 
 def prefix_conditions(
@@ -219,6 +222,7 @@ def settle(
     found = replace(sampler, options, images, positions, window.drafted, judged, rejected, replaced)
     values = torch.where(accepted[..., None], window.drafted.sample, replaced)
     canvas.place(Span(span.start, span.stop, span.positions, kept), values)
+    canvas.judge(span, accepted, rejected)
     known = canvas.known
     canvas.known = [k + n for k, n in zip(known, kept.sum(1).tolist(), strict=True)]
     distance = (window.drafted.sample - judged.sample).norm(dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -20,13 +21,26 @@ CELL = 112  # pixels; smaller images are enlarged to this in the grid
 CAPTION = 18
 
 
-def write_png(path: Path, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
-    """Write `pixels` [H, W, C] uint8 with `metadata` as an iTXt chunk; whole or not at all."""
-    info = PngInfo()
+def encode_png(pixels: np.ndarray, metadata: dict[str, Any]) -> bytes:
+    """The PNG of `pixels` [H, W, C] uint8 with `metadata` as an iTXt chunk."""
+    info, file = PngInfo(), io.BytesIO()
     info.add_itxt(KEY, json.dumps(metadata, sort_keys=True, separators=(",", ":")))
+    to_pillow(pixels).save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def decode_png(png: bytes) -> np.ndarray:
+    """Pixels [H, W, C] uint8 of a PNG of ours."""
+    with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+        pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def write_png(path: Path, pixels: np.ndarray, metadata: dict[str, Any]) -> None:
+    """Write the PNG of `encode_png`, whole or not at all."""
     try:
         with atomic_file(path) as file:
-            to_pillow(pixels).save(file, format="PNG", pnginfo=info)
+            file.write(encode_png(pixels, metadata))
     except OSError as error:
         raise CspdError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -37,7 +51,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
             text = image.info.get(KEY)  # type: ignore[attr-defined]
-    except OSError as error:
+    except Exception as error:  # on damaged input Pillow raises anything at all
         raise CspdError(f"{path}: cannot be read as PNG: {error}") from None
     if not isinstance(text, str):
         raise CspdError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,6 +42,12 @@ class Rows:
     images: Tensor
     positions: Tensor
 
+    def take(self, index: Tensor) -> Rows:
+        """The rows `index`, int64."""
+        index = index.to(self.images.device)
+        per_row = (self.guidance, self.temperature, self.images, self.positions)
+        return Rows(self.conditions.index_select(1, index), *(value[index] for value in per_row))
+
 
 class Head(Protocol):
     """A way to sample tokens from their conditions."""
@@ -52,77 +59,110 @@ class Head(Protocol):
         ...
 
 
+# Bytes that a denoising loop may hold for what it computes once ahead of all steps.
+DEFAULT_MEMORY = 512 << 20
+# A denoising loop with the inputs and outputs of the graph `denoiser_loop`.
+Loop = Callable[..., dict[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class LoopHead:
-    """Plain sampling with the whole denoising loop in one session call."""
+    """Plain sampling with the whole denoising loop in one session call.
+
+    Calls are cut so that what the loop prepares for all of its steps fits into `memory` bytes.
+    """
 
     session: Session
+    memory: int = DEFAULT_MEMORY
 
     def __call__(
         self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
     ) -> HeadSample:
         """Sample every row, in as many calls as the session's largest row count asks for."""
-        limit = self.session.spec.axes["rows"].max
-        parts = [
-            self._sample(_slice(rows, i, i + limit), schedule, noise, purpose)
-            for i in range(0, len(rows.images), limit)
-        ]
-        return _concatenate(parts)
-
-    def _sample(self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose) -> HeadSample:
-        channels = self.session.spec.inputs[0].shape[-1]
-        assert isinstance(channels, int)
-        start, steps = noise.chain(
-            purpose, rows.images, rows.positions, schedule.num_steps, channels
-        )
-        outputs = self.session(
-            noise0=start,
-            noise=steps,
-            conditions=rows.conditions,
-            guidance=rows.guidance,
-            temperature=rows.temperature,
-            schedule=schedule.table,
-        )
-        return HeadSample(**outputs)
+        spec = self.session.spec
+        row_bytes = 4 * spec.scratch * schedule.num_steps * len(rows.conditions)
+        limit = min(spec.axes["rows"].max, max(1, self.memory // max(row_bytes, 1)))
+        return _sample(self.session, self.session, limit, rows, schedule, noise, purpose)
 
 
 @dataclass(frozen=True)
 class StepHead:
     """Plain sampling with one session call per denoising step, for engines without loops.
 
-    `first`, where given, runs the first step in its place: a head in float32.
+    `first`, where given, runs the first step in its place: a head in float32. `captured`, where
+    given, is the loop over both that runs instead of it, as a CUDA graph.
     """
 
     session: Session
     first: Session | None = None
+    captured: Loop | None = None
 
     def __call__(
         self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
     ) -> HeadSample:
-        """Sample every row; the rows must fit the session."""
-        channels = self.session.spec.inputs[0].shape[-1]
-        assert isinstance(channels, int)
-        x, steps = noise.chain(purpose, rows.images, rows.positions, schedule.num_steps, channels)
+        """Sample every row, in as many loops as the session's largest row count asks for."""
+        loop = self.captured or step_loop(self.session, self.first)
+        limit = self.session.spec.axes["rows"].max
+        return _sample(loop, self.session, limit, rows, schedule, noise, purpose)
+
+
+def step_loop(session: Session, first: Session | None) -> Loop:
+    """The denoising loop over the steps of `session`; `first`, if given, takes the first one."""
+
+    def run(
+        *, noise0: Tensor, noise: Tensor, conditions: Tensor, guidance: Tensor,
+        temperature: Tensor, schedule: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        x, last = noise0, len(schedule) - 1
         token = torch.arange(len(x), dtype=torch.int32, device=x.device)
         sum_log_std = torch.zeros_like(x)
         outputs: dict[str, Tensor] = {}
-        for step in reversed(range(schedule.num_steps)):
-            session = self.session
-            if self.first is not None and step == schedule.num_steps - 1:
-                session = self.first
-            outputs = session(
+        for step in range(last, -1, -1):
+            outputs = (first if first is not None and step == last else session)(
                 x=x,
                 step=torch.full_like(token, step),
                 token=token,
-                conditions=rows.conditions,
-                guidance=rows.guidance,
-                schedule=schedule.table,
+                conditions=conditions,
+                guidance=guidance,
+                schedule=schedule,
             )
             x = outputs["mean"]
             if step > 0:
-                x = x + rows.temperature[:, None] * outputs["log_std"].exp() * steps[step]
-                sum_log_std += outputs["log_std"]
-        return HeadSample(x, outputs["mean"].clone(), outputs["log_std"].clone(), sum_log_std)
+                x = x + temperature[:, None] * outputs["log_std"].exp() * noise[step]
+                sum_log_std = sum_log_std + outputs["log_std"]
+        mean, log_std = outputs["mean"].clone(), outputs["log_std"].clone()
+        return {"sample": mean, "mean": mean, "log_std": log_std, "sum_log_std": sum_log_std}
+
+    return run
+
+
+def _sample(
+    loop: Loop, session: Session, limit: int, rows: Rows, schedule: Schedule, noise: Noise,
+    purpose: Purpose,
+) -> HeadSample:  # fmt: skip
+    """Run `loop` on every row, in pieces of at most `limit` that `session` takes."""
+    parts = [
+        _piece(loop, session, _slice(rows, i, i + limit), schedule, noise, purpose)
+        for i in range(0, len(rows.images), limit)
+    ]
+    return _concatenate(parts)
+
+
+def _piece(
+    loop: Loop, session: Session, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
+) -> HeadSample:
+    channels = session.spec.inputs[0].shape[-1]
+    assert isinstance(channels, int)
+    start, steps = noise.chain(purpose, rows.images, rows.positions, schedule.num_steps, channels)
+    outputs = loop(
+        noise0=start,
+        noise=steps,
+        conditions=rows.conditions,
+        guidance=rows.guidance,
+        temperature=rows.temperature,
+        schedule=schedule.table,
+    )
+    return HeadSample(**outputs)
 
 
 @dataclass(frozen=True)

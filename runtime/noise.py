@@ -85,7 +85,35 @@ class Noise:
         return _philox(counter, (self.seed & _WORD, self.seed >> 32 & _WORD)).flatten(-2)
 
 
-def _philox(counter: tuple[Tensor, ...] | list[Tensor], key: tuple[int, int]) -> Tensor:
+class RowNoise(Noise):
+    """Noise of a batch whose rows belong to different runs.
+
+    What `Noise` calls images are rows of the batch here: row r gets exactly the numbers of image
+    `images[r]` of seed `seeds[r]`.
+    """
+
+    def __init__(
+        self, seeds: list[int], images: list[int], device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(0, device)
+        words = [
+            (seed & _WORD, seed >> 32 & _WORD, k) for seed, k in zip(seeds, images, strict=True)
+        ]
+        self._rows = torch.tensor(words, device=self.device)
+
+    def _words(
+        self, purpose: Purpose, images: Tensor, positions: Tensor, steps: Tensor, blocks: int
+    ) -> Tensor:
+        low, high, image = self._rows[images].unbind(-1)
+        position = (positions + (int(purpose) << 16))[..., None]
+        block = torch.arange(blocks, device=self.device)
+        counter = torch.broadcast_tensors(image[..., None], position, steps[..., None], block)
+        return _philox(counter, (low[..., None], high[..., None])).flatten(-2)
+
+
+def _philox(
+    counter: tuple[Tensor, ...] | list[Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> Tensor:
     """Philox 4x32-10 on four int64 tensors of 32-bit words; returns [..., 4]."""
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
+from cspd.engines.cuda_graph import Graphs, GraphStats
+from cspd.engines.manifest import Role
 from cspd.engines.schedule import make_schedule
-from cspd.engines.session import CallStats, TimedSession
+from cspd.engines.session import CallStats, EngineSession, TimedSession
+from cspd.runtime.adaptive import AdaptiveHead
 from cspd.runtime.canvas import Batch, Canvas
-from cspd.runtime.config import RunConfig, check_config
+from cspd.runtime.captured import CapturedSteps, captured_steps
+from cspd.runtime.choose import Explained, choose, tokens_together
+from cspd.runtime.config import HeadChoice, RunConfig, check_config
 from cspd.runtime.cspd import CspdOptions, decode_cspd
+from cspd.runtime.heads import (
+    DEFAULT_WINDOW,
+    MixedHead,
+    most_tokens,
+    round_of,
+    speculative_head,
+)
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Head, LoopHead, Member, StepHead
-from cspd.runtime.noise import Noise
+from cspd.runtime.noise import Noise, RowNoise
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.sampler import Sampler, decode_alone, ignore_progress
-from cspd.runtime.speculation import SpeculationOptions
 from cspd.runtime.stats import Statistics, Verdicts
+from cspd.runtime.steps import Annealing, HeadSteps
+from cspd.runtime.tuning import tuned
+from cspd.runtime.window import WindowChooser
 
 # Batches are padded to one of these when byte-identity across batch sizes is not asked for.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ENGINES = ("tensorrt", "tensorrt-rtx")
-DEFAULT_WINDOW = 8
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,15 @@ class GeneratedImage:
     verdicts: Verdicts
 
 
+@dataclass(frozen=True)
+class ImageId:
+    """Which image: number `index` of `seed`, of class `label`."""
+
+    seed: int
+    index: int
+    label: int
+
+
 @dataclass
 class Pipeline:
     """Networks of a bundle on one backend. Sessions are opened when first needed, and kept."""
@@ -47,7 +71,13 @@ class Pipeline:
     backend: str = "onnxruntime"
     device: str = "cpu"
     threads: int = 0
+    # What records the denoising loop of engines: CUDA graphs unless given.
+    graphs: Graphs | None = None
+    # What a run should know: engines that could be better, loops that no CUDA graph holds.
+    notes: list[str] = field(default_factory=list)
     _sessions: dict[str, TimedSession] = field(default_factory=dict)
+    _loops: dict[str, CapturedSteps | None] = field(default_factory=dict)
+    _choosers: dict[tuple[str, RunConfig], WindowChooser] = field(default_factory=dict)
 
     def session(self, label: str) -> TimedSession:
         """The session of graph `label`."""
@@ -56,12 +86,19 @@ class Pipeline:
                 self.bundle, label, self.backend, device=self.device, threads=self.threads
             )
             self._sessions[label] = TimedSession(session)
+            if isinstance(session, EngineSession):
+                self.notes += session.notes
         return self._sessions[label]
 
     @property
     def calls(self) -> dict[str, CallStats]:
         """Calls and time of every graph since the pipeline was made."""
         return {label: session.stats for label, session in self._sessions.items()}
+
+    @property
+    def captures(self) -> dict[str, GraphStats]:
+        """How the captured loop of each model ran, by role; empty without engines."""
+        return {role: steps.loop.stats for role, steps in self._loops.items() if steps}
 
     def open(self, config: RunConfig) -> None:
         """Open every session that `config` needs."""
@@ -70,34 +107,92 @@ class Pipeline:
 
     def members(self, config: RunConfig) -> list[Member]:
         """The models that `config` decodes with: target, draft, or target and draft."""
-        roles = {"cspd": ["target", "draft"], "draft": ["draft"]}.get(config.method, ["target"])
         return [
             Member(role, self.session(f"{role}/backbone"), self.head(role, config))
-            for role in roles
+            for role in self._roles(config)
         ]
 
-    def head(self, role: str, config: RunConfig) -> Head:
+    def _roles(self, config: RunConfig) -> list[Role]:
+        roles: dict[str, list[Role]] = {"cspd": ["target", "draft"], "draft": ["draft"]}
+        return roles.get(config.method, ["target"])
+
+    def head(self, role: Role, config: RunConfig) -> Head:
         """How `role` samples tokens from their conditions."""
-        if config.method == "lossless":
-            return self._speculative(role, config)
+        if config.head_mode == "plain":
+            return self.plain_head(role)
+        widest = most_tokens(role, config, self.bundle.manifest.geometry.num_tokens)
+        if config.head_mode == "auto" and config.choice(role) is None and not config.reproducible:
+            return self._adaptive(role, config, widest)
+        choice = HeadChoice(role=role, window=config.window or DEFAULT_WINDOW, up_to=widest)
+        if config.head_mode == "auto":
+            choice = config.choice(role) or self.explain(role, config).choice
+        if choice.up_to == 0:
+            return self.plain_head(role)
+        choice = choice.model_copy(update={"up_to": min(choice.up_to, widest)})
+        speculative = self._speculative(role, config, choice)
+        if choice.up_to == widest:
+            return speculative
+        return MixedHead(self.plain_head(role), speculative, choice.up_to)
+
+    def plain_head(self, role: Role) -> Head:
+        """Every denoising step a call, or the whole loop one."""
         if f"{role}/denoiser_loop" in self.bundle.manifest.graphs() and self.backend not in ENGINES:
             return LoopHead(self.session(f"{role}/denoiser_loop"))
         first = None
         if f"{role}/denoiser_first" in self.bundle.manifest.graphs():
             first = self.session(f"{role}/denoiser_first")
-        return StepHead(self.session(f"{role}/denoiser"), first)
+        session = self.session(f"{role}/denoiser")
+        if role not in self._loops:
+            self._loops[role] = captured_steps(
+                session, first, on_fallback=self.notes.append, graphs=self.graphs
+            )
+        return StepHead(session, first, self._loops[role])
 
-    def _speculative(self, role: str, config: RunConfig) -> Head:
-        """The head in speculative rounds, of one shape if images must not depend on batches."""
-        session = self.session(f"{role}/speculative_round")
-        geometry = self.bundle.manifest.geometry
-        window = config.window or DEFAULT_WINDOW
-        limit = session.spec.axes["rows"].max
-        plan = MaskPlan(geometry.num_tokens, config.num_iter)
-        fixed = min(limit, config.batch_size * plan.widest * window)
-        buckets = (max(fixed, window),) if config.reproducible else ()
-        options = SpeculationOptions(window, row_buckets=buckets, max_rows=limit)
-        return SpeculativeHead(session, options, geometry.token_dim)
+    def resolve(self, config: RunConfig) -> tuple[RunConfig, dict[Role, Explained]]:
+        """`config` with the choices of "auto" written down, and why they were made.
+
+        Measures costs that nobody measured before. A run that need not be reproducible is left to
+        choose as it goes.
+        """
+        if config.head_mode != "auto" or not config.reproducible or config.heads:
+            return config, {}
+        found = {role: self.explain(role, config) for role in self._roles(config)}
+        heads = tuple(explained.choice for explained in found.values())
+        return config.model_copy(update={"heads": heads}), found
+
+    def explain(self, role: Role, config: RunConfig) -> Explained:
+        """The best way to sample with the head of `role`, by measured costs."""
+        return choose(
+            role,
+            tuned(self, role, config).chooser(),
+            tokens_together(role, config, self.bundle.manifest.geometry.num_tokens),
+            fixed=config.reproducible,
+            max_rows=self.bundle.graph(f"{role}/speculative_round").spec.axes["rows"].max,
+            window=config.window,
+        )
+
+    def _adaptive(self, role: Role, config: RunConfig, widest: int) -> Head:
+        """Chooses per call, and learns from call to call."""
+        if (role, config) not in self._choosers:
+            self._choosers[role, config] = tuned(self, role, config).chooser()
+        chooser = self._choosers[role, config]
+        choice = HeadChoice(role=role, window=chooser.max_window, up_to=widest)
+        return AdaptiveHead(self.plain_head(role), self._speculative(role, config, choice), chooser)
+
+    def _speculative(self, role: Role, config: RunConfig, choice: HeadChoice) -> SpeculativeHead:
+        """The head in speculative rounds, exact or relaxed."""
+        name = "denoiser" if config.relax else "speculative_round"
+        session = self.session(f"{role}/{name}")
+        limit, channels = session.spec.axes["rows"].max, self.bundle.manifest.geometry.token_dim
+        rounds = round_of(session, config) if config.relax else session
+        return speculative_head(rounds, limit, channels, config, choice)
+
+    def record(self, config: RunConfig, wrap: Callable[[Head], Head]) -> None:
+        """Decode image 0 of `config` by one model, its head wrapped."""
+        member = self.members(config)[0]
+        watched = replace(member, head=wrap(member.head))
+        batch, channels = self._batch(config, [0]), self.bundle.manifest.geometry.token_dim
+        decode_alone(self.sampler(config), watched, batch, channels)
 
     def generate(
         self,
@@ -108,23 +203,89 @@ class Pipeline:
         """Yield the images of `config`, a batch at a time; `indices` limits it to some of them."""
         check_config(config, self.bundle.manifest)
         wanted = list(range(config.num_images) if indices is None else indices)
-        sampler = self.sampler(config, on_step)
+        sampler, stream = self.sampler(config, on_step), own_stream(self.device)
         for first in range(0, len(wanted), config.batch_size):
             chunk = wanted[first : first + config.batch_size]
-            canvas, statistics = self._decode(config, sampler, self._batch(config, chunk))
-            yield self._images(config, chunk, canvas, statistics), statistics
+            with self._host_threads(), stream():
+                canvas, statistics = self._decode(config, sampler, self._batch(config, chunk))
+                images = self._images(config, chunk, canvas, statistics)
+            if first == 0:
+                self._save_caches()
+            yield images, statistics
+
+    @contextlib.contextmanager
+    def _host_threads(self) -> Iterator[None]:
+        """One thread for PyTorch where another library runs the networks on the CPU.
+
+        What is left to PyTorch there is small: waking its threads took a tenth of the time.
+        """
+        threads = torch.get_num_threads()
+        if self.backend == "onnxruntime" and self.device == "cpu":
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    def _save_caches(self) -> None:
+        """Keep what engines compiled during the first batch."""
+        for timed in self._sessions.values():
+            if isinstance(timed.session, EngineSession):
+                try:
+                    timed.session.save_cache()
+                except OSError as error:
+                    self.notes.append(f"compiled kernels are not kept: {error}")
+
+    def generate_rows(
+        self,
+        config: RunConfig,
+        rows: list[ImageId],
+        on_step: Callable[[Canvas, Statistics], None] = ignore_progress,
+    ) -> tuple[list[GeneratedImage], Statistics]:
+        """The images `rows`, one batch; seeds and labels are those of `rows`, not of `config`.
+
+        Each is what `generate` makes for its seed. Row k of the canvas is `rows[k]`.
+        """
+        check_config(config, self.bundle.manifest)
+        size = config.batch_size
+        padded = list(range(len(rows))) + [0] * (size - len(rows))
+        noise = RowNoise([r.seed for r in rows], [r.index for r in rows], self.device)
+        batch = Batch(
+            torch.tensor(padded, device=self.device),
+            torch.tensor([rows[k].label for k in padded], device=self.device),
+            self.bundle.manifest.geometry.num_classes,
+            len(rows),
+        )
+        sampler = replace(self.sampler(config, on_step), noise=noise)
+        with self._host_threads(), own_stream(self.device)():
+            canvas, statistics = self._decode(config, sampler, batch)
+            made = self._images(config, list(range(len(rows))), canvas, statistics)
+        pairs = zip(made, rows, strict=True)
+        return [replace(m, index=row.index, label=row.label) for m, row in pairs], statistics
+
+    def preview(self, canvas: Canvas, row: int) -> np.ndarray:
+        """Pixels [H, W, C] uint8 of what is known of one row, unknown tokens being zero."""
+        return self._pixels(canvas.tokens[row : row + 1], f"preview of row {row}")[0]
 
     def sampler(
         self, config: RunConfig, on_step: Callable[[Canvas, Statistics], None] = ignore_progress
     ) -> Sampler:
         """The shared ground of the decoding methods for `config`."""
         manifest = self.bundle.manifest
-        schedule = make_schedule(manifest.schedule, config.head_steps).to(self.device)
+        steps, annealing = HeadSteps.parse(config.head_steps), None
+        schedule = make_schedule(manifest.schedule, steps.first).to(self.device)
+        if not steps.constant:
+            counts = {steps.at(index, config.num_iter) for index in range(config.num_iter)}
+            schedules = {n: make_schedule(manifest.schedule, n).to(self.device) for n in counts}
+            annealing = Annealing(steps, schedules)
         plan = MaskPlan(
             manifest.geometry.num_tokens, config.num_iter, config.cfg, config.cfg_schedule
         )
         noise = Noise(config.seed, self.device)
-        return Sampler(plan, schedule, noise, config.temperature, config.reproducible, on_step)
+        return Sampler(
+            plan, schedule, noise, config.temperature, config.reproducible, on_step,
+            annealing=annealing,
+        )  # fmt: skip
 
     def _batch(self, config: RunConfig, chunk: list[int]) -> Batch:
         """The images of `chunk`, padded with repetitions of the first one."""
@@ -156,18 +317,34 @@ class Pipeline:
     def _images(
         self, config: RunConfig, chunk: list[int], canvas: Canvas, statistics: Statistics
     ) -> list[GeneratedImage]:
-        grid = self.bundle.manifest.geometry.grid
-        latents = canvas.tokens.transpose(1, 2).unflatten(2, (grid, grid)).contiguous()
-        session = self.session("decoder")
-        parts = []
-        for piece in latents.split(session.spec.axes["batch"].max):
-            outputs = session(latents=piece)
-            session.spec.check_finite(outputs, f"images {chunk[0]}..{chunk[-1]}")
-            pixels = outputs["images"].add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-            parts.append(pixels.permute(0, 2, 3, 1).cpu())
-        arrays = torch.cat(parts).numpy()
+        arrays = self._pixels(canvas.tokens, f"images {chunk[0]}..{chunk[-1]}")
         verdicts = statistics.per_image or [Verdicts() for _ in chunk]
         return [
             GeneratedImage(image, config.label_of(image), arrays[row], verdicts[row])
             for row, image in enumerate(chunk)
         ]
+
+    def _pixels(self, tokens: torch.Tensor, what: str) -> np.ndarray:
+        """Pixels [B, H, W, C] uint8 of tokens [B, L, C]."""
+        grid = self.bundle.manifest.geometry.grid
+        latents = tokens.transpose(1, 2).unflatten(2, (grid, grid)).contiguous()
+        session = self.session("decoder")
+        parts = []
+        for piece in latents.split(session.spec.axes["batch"].max):
+            outputs = session(latents=piece)
+            session.spec.check_finite(outputs, what)
+            pixels = outputs["images"].add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+            parts.append(pixels.permute(0, 2, 3, 1).cpu())
+        return torch.cat(parts).numpy()
+
+
+def own_stream(device: str) -> Callable[[], AbstractContextManager[object]]:
+    """Makes contexts in which CUDA work is queued on one stream that is not the default one.
+
+    TensorRT synchronises more than it has to on that. Elsewhere they do nothing.
+    """
+    if torch.device(device).type != "cuda":
+        return contextlib.nullcontext
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return lambda: torch.cuda.stream(stream)

@@ -42,7 +42,11 @@ class MaskPlan:
 
     def stop(self, known: int) -> int:
         """Number of known tokens after the step that starts with `known` of them."""
-        return self.boundaries[bisect_right(self.boundaries, known)]
+        return self.boundaries[self.index(known)]
+
+    def index(self, known: int) -> int:
+        """Number, from 0, of the step that starts with `known` of them."""
+        return bisect_right(self.boundaries, known)
 
     def guidance(self, known: int) -> float:
         """Guidance scale of the step that starts with `known` tokens."""

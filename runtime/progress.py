@@ -17,9 +17,9 @@ PLAIN_SECONDS = 10.0
 class RunProgress:
     """Shows images done, tokens of the batch in work, acceptance, and the time left."""
 
-    def __init__(self, title: str, num_images: int, quiet: bool = False) -> None:
+    def __init__(self, title: str, num_images: int, quiet: bool = False, *, done: int = 0) -> None:
         self._console = Console(stderr=True, quiet=quiet)
-        self._title, self._total, self._done = title, num_images, 0
+        self._title, self._total, self._done = title, num_images, done
         self._in_work, self._last = 0, time.monotonic()
         self._bar: Progress | None = None
         if self._console.is_terminal and not quiet:
@@ -31,7 +31,7 @@ class RunProgress:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task(title, total=num_images, note="")
+            self._task = self._bar.add_task(title, total=num_images, completed=done, note="")
 
     def __enter__(self) -> RunProgress:
         if self._bar:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from pydantic import ValidationError
+from rich.console import Console
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
-from cspd.engines.session import CallStats
+from cspd.runtime.batches import FinishedBatch, encode, timed_batches
 from cspd.runtime.config import RunConfig, check_config
+from cspd.runtime.folder import RunFolder
+from cspd.runtime.formats import Layout
 from cspd.runtime.images import read_metadata
-from cspd.runtime.outputs import RunFolder, prepare_folder, run_record
+from cspd.runtime.outputs import run_record
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
 from cspd.runtime.progress import RunProgress
-from cspd.runtime.stats import Statistics
+from cspd.runtime.resume import open_run
+from cspd.runtime.scale import Cluster, Machine, connected, import_ray, pool
+from cspd.runtime.stats import Tally
+from cspd.runtime.stopping import StopWish
 
 
 @dataclass(frozen=True)
@@ -28,65 +36,147 @@ class Outcome:
     """What one run measured."""
 
     config: RunConfig
-    statistics: Statistics
-    seconds: float
-    calls: dict[str, CallStats]
+    tally: Tally
 
 
-def run_images(
-    pipeline: Pipeline, config: RunConfig, folder: RunFolder | None, quiet: bool
-) -> Outcome:
-    """Generate every image of `config`; opening the sessions is not part of the time."""
-    check_config(config, pipeline.bundle.manifest)
-    pipeline.open(config)
-    before = {name: (stats.calls, stats.seconds) for name, stats in pipeline.calls.items()}
-    total, seconds = Statistics(), 0.0
-    with RunProgress(config.method, config.num_images, quiet) as progress:
-        progress.begin_batch(min(config.batch_size, config.num_images))
-        start = time.perf_counter()
-        for images, statistics in pipeline.generate(config, on_step=progress.on_step):
-            seconds += time.perf_counter() - start
-            for image in images if folder else []:
-                folder.add(image)  # type: ignore[union-attr]
-            total.add(statistics)
-            progress.advance(len(images))
-            progress.begin_batch(config.batch_size)
-            start = time.perf_counter()
-    calls = {
-        name: CallStats(stats.calls - before[name][0], stats.seconds - before[name][1])
-        for name, stats in pipeline.calls.items()
-    }
-    return Outcome(config, total, seconds, {n: c for n, c in calls.items() if c.calls})
+@dataclass(frozen=True)
+class Job:
+    """How a run is done; nothing in it changes an image."""
+
+    machine: Machine = field(default_factory=Machine)
+    layout: Layout = field(default_factory=Layout)
+    # Ray instead of this process.
+    cluster: Cluster | None = None
+    overwrite: bool = False
+    # Also run the target alone, on the same sessions and noise, without saving it.
+    baseline: bool = False
+    quiet: bool = False
 
 
 def generate(
-    bundle: Bundle, config: RunConfig, out: Path, *, device: str, threads: int, overwrite: bool,
-    baseline: bool, quiet: bool,
-) -> tuple[dict[str, Any], list[Outcome]]:  # fmt: skip
-    """Generate images into `out`; returns the contents of `run.json` and the measured outcomes.
+    bundle: Bundle, config: RunConfig, out: Path, job: Job
+) -> tuple[dict[str, Any], list[Outcome]]:
+    """Generate the images that `out` lacks; returns `run.json` and the measured outcomes.
 
-    With `baseline` the target alone is run too, on the same sessions and noise, and not saved.
+    A run that is finished already returns its record and no outcome. Raises Interrupted when a
+    signal asked to stop; images in flight were finished and written.
     """
     check_config(config, bundle.manifest)
-    pipeline = Pipeline(bundle, config.backend, device, threads)
+    job.layout.check()
+    pipeline = Pipeline(bundle, config.backend, job.machine.device, job.machine.threads)
+    config, chosen = pipeline.resolve(config)
+    for role, explained in chosen.items():
+        Console(stderr=True, quiet=job.quiet).print(f"{role} head: {explained.reason}")
+    if job.cluster is not None:
+        return _generate_on_ray(bundle, config, out, job, job.cluster)
     pipeline.open(config)
-    prepare_folder(out, overwrite)
-    folder = RunFolder(out, config, bundle)
-    outcomes = [run_images(pipeline, config, folder, quiet)]
-    if baseline and config.method != "target":
-        plain = config.model_copy(update={"method": "target"})
-        outcomes.append(run_images(pipeline, plain, None, quiet))
-    record = run_record(
-        config, bundle, outcomes[0].statistics, outcomes[0].seconds, outcomes[0].calls
-    )
-    if len(outcomes) > 1:
-        record["baseline"] = {
-            "method": "target",
-            "seconds": outcomes[1].seconds,
-            "speed_ratio": outcomes[1].seconds / outcomes[0].seconds,
-        }
-    folder.finish(record)
+    opened = open_run(out, config, bundle, job.layout, overwrite=job.overwrite)
+    with opened as folder, StopWish() as stop:
+        if folder.record is not None:
+            return folder.record, []
+        progress = _progress(folder, job.quiet)
+        session = _write(folder, _here(pipeline, folder, stop, progress), stop, progress)
+        outcomes = [Outcome(config, folder.tally)]
+        record = _record(folder, session)
+        record["cuda_graphs"] = {role: asdict(stats) for role, stats in pipeline.captures.items()}
+        record["notes"] = list(dict.fromkeys(pipeline.notes))
+        if chosen:
+            record["choices"] = {role: explained.reason for role, explained in chosen.items()}
+        if job.baseline and config.method != "target":
+            plain = config.model_copy(
+                update={"method": "target", "head": None, "heads": (), "relax": None}
+            )
+            outcomes.append(measure(pipeline, plain, stop, job.quiet))
+            record["baseline"] = _compare(*outcomes)
+        folder.finish(record)
     return record, outcomes
+
+
+def _generate_on_ray(
+    bundle: Bundle, config: RunConfig, out: Path, job: Job, cluster: Cluster
+) -> tuple[dict[str, Any], list[Outcome]]:
+    """`generate` with workers that compute; this process writes."""
+    import_ray()
+    with open_run(out, config, bundle, job.layout, overwrite=job.overwrite) as folder:
+        if folder.record is not None:
+            return folder.record, []
+        # The signals are ours only once Ray has set its own handlers.
+        with (
+            connected(job.machine, cluster) as ray,
+            pool(ray, bundle, config, job.machine, cluster, folder.missing) as workers,
+            StopWish() as stop,
+        ):
+            count = len(workers.workers)
+            progress = _progress(folder, job.quiet, f", {count} workers")
+            session = _write(folder, workers.batches(stop), stop, progress)
+        record = _record(folder, session | {"workers": count})
+        folder.finish(record)
+    return record, [Outcome(config, folder.tally)]
+
+
+def _here(
+    pipeline: Pipeline, folder: RunFolder, stop: StopWish, progress: RunProgress
+) -> Iterator[FinishedBatch]:
+    """The images that `folder` lacks, made in this process; ends after a signal."""
+    config, missing = folder.config, folder.missing
+    progress.begin_batch(min(config.batch_size, len(missing)))
+    for images, tally in timed_batches(pipeline, config, missing, progress.on_step):
+        files = [encode(config, folder.bundle, image) for image in images]
+        yield FinishedBatch(files, tally, os.getpid())
+        if stop.number is not None:
+            return
+        progress.begin_batch(config.batch_size)
+
+
+def _write(
+    folder: RunFolder,
+    batches: Iterator[FinishedBatch],
+    stop: StopWish,
+    progress: RunProgress,
+) -> dict[str, Any]:
+    """Write every batch as it comes; returns what this session did. Raises Interrupted."""
+    made, begin = 0, time.perf_counter()
+    with progress:
+        for batch in batches:
+            folder.add(batch)
+            made += len(batch.files)
+            progress.advance(len(batch.files))
+    stop.check(folder.state)
+    return {"images": made, "wall_seconds": time.perf_counter() - begin, "workers": 1}
+
+
+def _progress(folder: RunFolder, quiet: bool, note: str = "") -> RunProgress:
+    total = folder.config.num_images
+    done = total - len(folder.missing)
+    return RunProgress(folder.config.method + note, total, quiet, done=done)
+
+
+def _record(folder: RunFolder, session: dict[str, Any]) -> dict[str, Any]:
+    """What goes into run.json; `session` is the part of the work that ended it."""
+    record = run_record(folder.config, folder.bundle, folder.tally)
+    return record | {"layout": folder.identity["layout"], "session": session}
+
+
+def measure(pipeline: Pipeline, config: RunConfig, stop: StopWish, quiet: bool) -> Outcome:
+    """Generate every image of `config` without keeping any."""
+    pipeline.open(config)
+    total = Tally()
+    with RunProgress(config.method, config.num_images, quiet) as progress:
+        progress.begin_batch(min(config.batch_size, config.num_images))
+        everything = list(range(config.num_images))
+        for images, tally in timed_batches(pipeline, config, everything, progress.on_step):
+            total.add(tally)
+            progress.advance(len(images))
+            progress.begin_batch(config.batch_size)
+            stop.check("measuring the target alone")
+    return Outcome(config, total)
+
+
+def _compare(outcome: Outcome, target: Outcome) -> dict[str, Any]:
+    """The target alone against the method, per image."""
+    ours, plain = outcome.tally, target.tally
+    ratio = plain.seconds / plain.images / (ours.seconds / ours.images) if ours.images else None
+    return {"method": "target", "seconds": plain.seconds, "speed_ratio": ratio}
 
 
 def replay(bundle: Bundle, path: Path, *, device: str, threads: int) -> tuple[GeneratedImage, bool]:
@@ -99,13 +189,13 @@ def replay(bundle: Bundle, path: Path, *, device: str, threads: int) -> tuple[Ge
         )
     try:
         config = RunConfig.model_validate(metadata.get("config"))
-        index = int(metadata["image"])
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
+    except ValidationError as error:
         raise CspdError(
             f"{path}: its settings are not valid: {str(error).splitlines()[0]}"
         ) from None
-    if not 0 <= index < config.num_images:
-        raise CspdError(f"{path}: image {index}, expected 0..{config.num_images - 1}")
+    index = metadata.get("image")
+    if type(index) is not int or not 0 <= index < config.num_images:
+        raise CspdError(f"{path}: image {index!r:.20}, expected 0..{config.num_images - 1}")
     pipeline = Pipeline(bundle, config.backend, device, threads)
     images, _ = next(pipeline.generate(config, [index]))
     with Image.open(path) as stored:

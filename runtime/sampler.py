@@ -15,6 +15,7 @@ from cspd.runtime.member import HeadSample, Member, Rows
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.stats import Statistics
+from cspd.runtime.steps import Annealing
 
 
 def ignore_progress(canvas: Canvas, statistics: Statistics) -> None:
@@ -28,7 +29,8 @@ class Sampler:
     With `fixed_shapes`, all shapes depend on the settings alone and never on the other samples of a
     batch, so that an image is the same to the last bit whatever it is generated with.
     `ragged` says that these may know different numbers of tokens. `on_step` is called after every
-    autoregressive step.
+    autoregressive step. `annealing` replaces `schedule` where the number of denoising steps is not
+    the same for all tokens.
     """
 
     plan: MaskPlan
@@ -38,6 +40,7 @@ class Sampler:
     fixed_shapes: bool = True
     on_step: Callable[[Canvas, Statistics], None] = field(default=ignore_progress)
     ragged: bool = False
+    annealing: Annealing | None = None
 
     @property
     def guided(self) -> bool:
@@ -66,6 +69,20 @@ class Sampler:
         column = torch.tensor(scales, device=span.positions.device)
         return column[:, None].expand(-1, span.width)
 
+    def step_counts(self, known: Tensor) -> Tensor | None:
+        """Denoising steps of tokens that are generated when `known` [B, P] are known; [B, P].
+
+        On the host, as `known`; None where all have those of `schedule`.
+        """
+        if self.annealing is None:
+            return None
+        last = self.plan.num_iter - 1
+        by_known = [
+            self.annealing.steps.at(min(self.plan.index(k), last), self.plan.num_iter)
+            for k in range(self.plan.num_tokens + 1)
+        ]
+        return torch.tensor(by_known)[known]
+
     def visible_width(self, known: list[int]) -> int:
         """Padded number of visible tokens for samples that know `known` tokens."""
         return self.plan.num_tokens if self.widened else max(known)
@@ -85,8 +102,12 @@ class Sampler:
         batch: Batch,
         span: Span,
         purpose: Purpose,
+        counts: Tensor | None = None,
     ) -> HeadSample:
-        """Tokens of `span` from their conditions `z` [G, B, P, D]; every result is [B, P, C]."""
+        """Tokens of `span` from their conditions `z` [G, B, P, D]; every result is [B, P, C].
+
+        `counts` [B, P]: denoising steps of each, by default those of the step that `span` starts.
+        """
         images = batch.images[:, None].expand(-1, span.width).flatten()
         rows = Rows(
             conditions=z.flatten(1, 2).contiguous(),
@@ -95,7 +116,15 @@ class Sampler:
             images=images,
             positions=span.positions.flatten().long(),
         )
-        out = member.head(rows, self.schedule, self.noise, purpose)
+        if self.annealing is None:
+            out = member.head(rows, self.schedule, self.noise, purpose)
+        else:
+            if counts is None:
+                counts = self.step_counts(torch.tensor(span.start)[:, None].expand(-1, span.width))
+            assert counts is not None
+            out = self.annealing.sample(
+                member.head, rows, counts.flatten(), self.noise, purpose, whole=self.widened
+            )
         shape = (len(batch), span.width, -1)
         parts = (out.sample, out.mean, out.log_std, out.sum_log_std)
         sampled = HeadSample(*(part.reshape(shape) for part in parts))

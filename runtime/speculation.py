@@ -87,17 +87,17 @@ class StepLog:
     def __init__(self, tokens: int, num_steps: int) -> None:
         self.tokens, self.num_steps = tokens, num_steps
         self.rounds = self.rows = 0
-        self._outcomes: list[np.ndarray] = []
+        self._outcomes: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, step: np.ndarray, accepted: np.ndarray, draws: np.ndarray, rows: int) -> None:
         """One round: per token [N] its first step (-1: finished), accepted tests, draws."""
-        self._outcomes.append(np.stack([step, accepted, draws]))
+        self._outcomes.append((step, accepted, draws))
         self.rounds += 1
         self.rows += rows
 
     def stats(self) -> SpeculationStats:
         """Counts over all rounds."""
-        step, accepted, draws = np.concatenate(self._outcomes, axis=1)
+        step, accepted, draws = (np.concatenate(v) for v in zip(*self._outcomes, strict=True))
         step, accepted, draws = (v[step >= 0] for v in (step, accepted, draws))
         end = step - accepted
         refused = np.bincount(end[draws > 0], minlength=self.num_steps)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from pydantic import TypeAdapter
+
+from cspd.engines.session import CallStats
+
 
 @dataclass
 class Verdicts:
@@ -67,3 +71,27 @@ class Statistics:
         """Mean Euclidean distance between draft tokens and the target's aligned samples."""
         judged = self.verdicts.proposed - self.verdicts.discarded
         return self.distance_sum / judged if judged else None
+
+
+@dataclass
+class Tally:
+    """Counts of some images: `seconds` of computation, without opening sessions or writing."""
+
+    images: int = 0
+    seconds: float = 0.0
+    statistics: Statistics = field(default_factory=Statistics)
+    calls: dict[str, CallStats] = field(default_factory=dict)
+
+    def add(self, other: Tally) -> None:
+        """Add the counts of other images."""
+        self.images += other.images
+        self.seconds += other.seconds
+        self.statistics.add(other.statistics)
+        for name, stats in other.calls.items():
+            own = self.calls.setdefault(name, CallStats())
+            own.calls += stats.calls
+            own.seconds += stats.seconds
+
+
+# Tallies as JSON and back.
+TALLY: TypeAdapter[Tally] = TypeAdapter(Tally)

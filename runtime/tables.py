@@ -9,28 +9,37 @@ from rich.table import Table
 from cspd.engines.bundle import Bundle
 from cspd.engines.doctor import Diagnosis
 from cspd.runtime.run import Outcome
+from cspd.runtime.stats import Tally
 
 
 def outcome_table(outcomes: list[Outcome], bundle: Bundle) -> Table:
     """A line per method: images, time, acceptance, calls, speed against the target alone."""
-    baseline = next((o.seconds for o in outcomes if o.config.method == "target"), None)
+    baseline = next((o.tally for o in outcomes if o.config.method == "target"), None)
     title = "synthetic weights: images mean nothing" if bundle.manifest.synthetic else None
     table = Table(
         "method", "images", "seconds", "acceptance", "target calls", "draft calls", title=title
     )
     table.add_column("speed vs target")
     for outcome in outcomes:
-        rate = outcome.statistics.verdicts.acceptance_rate
+        tally = outcome.tally
+        rate = tally.statistics.verdicts.acceptance_rate
         table.add_row(
             outcome.config.method,
-            str(outcome.config.num_images),
-            f"{outcome.seconds:.2f}",
+            str(tally.images),
+            f"{tally.seconds:.2f}",
             "-" if rate is None else f"{rate:.1%}",
-            str(outcome.statistics.target_steps),
-            str(outcome.statistics.draft_steps),
-            "-" if baseline is None else f"{baseline / outcome.seconds:.2f}x",
+            str(tally.statistics.target_steps),
+            str(tally.statistics.draft_steps),
+            _speed(tally, baseline),
         )
     return table
+
+
+def _speed(tally: Tally, baseline: Tally | None) -> str:
+    """Images per second against those of `baseline`."""
+    if baseline is None or not tally.images:
+        return "-"
+    return f"{baseline.seconds / baseline.images * tally.images / tally.seconds:.2f}x"
 
 
 def doctor_table(diagnosis: Diagnosis) -> Group:

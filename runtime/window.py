@@ -26,7 +26,9 @@ REACH = (
     0.5,
     0.7,
 )  # least probabilities of being reached that rows are tried at
+WINDOWS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 PRIOR_WEIGHT = 8.0  # tests that the prior acceptance counts for, per step
+SLOW_MS = 2000.0  # a run of this length is measured once
 MARGIN = 0.97  # speculation must promise to take less than this share of plain stepping
 CORRECTION_RATE = 0.3
 
@@ -61,33 +63,46 @@ def cost_key(facts: Mapping[str, str]) -> str:
 def measure_costs(
     plain: Callable[[int], float], rounds: Callable[[int, int], tuple[float, float]], *,
     key: str, num_steps: int, tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
-    windows: tuple[int, ...] = (4, 16), repeats: int = 3,
+    windows: tuple[int, ...] = (4, 16), repeats: int = 5,
 ) -> CostRecord:  # fmt: skip
     """Measure both ways end to end, noise and host included; the least of `repeats` runs counts.
 
     `plain(tokens)` steps through a chain and returns its milliseconds; `rounds(tokens, window)`
-    speculates and returns (mean rows per call, milliseconds per round). Each is run once before.
+    speculates and returns (mean rows per call, milliseconds per round). The first pass over
+    everything warms up and counts only where it took long; the passes spread a load that comes and
+    goes over all sizes.
     """
-    chains, calls = [], []
-    for count in tokens:
-        chains.append((float(count), _least(lambda: plain(count), repeats)))  # noqa: B023
-        for window in windows:
-            rounds(count, window)
-            calls.append(min((rounds(count, window) for _ in range(repeats)), key=lambda p: p[1]))
+    chains: dict[int, float] = {}
+    calls: dict[tuple[int, int], tuple[float, float]] = {}
+    for repeat in range(repeats + 1):
+        for count in tokens:
+            if repeat == 0 or chains[count] < SLOW_MS:
+                chains[count] = _least(plain(count), chains.get(count), repeat)
+            for window in windows:
+                known = calls.get((count, window))
+                if known is None or known[1] * num_steps / window < SLOW_MS:
+                    size, spent = rounds(count, window)
+                    calls[count, window] = size, _least(spent, known and known[1], repeat)
     return CostRecord(
-        key=key, num_steps=num_steps, plain=tuple(chains), rounds=tuple(sorted(calls))
+        key=key,
+        num_steps=num_steps,
+        plain=tuple((float(count), spent) for count, spent in chains.items()),
+        rounds=tuple(sorted(calls.values())),
     )
 
 
-def _least(run: Callable[[], float], repeats: int) -> float:
-    run()
-    return min(run() for _ in range(repeats))
+def _least(spent: float, known: float | None, repeat: int) -> float:
+    """The least so far; what the first pass took is forgotten unless it is all there is."""
+    return spent if known is None or repeat <= 1 else min(spent, known)
 
 
 def cost_at(points: tuple[tuple[float, float], ...], size: np.ndarray | float) -> np.ndarray:
-    """Cost at `size`: a non-decreasing, piecewise linear curve through `points`, extrapolated."""
+    """Cost at `size`: a non-decreasing, piecewise linear curve below `points`, extrapolated.
+
+    Below, because other load only ever adds to a measurement.
+    """
     sizes, costs = np.array(points).T
-    costs = np.maximum.accumulate(costs)
+    costs = np.minimum.accumulate(costs[::-1])[::-1]
     slope = (costs[-1] - costs[0]) / max(sizes[-1] - sizes[0], 1e-9)
     return np.interp(size, sizes, costs) + slope * np.maximum(np.asarray(size) - sizes[-1], 0)
 
@@ -205,7 +220,7 @@ class WindowChooser:
         return best
 
     def _candidates(self, acceptance: np.ndarray) -> list[np.ndarray]:
-        windows = {min(w, self.max_window) for w in (2, 3, 4, 6, 8, 12, 16, 24, 32)}
+        windows = {min(w, self.max_window) for w in WINDOWS}
         tried = {tuple(depths(acceptance, w, r)) for w in windows for r in REACH}
         return [np.array(depth) for depth in sorted(tried)]
 

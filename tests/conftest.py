@@ -5,9 +5,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
+# Time is no test: a busy machine must not fail one. tests/fuzz has profiles of its own.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 

@@ -112,6 +112,7 @@ class Bench:
     say: Callable[[str], None] = print
     pattern: AcceptancePattern | None = None
     pipelines: dict[str, Pipeline] = field(default_factory=dict)
+    warmed: set[tuple[str, str, int]] = field(default_factory=set)
 
     def run(self, points: list[Point]) -> None:
         """Measure what the journal does not hold yet: start-up, warm-up, probes, batches."""
@@ -121,6 +122,8 @@ class Bench:
             if repeat == 0:
                 self._probes(points)
             if not self.journal.has(point.id, repeat) and not self._gave_up(point):
+                if repeat != WARM_UP and point.warm_key not in self.warmed:
+                    self._attempt(point, WARM_UP)  # a resumed run is cold again
                 line = self._attempt(point, repeat)
                 self.journal.append(line)
                 self.say(f"[{number}/{len(jobs)}] {describe(line)}")
@@ -168,6 +171,7 @@ class Bench:
         batches = list(pipeline.generate(config, range(first, first + config.batch_size)))
         seconds = time.perf_counter() - start
         cpu = time.process_time() - start_cpu if self.device == "cpu" else None
+        self.warmed.add(point.warm_key)
         images, statistics = batches[0]
         if point.quality and repeat >= 0:
             self._keep(point, repeat, np.stack([image.pixels for image in images]))
@@ -208,7 +212,7 @@ class Bench:
         else:
             module = graph_module(self.bundle, label)
         # Unrolled, a whole denoising loop would take hours to compile.
-        inner = module.step if isinstance(module, DenoiserLoopGraph) else module
+        inner = module.reference if isinstance(module, DenoiserLoopGraph) else module
         return TorchSession(session.spec, _Compiled(module, inner), session.device)
 
     def _starts(self, points: list[Point]) -> None:

@@ -1,7 +1,8 @@
 """Everything that needs a GPU in one command under eight minutes, into one JSON file.
 
-Runs the tests marked `gpu`, then builds the engines of every graph of a bundle for this GPU,
-compares them with ONNX Runtime on the CPU, and measures them, alone and as a captured loop.
+Runs the tests marked `gpu`; builds the engines of every graph of a bundle for this GPU, compares
+and times them one by one, alone and as a captured loop; climbs the parity ladder with them; and
+measures whole images by every method.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,22 @@ from cspd.engines.cuda_graph import CapturedLoop, Run, relative_error
 from cspd.engines.doctor import diagnose
 from cspd.engines.errors import CspdError
 from cspd.engines.session import Session
-from cspd.engines.trt_build import build_engine
-from cspd.engines.trt_load import EngineFile, Placement, load_engine
 from cspd.engines.trt_options import BuildOptions
 from cspd.engines.trt_session import TrtSession
+from cspd.runtime.config import make_config
+from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.run import measure
+from cspd.runtime.stopping import StopWish
+from cspd.tools import parity
+from cspd.tools.engine_bundle import with_engines
+from cspd.tools.parity_measure import Row, Skipped
 
+# Cheapest first: what time is left decides how far the ladder is climbed.
+LADDER = ("backends", "trajectory", "decisions", "image")
+METHODS = ("target", "cspd", "lossless", "draft")
 REPEATS = 20
+BATCH = 8
+RESERVE = 30  # seconds: no piece of work is begun with less
 LOOP_STEPS = 100
 LOOP_ROWS = 64
 CALM = 0.1  # of the schedule in example inputs: random coefficients would make the loop explode
@@ -67,13 +79,78 @@ def main(bundle: Path, backend: str, seconds: int, out: Path) -> None:
         opened = open_bundle(bundle)
     except CspdError as error:
         raise click.ClickException(str(error)) from None
-    report["tests"] = run_tests(deadline.left() / 2)
-    report["graphs"] = check_graphs(opened, backend, deadline)
-    report["ok"] = report["tests"]["ok"] and all(g["ok"] for g in report["graphs"].values())
+    report["tests"] = run_tests(deadline.left() / 4)
+    with tempfile.TemporaryDirectory() as folder:
+        built, failed = with_engines(
+            opened, BuildOptions(flavour=backend), Path(folder), lambda: deadline.left() > 200
+        )
+        report["not_built"] = failed
+        report["graphs"] = check_graphs(built, backend, deadline)
+        report["benchmark"] = attempt(lambda: benchmark(built, backend, "cuda", deadline))
+        report["ladder"] = attempt(lambda: climb(built, backend, deadline))
+    report["ok"] = succeeded(report)
     report["seconds"] = round(seconds - deadline.left(), 1)
     out.write_text(json.dumps(report, indent=1) + "\n")
     click.echo(f"{'passed' if report['ok'] else 'FAILED'}: {out}")
     sys.exit(0 if report["ok"] else 1)
+
+
+def succeeded(report: Mapping[str, Any]) -> bool:
+    """Whether every part of the report did all of its work and found nothing wrong."""
+    parts = [report["tests"], report["benchmark"], report["ladder"], *report["graphs"].values()]
+    return not report["not_built"] and all(part["ok"] for part in parts)
+
+
+def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The findings of `work`, or how it failed; the rest of the check goes on."""
+    try:
+        return work()
+    except (CspdError, RuntimeError) as error:
+        return {"ok": False, "error": str(error)}
+
+
+def benchmark(bundle: Bundle, backend: str, device: str, deadline: Deadline) -> dict[str, Any]:
+    """Time of a batch of images by every method, after one batch to warm up and capture."""
+    results: dict[str, Any] = {"ok": True, "methods": {}}
+    pipeline = Pipeline(bundle, backend, device)
+    labels = tuple(range(bundle.manifest.geometry.num_classes))
+    for method in METHODS:
+        if deadline.left() < RESERVE:
+            results["ok"] = False
+            results["methods"][method] = "no time left"
+            continue
+        values = {**bundle.manifest.defaults, "method": method, "backend": backend}
+        config = make_config(**values, labels=labels, num_images=BATCH, batch_size=BATCH)
+        cold, warm = (measure(pipeline, config, StopWish(), True).tally for _ in range(2))
+        results["methods"][method] = {
+            "first_batch_seconds": cold.seconds,
+            "seconds": warm.seconds,
+            "images": BATCH,
+            "acceptance_rate": warm.statistics.verdicts.acceptance_rate,
+            "graphs": {name: asdict(stats) for name, stats in warm.calls.items()},
+        }
+    results["cuda_graphs"] = {role: asdict(stats) for role, stats in pipeline.captures.items()}
+    results["notes"] = pipeline.notes
+    return results
+
+
+def climb(bundle: Bundle, backend: str, deadline: Deadline) -> dict[str, Any]:
+    """The parity ladder with `backend` against PyTorch on the CPU, as far as time allows."""
+    ladder = parity.make_ladder(
+        bundle, backends=(backend,), num_iter=4, head_steps=20, seeds=1, budget=2.0
+    )
+    rows: list[Row] = []
+    skipped: list[Skipped] = []
+    left: list[str] = []
+    for rung in LADDER:
+        if deadline.left() < RESERVE:
+            left.append(rung)
+            continue
+        found, unable = parity.climb(ladder, [rung])
+        rows, skipped = rows + found, unable
+    record = parity.to_json(ladder, rows, skipped, [])
+    ran = any(row.rung == "backends" for row in rows)
+    return {"ok": record["passed"] and ran and not left, "not_climbed": left, **record}
 
 
 def run_tests(seconds: float) -> dict[str, Any]:
@@ -90,41 +167,36 @@ def run_tests(seconds: float) -> dict[str, Any]:
 
 
 def check_graphs(bundle: Bundle, backend: str, deadline: Deadline) -> dict[str, dict[str, Any]]:
-    """Findings for every graph of the bundle; one that fails does not stop the others."""
+    """Findings for every graph with an engine; one that fails does not stop the others."""
     results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder, torch.cuda.stream(torch.cuda.Stream()):
-        for label in bundle.manifest.graphs():
-            if deadline.left() < 30:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for label, graph in bundle.manifest.graphs().items():
+            if deadline.left() < RESERVE:
                 results[label] = {"ok": False, "error": "no time left"}
-                continue
-            try:
-                results[label] = check_graph(bundle, label, backend, Path(folder))
-            except (CspdError, RuntimeError) as error:
-                results[label] = {"ok": False, "error": str(error)}
+            elif backend in graph.engines:
+                results[label] = attempt(partial(check_graph, bundle, label, backend))
     return results
 
 
-def check_graph(bundle: Bundle, label: str, backend: str, folder: Path) -> dict[str, Any]:
-    """Build, parity at three sizes, and time of one graph."""
-    spec, path = bundle.graph(label).spec, folder / f"{label.replace('/', '-')}.engine"
-    built = build_engine(bundle.graph_file(label), spec, BuildOptions(flavour=backend), path)
-    device = torch.device("cuda", torch.cuda.current_device())
-    file = EngineFile(path, backend, built.version, built.sha256)
-    placement = Placement(device, torch.cuda.get_device_name(), spec.capturable, folder)
-    session = TrtSession(spec, load_engine(file, placement), device=device)
+def check_graph(bundle: Bundle, label: str, backend: str) -> dict[str, Any]:
+    """Parity at three sizes, and time of one graph."""
+    session = open_session(bundle, label, backend, device="cuda")
+    assert isinstance(session, TrtSession)
+    spec = session.spec
     reference = open_session(bundle, label, "onnxruntime")
-    errors = {which: parity(session, reference, which) for which in ("min", "opt", "max")}
+    errors = {which: parity_at(session, reference, which) for which in ("min", "opt", "max")}
     limits = {tensor.name: tensor.tolerance or 0.0 for tensor in spec.outputs}
     result: dict[str, Any] = {
         "ok": all(error <= limits[n] for size in errors.values() for n, error in size.items()),
-        "build": built.model_dump(mode="json"),
+        "build": bundle.graph(label).engines[backend].model_dump(mode="json"),
         "relative_error": errors,
         "limits": limits,
         "latency_ms": latency_ms(lambda inputs: session(**inputs), inputs_of(session, "opt")),
-        "notes": session.loaded.notes,
+        "notes": session.notes,
     }
     if spec.name == "denoiser":
         result["loop"] = captured_loop(session)
+        session.save_cache()
     return result
 
 
@@ -136,7 +208,7 @@ def inputs_of(session: Session, which: str) -> dict[str, Tensor]:
     return {name: tensor.to(session.device) for name, tensor in inputs.items()}
 
 
-def parity(session: Session, reference: Session, which: str) -> dict[str, float]:
+def parity_at(session: Session, reference: Session, which: str) -> dict[str, float]:
     """Relative error of the norm of every output against `reference`, at the sizes `which`."""
     inputs = inputs_of(session, which)
     found = {name: value.cpu() for name, value in session(**inputs).items()}

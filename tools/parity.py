@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cspd.runtime.outputs import environment, tool_version
 from cspd.tools.parity_bisect import Suspect, bisect
 from cspd.tools.parity_ladder import Ladder, candidates
 from cspd.tools.parity_measure import ErrorStats, Row, Skipped, finite, worst
+from cspd.tools.parity_polygraphy import compare_graphs
 from cspd.tools.parity_rungs import RUNGS
 from cspd.tools.provenance import command_line, commit
 from cspd.tools.terminal import open_console
@@ -145,18 +147,27 @@ def verdict(row: Row) -> str:
     "--budget", default=20.0, show_default=True, help="Largest random call, in 1e9 operations."
 )
 @click.option("--bisect", "with_bisect", is_flag=True, help="Name the worst nodes of each graph.")
+@click.option(
+    "--polygraphy",
+    is_flag=True,
+    help="Instead: ONNX Runtime against TensorRT tensor by tensor, --backend says which.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print every row as JSON.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the JSON to this file.")
 def command(
     bundle: Path | None, rungs: tuple[str, ...], backends: tuple[str, ...], images: int,
     num_iter: int, head_steps: int | None, device: str, seeds: int, budget: float,
-    with_bisect: bool, as_json: bool, out: Path | None,
+    with_bisect: bool, polygraphy: bool, as_json: bool, out: Path | None,
 ) -> None:  # fmt: skip
     """Compare every network of BUNDLE with PyTorch; exit code 1 if one differs too much."""
     from cspd.runtime.cli import shipped_bundle
 
+    opened = open_bundle(bundle or shipped_bundle())
+    if polygraphy:
+        _polygraphy(opened, backends or ("tensorrt",), as_json, out)
+        return
     ladder = make_ladder(
-        open_bundle(bundle or shipped_bundle()), backends=backends, images=images,
+        opened, backends=backends, images=images,
         num_iter=num_iter, head_steps=head_steps, seeds=seeds, budget=budget, device=device,
     )  # fmt: skip
     rows, skipped = climb(ladder, rungs or RUNGS)
@@ -171,6 +182,30 @@ def command(
     else:
         _show(rows, skipped, suspects)
     if failures(rows):
+        raise SystemExit(1)
+
+
+def _polygraphy(bundle: Bundle, backends: tuple[str, ...], as_json: bool, out: Path | None) -> None:
+    """Compare every graph on each of `backends`; exit code 1 if a tensor leaves its tolerance."""
+    found = [
+        (backend, comparison)
+        for backend in backends
+        for comparison in compare_graphs(bundle, bundle.manifest.graphs(), backend)
+    ]
+    record = {
+        "schema": SCHEMA, "kind": "polygraphy", "tool": tool_version(),
+        "bundle": {"sha256": bundle.sha256, "synthetic": bundle.manifest.synthetic},
+        "host": environment(),
+        "graphs": finite([{"backend": backend, **asdict(item)} for backend, item in found]),
+    }  # fmt: skip
+    text = json.dumps(record, indent=1)
+    if out is not None:
+        out.write_text(text + "\n")
+    for backend, comparison in found:
+        click.echo(f"{backend} {comparison.text}", err=as_json)
+    if as_json:
+        click.echo(text)
+    if any(comparison.first for _, comparison in found):
         raise SystemExit(1)
 
 

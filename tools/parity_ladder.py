@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cspd.engines.backends import BACKENDS, open_session
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
+from cspd.engines.manifest import Role
 from cspd.engines.schedule import Schedule, make_schedule
 from cspd.engines.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
@@ -26,6 +27,7 @@ from cspd.runtime.config import RunConfig
 from cspd.runtime.member import Rows
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.steps import HeadSteps
 from cspd.tools.parity_measure import Skipped
 from cspd.tools.probe import ProbePipeline, Recorder, call, record_inputs
 
@@ -77,7 +79,9 @@ class Ladder:
     @cached_property
     def schedule(self) -> Schedule:
         """The denoising schedule of the run."""
-        return make_schedule(self.bundle.manifest.schedule, self.config.head_steps)
+        return make_schedule(
+            self.bundle.manifest.schedule, HeadSteps.parse(self.config.head_steps).first
+        )
 
     @cached_property
     def recorded(self) -> dict[str, list[Inputs]]:
@@ -96,7 +100,7 @@ class Ladder:
                 calls |= self._record_rounds(role, calls[f"{role}/denoiser"][-1])
         return calls
 
-    def _record_rounds(self, role: str, step: Inputs) -> dict[str, list[Inputs]]:
+    def _record_rounds(self, role: Role, step: Inputs) -> dict[str, list[Inputs]]:
         """Inputs of speculative rounds of `role`, which samples the tokens of one recorded step."""
         recorder, count = Recorder(), len(step["x"])
         pipeline = ProbePipeline(self.bundle, "torch", wrap=recorder.wrap)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cspd.engines.errors import MissingExtraError
+from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.runtime.outputs import tool_version
 from cspd.tools.report_markdown import markdown
 from cspd.tools.report_parts import Card, Section
@@ -40,7 +40,21 @@ class Report:
 
 
 def build_report(sources: list[Source], plots: Path | None) -> Report:
-    """The report on `sources`; the plots are also written to the folder `plots` as PNG."""
+    """The report on `sources`; the plots are also written to the folder `plots` as PNG.
+
+    Raises CspdError for records whose fields are missing or of another type.
+    """
+    try:
+        return _collect(sources, plots)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        names = ", ".join(str(source.folder) for source in sources)
+        raise CspdError(
+            f"{names}: results are not as this version writes them "
+            f"({type(error).__name__}: {error}); make them again"
+        ) from error
+
+
+def _collect(sources: list[Source], plots: Path | None) -> Report:
     try:
         from cspd.tools import report_page  # noqa: F401
         from cspd.tools import report_sections as made

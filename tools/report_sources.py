@@ -54,7 +54,9 @@ def _sources_in(path: Path) -> Iterable[Source]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
-    except ValueError as error:
+    except OSError as error:
+        raise CspdError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise CspdError(f"{path}: not JSON: {error}") from None
     if not isinstance(record, dict):
         raise CspdError(f"{path}: not a record of ours")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fake_gpu import FakeEngine, FakeStreams
+from fake_gpu import FakeEngine, FakeGraphs, FakeStreams
 from tiny_graphs import GetGraph
 from torch import Tensor
 
@@ -15,28 +15,6 @@ from cspd.engines.trt_session import TrtSession
 
 STEPS = 5
 CPU = torch.device("cpu")
-
-
-class FakeGraphs:
-    """Replays by calling the work again, on the tensors it was captured with."""
-
-    def __init__(self, fail: Exception | None = None) -> None:
-        self.captures = 0
-        self.replaying = False
-        self._fail = fail
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        if self._fail is not None:
-            raise self._fail
-        self.captures += 1
-        work()
-
-        def replay() -> None:
-            self.replaying = True
-            work()
-            self.replaying = False
-
-        return replay
 
 
 class Scaled:

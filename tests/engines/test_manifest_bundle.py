@@ -31,8 +31,8 @@ SPEC = GraphSpec(
 )
 FILES = {
     "target/weights.safetensors": b"weights of the target",
-    "target/backbone.onnx": b"a graph",
-    "decoder/decoder.onnx": b"another graph",
+    "target/backbone.onnx": b"\x08\x0a",
+    "decoder/decoder.onnx": b"\x08\x0b",
 }
 
 

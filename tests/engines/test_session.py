@@ -6,13 +6,14 @@ import sys
 import pytest
 import torch
 from onnx import helper
-from tiny_graphs import write_onnx, xy_spec
+from tiny_graphs import GetGraph, write_onnx, xy_spec
 
 from cspd.engines.errors import CspdError, MissingExtraError
-from cspd.engines.ort_session import ort_session
+from cspd.engines.ort_session import OrtBoundSession, ort_session
 from cspd.engines.session import TimedSession, TorchSession
 
-BACKENDS = ["torch", "onnxruntime"]
+# "bound" is the way to CUDA, with the CPU as its device.
+BACKENDS = ["torch", "onnxruntime", "bound"]
 
 
 class Double(torch.nn.Module):
@@ -24,7 +25,10 @@ def make_session(backend, folder):
     if backend == "torch":
         return TorchSession(xy_spec(), Double(), torch.device("cpu"))
     path = write_onnx(folder / "double.onnx", [helper.make_node("Add", ["x", "x"], ["y"])])
-    return ort_session(str(path), xy_spec(), threads=1)
+    session = ort_session(str(path), xy_spec(), threads=1)
+    if backend == "bound":
+        return OrtBoundSession(session._session, session.spec, torch.device("cpu"))
+    return session
 
 
 @pytest.fixture(params=BACKENDS)
@@ -131,3 +135,18 @@ def test_refused_call_is_not_counted(session):
     with pytest.raises(CspdError):
         timed(x=torch.ones(1, 3))
     assert timed.stats.calls == 0
+
+
+@pytest.mark.parametrize("visible", [0, 3])
+def test_bound_tensors_give_the_same_also_where_one_is_empty(graph: GetGraph, visible):
+    tiny = graph("backbone", "fp32")
+    plain = ort_session(str(tiny.path), tiny.spec, threads=1)
+    bound = OrtBoundSession(plain._session, tiny.spec, torch.device("cpu"))
+    inputs = tiny.spec.example_inputs({"batch": 2, "visible": visible, "positions": 3})
+    assert torch.equal(bound(**inputs)["z"], plain(**inputs)["z"])
+
+
+def test_bound_tensors_must_lie_on_the_device(tmp_path):
+    session = make_session("bound", tmp_path)
+    with pytest.raises(CspdError, match="x lies on meta, expected cpu"):
+        session(x=torch.ones(2, 4, device="meta"))

@@ -6,6 +6,7 @@ order are right. On a machine with a GPU the real engines run (marked gpu).
 
 import hashlib
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -202,8 +203,28 @@ def test_what_does_not_run_here_is_refused_by_tensorrt(
         words = "no GPU or driver found, see cspd-run doctor"
     else:
         words = "MALFORMED_ENGINE"
-    with pytest.raises(BundleError, match=words):
+    with pytest.raises(BundleError, match=words) as error:
         load_engine(engine_file, PLACEMENT)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("validity", ["INVALID", "SUBOPTIMAL"])
+def test_the_verdict_of_tensorrt_rtx_comes_before_the_loading(engine_file, validity):
+    """An engine for other GPUs; the verdict itself needs one, so it is given."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    verdict = trt.EngineValidity.__members__[validity]
+    reason = int(trt.EngineInvalidityDiagnostics.UNSUPPORTED_CC)
+    runtime = SimpleNamespace(get_engine_validity=lambda blob: (verdict, reason))
+    if validity == "SUBOPTIMAL":
+        (note,) = trt_load._check_validity(trt, runtime, b"", engine_file, [])
+        assert "slower than it could (UNSUPPORTED_CC); rebuild it with" in note
+        return
+    with pytest.raises(BundleError) as error:
+        trt_load._check_validity(trt, runtime, b"", engine_file, ["[x] wrong GPU"])
+    assert str(error.value) == (
+        "backbone.engine: does not run on this machine (UNSUPPORTED_CC: [x] wrong GPU); "
+        "rebuild it with: cspd-export build --backend tensorrt-rtx"
+    )
 
 
 class FakeRuntime:
@@ -262,12 +283,14 @@ def test_contexts_share_the_memory_that_torch_owns(fake_tensorrt, tmp_path, capt
     assert [path.name for path in tmp_path.iterdir()] == ["x.engine"]
 
 
-def test_an_engine_for_another_gpu_is_refused(fake_tensorrt, tmp_path):
-    file = plain_file(tmp_path / "x.engine", b"of another GPU")
-    with pytest.raises(
-        BundleError, match=r"cannot load it; rebuild it with: .* --backend tensorrt"
-    ):
-        load_engine(file, Placement(CPU, "gpu", True))
+def test_an_engine_for_another_gpu_is_refused_in_one_line(fake_tensorrt, tmp_path):
+    file = replace(plain_file(tmp_path / "x.engine", b"of another GPU"), gpu="NVIDIA A100")
+    with pytest.raises(BundleError) as error:
+        load_engine(file, Placement(CPU, "NVIDIA H100", True))
+    assert str(error.value) == (
+        "x.engine: TensorRT cannot load it (built on NVIDIA A100, this is NVIDIA H100: "
+        "TensorRT gave no reason); rebuild it with: cspd-export build --backend tensorrt"
+    )
 
 
 class FakeCache:

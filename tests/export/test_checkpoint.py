@@ -98,7 +98,7 @@ def test_safetensors_and_bare_state_dicts(tmp_path, draft_state):
 
 def test_tensors_stay_on_disk(tmp_path):
     state = meta_state(PRESETS["mar-b"])
-    write_sparse_safetensors(tmp_path / "m.safetensors", state, "I8", 1)
+    write_sparse_safetensors(tmp_path / "m.safetensors", state, "F8_E4M3", 1)
     before = resident_bytes()
     loaded = load_mar(tmp_path / "m.safetensors", "mar-b")
     assert sum(tensor.nbytes for tensor in loaded.state.values()) > 200_000_000
@@ -253,7 +253,7 @@ def test_vae_keeps_the_decoder_only(tmp_path, suffix):
     if suffix == ".ckpt":
         torch.save({"model": full, "epoch": 1}, path)
     else:
-        write_sparse_safetensors(path, full, "I8", 1)
+        write_sparse_safetensors(path, full, "F8_E4M3", 1)
     loaded = load_vae(path)
     assert set(loaded.state) == set(names)
     assert loaded.source == ("model" if suffix == ".ckpt" else "safetensors")

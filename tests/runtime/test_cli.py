@@ -51,6 +51,13 @@ BAD = {
     "cfg nan": (("--cfg", "nan"), 1, ["--cfg is nan"]),
     "temperature": (("--temperature", "0"), 1, ["--temperature is 0"]),
     "accept": (("--accept-temperature", "-1"), 1, ["--accept-temperature is -1"]),
+    "unbalanced": (
+        ("--class-balanced", "--labels", "1,2", "--num-images", "3"),
+        1,
+        ["--class-balanced: --num-images is 3, expected a multiple of the 2 classes"],
+    ),
+    "format": (("--format", "gif"), 2, ["--format", "'webdataset'"]),
+    "shard size": (("--shard-size", "0"), 2, ["--shard-size"]),
     "batch": (("--batch-size", "0"), 1, ["--batch-size is 0"]),
     "gamma text": (("--gamma", "many"), 2, ["--gamma", "not a valid integer"]),
     "method": (("--method", "magic"), 2, ["--method", "'target'"]),

@@ -16,8 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 from cspd.engines.errors import CspdError
 from cspd.runtime.cli import main
 from cspd.runtime.config import RunConfig
+from cspd.runtime.formats import Layout
 from cspd.runtime.images import CAPTION, grid, read_metadata, shorten, to_pillow, write_png
-from cspd.runtime.outputs import prepare_folder
+from cspd.runtime.resume import open_run
 from cspd.runtime.stats import Verdicts
 
 OPTIONS = (
@@ -233,28 +234,35 @@ def test_replay_to_a_place_that_is_none(finished, tiny_bundle, tmp_path):
     assert str(out) in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_prepare_folder_makes_it(tmp_path):
-    prepare_folder(tmp_path / "a" / "b", overwrite=False)
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+def config_of(record: dict, **changes) -> RunConfig:
+    return RunConfig.model_validate(record["config"] | changes)
 
 
-def test_overwriting_removes_files_of_runs_only(finished, tmp_path):
+def test_opening_makes_the_folder(finished, tiny_bundle, tmp_path):
+    with open_run(tmp_path / "a" / "b", config_of(finished[1]), tiny_bundle, Layout()) as run:
+        assert run.missing == [0, 1, 2, 3, 4] and run.record is None
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["unfinished.jsonl"]
+
+
+def test_overwriting_removes_files_of_runs_only(finished, tiny_bundle, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(finished[0], folder)
-    mine = ("notes.txt", "photo.png", ".hidden")
+    mine = ("notes.txt", "photo.png", ".hidden", ".my.12.tmp")
     for name in mine:
         (folder / name).write_text("mine")
-    with pytest.raises(CspdError, match="is not empty; choose another --out or add --overwrite"):
-        prepare_folder(folder, overwrite=False)
+    other = config_of(finished[1], seed=12)
+    with pytest.raises(CspdError, match=r"seed is 11 there, 12 here.*or add --overwrite"):
+        open_run(folder, other, tiny_bundle, Layout())
     assert len(list(folder.iterdir())) == 8 + len(mine)
-    prepare_folder(folder, overwrite=True)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(mine)
+    with open_run(folder, other, tiny_bundle, Layout(), overwrite=True) as run:
+        assert len(run.missing) == 5
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*mine, "unfinished.jsonl"])
 
 
-def test_folder_of_something_else_is_never_overwritten(tmp_path):
+def test_folder_of_something_else_is_never_overwritten(finished, tiny_bundle, tmp_path):
     (tmp_path / "00001.png").write_text("a picture of mine")
-    with pytest.raises(CspdError, match="holds files that are not a finished run"):
-        prepare_folder(tmp_path, overwrite=True)
+    with pytest.raises(CspdError, match="holds files that are not a run"):
+        open_run(tmp_path, config_of(finished[1]), tiny_bundle, Layout(), overwrite=True)
     assert (tmp_path / "00001.png").read_text() == "a picture of mine"
 
 

@@ -9,8 +9,11 @@ import torch
 from cspd.engines.errors import CspdError, NonFiniteError
 from cspd.runtime import pipeline as pipeline_module
 from cspd.runtime import run
+from cspd.runtime.cli import configure
 from cspd.runtime.config import make_config
+from cspd.runtime.noise import Noise
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.plan import MaskPlan
 from cspd.runtime.stats import Verdicts
 
 METHODS = {
@@ -188,10 +191,8 @@ def broken_run(tiny_bundle, tmp_path, monkeypatch):
 
         monkeypatch.setattr(pipeline_module, "open_session", open_session)
         with pytest.raises(NonFiniteError) as caught:
-            run.generate(
-                tiny_bundle, settings, tmp_path / "out", device="cpu", threads=1, overwrite=False,
-                baseline=False, quiet=True,
-            )  # fmt: skip
+            job = run.Job(run.Machine("cpu", 1), quiet=True)
+            run.generate(tiny_bundle, settings, tmp_path / "out", job)
         assert "\n" not in str(caught.value)
         return str(caught.value), tmp_path / "out"
 
@@ -264,3 +265,59 @@ def test_sessions_are_opened_when_needed_and_kept(tiny_bundle):
 def test_settings_that_the_bundle_cannot_run(pipeline, values, expected):
     with pytest.raises(CspdError, match=expected):
         next(pipeline().generate(config(**values)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_image_does_not_depend_on_the_number_of_threads(pipeline, tiny_bundle, name):
+    """With threads, calls are cut into parts that run beside each other."""
+    settings = config(**METHODS[name])
+    alone, _ = images_of(pipeline(), settings)
+    for threads in (2, 3):
+        cut, _ = images_of(Pipeline(tiny_bundle, threads=threads), settings)
+        for index, image in alone.items():
+            difference = image.pixels.astype(int) - cut[index].pixels.astype(int)
+            assert np.abs(difference).max() <= 1
+            assert image.verdicts == cut[index].verdicts
+
+
+def test_threads_of_pytorch_are_left_as_they_were(pipeline):
+    before = torch.get_num_threads()
+    for _ in pipeline().generate(config(num_images=2, num_iter=2)):
+        assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before
+
+
+def test_runs_that_take_turns_do_not_disturb_each_other(pipeline):
+    """Nothing passes through shared state (D14): two runs, a batch each in turn, as if alone."""
+    settings = [config(4, batch_size=2, seed=seed, **METHODS["prefix"]) for seed in (1, 2)]
+    alone = [images_of(pipeline(), each)[0] for each in settings]
+    turns: list[dict] = [{}, {}]
+    for batches in zip(*(pipeline().generate(each) for each in settings), strict=True):
+        for found, (images, _) in zip(turns, batches, strict=True):
+            found.update({image.index: image for image in images})
+    for expected, found in zip(alone, turns, strict=True):
+        assert sorted(found) == sorted(expected)
+        assert all(same(expected[index], found[index]) for index in expected)
+
+
+def test_labels_default_to_every_class(tiny_bundle):
+    """No label given is not an error (D11)."""
+    chosen = configure(tiny_bundle, None, {"num_images": 3})
+    assert chosen.labels == tuple(range(tiny_bundle.manifest.geometry.num_classes))
+
+
+def test_noise_is_drawn_for_one_step_at_a_time(pipeline, monkeypatch):
+    """Not for all tokens of all images up front (D12)."""
+    drawn = []
+    chain = Noise.chain
+
+    def spy(self, purpose, images, positions, num_steps, channels):
+        drawn.append(len(images))
+        return chain(self, purpose, images, positions, num_steps, channels)
+
+    monkeypatch.setattr(Noise, "chain", spy)
+    settings = config(8, method="target")
+    images_of(pipeline(), settings)
+    plan = MaskPlan(pipeline().bundle.manifest.geometry.num_tokens, settings.num_iter)
+    assert len(drawn) == settings.num_iter
+    assert max(drawn) == 8 * plan.widest

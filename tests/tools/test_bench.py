@@ -156,6 +156,22 @@ def test_a_finished_run_is_not_measured_again(finished, tiny_bundle, monkeypatch
     assert result.exit_code == 0 and (out / JOURNAL).read_text() == before
 
 
+def test_a_resumed_run_warms_up_again(finished, tiny_bundle, tmp_path, monkeypatch):
+    out = shutil.copytree(finished[0], tmp_path / "bench")
+    text = (out / JOURNAL).read_text().splitlines(keepends=True)
+    lost = next(i for i, line in enumerate(text) if json.loads(line).get("repeat") == 0)
+    (out / JOURNAL).write_text("".join(text[:lost] + text[lost + 1 :]))
+    measured = []
+    real = bench_run.Bench.measure
+    monkeypatch.setattr(
+        bench_run.Bench, "measure", lambda *a: measured.append(a[2]) or real(*a)
+    )  # fmt: skip
+    arguments = [str(tiny_bundle.folder), *OPTIONS, "--out", str(out)]
+    assert CliRunner().invoke(bench.command, arguments, catch_exceptions=False).exit_code == 0
+    assert measured == [bench_run.WARM_UP, 0]
+    assert len((out / JOURNAL).read_text().splitlines()) == len(text)
+
+
 def test_an_interrupted_run_goes_on(finished, tiny_bundle, tmp_path, monkeypatch):
     out = shutil.copytree(finished[0], tmp_path / "bench")
     text = (out / JOURNAL).read_text().splitlines(keepends=True)

@@ -8,14 +8,24 @@ a stream, and no other context at work in the shared memory.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Protocol
 
 import numpy as np
 import onnxruntime
-from tiny_graphs import Graph
 
-from cspd.engines.spec import TensorSpec
+from cspd.engines.spec import GraphSpec, TensorSpec
 from cspd.engines.trt_options import profile_shapes
+
+
+class Graph(Protocol):
+    """What an engine is made of: an ONNX file and its contract."""
+
+    path: Path
+    spec: GraphSpec
+
 
 NUMPY = {"float32": np.float32, "int32": np.int32}
 
@@ -101,3 +111,25 @@ class FakeStreams:
 
     def current(self, device: object) -> int:
         return self.handle
+
+
+class FakeGraphs:
+    """Replays by calling the work again, on the tensors it was captured with."""
+
+    def __init__(self, fail: Exception | None = None) -> None:
+        self.captures = 0
+        self.replaying = False
+        self._fail = fail
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        if self._fail is not None:
+            raise self._fail
+        self.captures += 1
+        work()
+
+        def replay() -> None:
+            self.replaying = True
+            work()
+            self.replaying = False
+
+        return replay

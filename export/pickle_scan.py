@@ -1,0 +1,93 @@
+"""What could hang or fill the memory before a pickle's restricted loader refuses anything.
+
+The restricted loader executes nothing, but it hashes the keys of dictionaries. A tuple that holds
+the same tuple twice, sixty times over, is 200 bytes in a file and takes for ever to hash. Archives
+may unpack to a thousand times their size.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import IO
+
+from cspd.engines.errors import CspdError
+
+MAX_DEPTH = 16  # tuples in tuples; torch.save nests three
+OLD_FORMAT_PICKLES = 5  # magic number, protocol, system, content, names of the storages
+MARK = -1
+TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def scan_zip(path: Path) -> None:
+    """Raise CspdError if the zip checkpoint `path` is compressed, or its pickle could hang."""
+    with zipfile.ZipFile(path) as archive:
+        for item in archive.infolist():
+            if item.compress_type != zipfile.ZIP_STORED:
+                raise CspdError(
+                    f"{path}: {item.filename[:60]} is compressed, which torch.save never does; "
+                    "get the file from its authors"
+                )
+            if item.filename.endswith(".pkl"):
+                with archive.open(item) as file:
+                    _scan(file, path)
+
+
+def scan_old(path: Path) -> None:
+    """Raise CspdError if one of the pickles in front of the old format's tensors could hang."""
+    with path.open("rb") as file:
+        for _ in range(OLD_FORMAT_PICKLES):
+            _scan(file, path)
+
+
+def _scan(file: IO[bytes], path: Path) -> None:
+    """Follow the pickle's stack with the depth of nested tuples in place of values."""
+    stack: list[int] = []
+    memo: dict[int, int] = {}
+    for opcode, argument, _ in pickletools.genops(file):
+        name = opcode.name
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else int(argument)] = stack[-1] if stack else 0
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo.get(int(argument or 0), 0))
+        elif name == "TUPLE" or name in TUPLES:
+            items = _to_mark(stack) if name == "TUPLE" else _last(stack, TUPLES[name])
+            depth = 1 + max(items, default=0)
+            if depth > MAX_DEPTH:
+                raise CspdError(
+                    f"{path}: refused, its pickle nests more than {MAX_DEPTH} tuples, which could "
+                    "take for ever to load; get the file from its authors"
+                )
+            stack.append(depth)
+        else:
+            _apply(opcode, stack)
+
+
+def _apply(opcode: pickletools.OpcodeInfo, stack: list[int]) -> None:
+    """Any other operation: what it leaves is no tuple."""
+    if opcode.name == "DUP":
+        stack.append(stack[-1] if stack else 0)
+        return
+    before = opcode.stack_before
+    if pickletools.markobject in before:
+        _to_mark(stack)
+        before = before[: before.index(pickletools.markobject)]
+    _last(stack, len(before))
+    marks = opcode.name == "MARK"
+    stack.extend([MARK] if marks else [0] * len(opcode.stack_after))
+
+
+def _to_mark(stack: list[int]) -> list[int]:
+    """Take everything above the last mark, and the mark."""
+    items = []
+    while stack and (item := stack.pop()) != MARK:
+        items.append(item)
+    return items
+
+
+def _last(stack: list[int], count: int) -> list[int]:
+    """Take the last `count` items, or what is there."""
+    items = stack[len(stack) - min(count, len(stack)) :]
+    del stack[len(stack) - len(items) :]
+    return items

@@ -1,0 +1,70 @@
+"""Finished batches: images as the bytes of their files, and what making them took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from cspd.engines.bundle import Bundle
+from cspd.engines.session import CallStats
+from cspd.runtime.canvas import Canvas
+from cspd.runtime.config import RunConfig
+from cspd.runtime.images import encode_png
+from cspd.runtime.outputs import image_metadata
+from cspd.runtime.pipeline import GeneratedImage, Pipeline
+from cspd.runtime.sampler import ignore_progress
+from cspd.runtime.stats import Statistics, Tally, Verdicts
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One image as the bytes of its PNG."""
+
+    index: int
+    label: int
+    class_name: str
+    png: bytes
+    verdicts: Verdicts
+
+
+@dataclass(frozen=True)
+class FinishedBatch:
+    """Images that were computed together. `process` is the id of the process that did it."""
+
+    files: list[ImageFile]
+    tally: Tally
+    process: int
+
+
+def encode(config: RunConfig, bundle: Bundle, image: GeneratedImage) -> ImageFile:
+    """The file of one image: the same bytes wherever it is made."""
+    metadata = image_metadata(config, bundle, image)
+    png = encode_png(image.pixels, metadata)
+    return ImageFile(image.index, image.label, metadata["class"], png, image.verdicts)
+
+
+def timed_batches(
+    pipeline: Pipeline,
+    config: RunConfig,
+    indices: list[int],
+    on_step: Callable[[Canvas, Statistics], None] = ignore_progress,
+) -> Iterator[tuple[list[GeneratedImage], Tally]]:
+    """Batches of the images `indices`, each with its time and calls."""
+    batches = pipeline.generate(config, indices, on_step)
+    while True:
+        before = {name: (stats.calls, stats.seconds) for name, stats in pipeline.calls.items()}
+        start = time.perf_counter()
+        batch = next(batches, None)
+        seconds = time.perf_counter() - start
+        if batch is None:
+            return
+        images, statistics = batch
+        calls = {
+            name: CallStats(stats.calls - before[name][0], stats.seconds - before[name][1])
+            for name, stats in pipeline.calls.items()
+        }
+        calls = {name: stats for name, stats in calls.items() if stats.calls}
+        # Verdicts of single images are in `images` already.
+        statistics.per_image = []
+        yield images, Tally(len(images), seconds, statistics, calls)

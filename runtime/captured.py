@@ -1,0 +1,81 @@
+"""The denoising loop of an engine as a CUDA graph, captured once per bucket of rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cspd.engines.cuda_graph import CapturedLoop, Graphs
+from cspd.engines.session import ForkableSession, TimedSession
+from cspd.runtime.member import Loop, step_loop
+
+# Axis of the rows in each input of a loop; the schedule has none.
+ROW_AXES = {"noise0": 0, "noise": 1, "conditions": 1, "guidance": 0, "temperature": 0}
+# Powers of two up to 1024 rows, with and without guidance.
+MAX_GRAPHS = 24
+
+
+@dataclass(frozen=True)
+class CapturedSteps:
+    """The loop over `session` and `first` (see StepHead), as a CUDA graph per row bucket.
+
+    Takes and returns what `denoiser_loop` does; the results are the caller's own.
+    """
+
+    session: TimedSession
+    first: TimedSession | None
+    loop: CapturedLoop
+
+    def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Run the loop on the smallest bucket that holds the rows."""
+        start, rows = time.perf_counter(), len(tensors["noise0"])
+        width = bucket(rows, self.session.spec.axes["rows"].max)
+        # The last row once more where there are too few: any numbers do that are finite.
+        index = torch.arange(width, device=tensors["noise0"].device).clamp(max=rows - 1)
+        padded = {
+            name: tensor.index_select(ROW_AXES[name], index) if name in ROW_AXES else tensor
+            for name, tensor in tensors.items()
+        }
+        results = {name: value[:rows].clone() for name, value in self.loop(**padded).items()}
+        self._count(len(tensors["schedule"]), time.perf_counter() - start)
+        return results
+
+    def _count(self, steps: int, seconds: float) -> None:
+        """A replay passes by the sessions, so their statistics are kept here."""
+        if self.first is not None:
+            self.first.stats.calls += 1
+            steps -= 1
+        self.session.stats.calls += steps
+        self.session.stats.seconds += seconds
+
+
+def captured_steps(
+    session: TimedSession, first: TimedSession | None, *, on_fallback: Callable[[str], None],
+    graphs: Graphs | None,
+) -> CapturedSteps | None:  # fmt: skip
+    """The captured loop over `session` and `first`; None if they are not of an engine."""
+    steps, exact = session.session, first.session if first else None
+    if not isinstance(steps, ForkableSession):
+        return None
+    if exact is not None and not isinstance(exact, ForkableSession):
+        return None
+
+    def make_run() -> Loop:
+        return step_loop(steps.fork(), exact.fork() if exact else None)
+
+    def refusal() -> str | None:
+        return steps.capture_refusal() or (exact.capture_refusal() if exact else None)
+
+    loop = CapturedLoop(
+        make_run, on_fallback=on_fallback, refusal=refusal, graphs=graphs, max_graphs=MAX_GRAPHS
+    )
+    return CapturedSteps(session, first, loop)
+
+
+def bucket(rows: int, limit: int) -> int:
+    """The smallest power of two that is not below `rows`, at most `limit`."""
+    return min(1 << (rows - 1).bit_length(), limit)

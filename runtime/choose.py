@@ -1,0 +1,99 @@
+"""Plain stepping or speculation, and how far: one choice per model and run, from measured costs.
+
+A run that must be reproducible cannot change its mind on the way, so the choice is made before it
+and recorded. Others let `AdaptiveHead` choose per call and learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cspd.engines.manifest import Role
+from cspd.runtime.config import HeadChoice, RunConfig
+from cspd.runtime.plan import MaskPlan
+from cspd.runtime.window import MARGIN, WINDOWS, WindowChooser, cost_at, predict
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A choice, and why it was made."""
+
+    choice: HeadChoice
+    reason: str
+
+
+def tokens_together(role: Role, config: RunConfig, num_tokens: int) -> list[int]:
+    """How many tokens each head call of a run samples, where that is known beforehand.
+
+    For the target of `cspd`: about what a window of drafts holds, in every verification.
+    """
+    if role == "target" and config.method == "cspd":
+        return [config.batch_size * min(config.gamma, num_tokens)]
+    boundaries = MaskPlan(num_tokens, config.num_iter).boundaries
+    widths = np.diff((0, *boundaries))
+    return [config.batch_size * int(width) for width in widths]
+
+
+def choose(
+    role: Role,
+    chooser: WindowChooser,
+    tokens: Iterable[int],
+    *,
+    fixed: bool,
+    max_rows: int,
+    window: int | None,
+) -> Explained:
+    """The window, and up to how many tokens, that make the calls of `tokens` cheapest together.
+
+    `fixed`: every round evaluates all rows of its window, as reproducible runs do. `window` is the
+    user's own, if any. Speculation has to promise clearly less than plain stepping.
+    """
+    counts = sorted(tokens)
+    sizes = sorted(set(counts))
+    plain = {n: float(cost_at(chooser.costs.plain, n)) for n in sizes}
+    spent = sum(plain[n] for n in counts)
+    best, least = HeadChoice(role=role, window=1, up_to=0), spent
+    windows = [w for w in ((window,) if window else WINDOWS) if 1 < w <= chooser.max_window]
+    for candidate in windows:
+        cost = {
+            n: _round_costs(chooser, n, candidate, fixed)
+            for n in sizes
+            if n * candidate <= max_rows
+        }
+        up_to = 0
+        for n in sizes:
+            if n not in cost or cost[n] >= MARGIN * plain[n]:
+                break
+            up_to = n
+        total = sum(cost[n] if n <= up_to else plain[n] for n in counts)
+        if up_to and total < least:
+            best, least = HeadChoice(role=role, window=candidate, up_to=up_to), total
+    return Explained(best, _reason(best, sizes, spent, least))
+
+
+def _round_costs(chooser: WindowChooser, tokens: int, window: int, fixed: bool) -> float:
+    """Expected milliseconds of speculating for `tokens` tokens."""
+    depth = np.arange(1, len(chooser.prior) + 1).clip(max=window)
+    full = tokens * window
+
+    def cost(rows: np.ndarray) -> np.ndarray:
+        return cost_at(chooser.costs.rounds, full if fixed else rows)
+
+    return predict(chooser.acceptance, depth, tokens, cost)
+
+
+def _reason(choice: HeadChoice, sizes: list[int], plain: float, spent: float) -> str:
+    span = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
+    if choice.up_to == 0:
+        return (
+            f"plain stepping: for {span} tokens together no window promises less than "
+            f"{MARGIN:.0%} of its {plain:.0f} ms per image batch"
+        )
+    rest = "" if choice.up_to >= sizes[-1] else ", plain stepping for more"
+    return (
+        f"speculation with {choice.window} rows a token for up to {choice.up_to} tokens "
+        f"together{rest}: {spent:.0f} ms per image batch expected, plain stepping {plain:.0f} ms"
+    )

@@ -1,0 +1,209 @@
+"""The folder of a run. Whatever ends a run, the same command goes on where it was.
+
+An image is first its file (renamed into place), then its line in `images.jsonl`; a shard is first
+its file, then its line in `shards.jsonl`. A line is a promise that is checked by hash when a run
+goes on. `unfinished.jsonl` says which run it is, then what each batch counted; it goes away when
+`run.json` is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cspd.engines.atomic import atomic_file
+from cspd.engines.bundle import Bundle
+from cspd.engines.errors import CspdError
+from cspd.runtime import images, journal
+from cspd.runtime.batches import FinishedBatch, ImageFile
+from cspd.runtime.config import RunConfig
+from cspd.runtime.formats import Layout, Member, Shard, pack
+from cspd.runtime.outputs import tool_version
+from cspd.runtime.stats import TALLY, Tally
+
+GRID_LIMIT = 64
+RUN, IMAGES, SHARDS, GRID = "run.json", "images.jsonl", "shards.jsonl", "grid.png"
+# The run at work: its settings and counts, and the images that wait for their shard.
+JOURNAL, PENDING = "unfinished.jsonl", "pending"
+
+
+@dataclass
+class RunFolder:
+    """A run on disk; made by `resume.open_run`, a context that keeps other processes out."""
+
+    folder: Path
+    config: RunConfig
+    bundle: Bundle
+    layout: Layout
+    lines: dict[int, journal.Line] = field(default_factory=dict)
+    packed: dict[str, journal.Line] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
+    # run.json of a run that was finished before.
+    record: dict[str, Any] | None = None
+    # Keeps other processes out; closed with the context.
+    lock: int | None = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes in."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a run must have in common with the one in the folder to go on with it."""
+        return {
+            "tool": tool_version(),
+            "bundle": self.bundle.sha256,
+            "config": self.config.model_dump(mode="json"),
+            "layout": self.layout.model_dump(mode="json"),
+        }
+
+    @property
+    def missing(self) -> list[int]:
+        """Images to be made, in order.
+
+        Without `reproducible` an image depends on its batch, so a batch is made whole or not at
+        all: then too it is the same to the byte as in a run that nothing disturbed.
+        """
+        absent = [index for index in range(self.config.num_images) if index not in self.lines]
+        if self.config.reproducible:
+            return absent
+        size = self.config.batch_size
+        batches = {index // size for index in absent}
+        return [index for index in range(self.config.num_images) if index // size in batches]
+
+    @property
+    def state(self) -> str:
+        """What is safe on disk, in words."""
+        safe = f"{len(self.lines)} of {self.config.num_images} images are safe on disk"
+        return f"{self.folder}: {safe}" + (f" ({spans(self.lines)})" if self.lines else "")
+
+    @property
+    def finished_shards(self) -> list[Shard]:
+        """Shards that are on disk and intact."""
+        shards = self.layout.shards(self.config.num_images)
+        return [shard for shard in shards if shard.name in self.packed]
+
+    def add(self, batch: FinishedBatch) -> None:
+        """Write the images of a batch, then their lines, then its counts; pack full shards."""
+        with self.writing("images"):
+            lines = [self._write(file) for file in batch.files]
+            journal.append(self.folder / IMAGES, lines)
+            self.lines.update({line["image"]: line for line in lines})
+            journal.append(self.folder / JOURNAL, [TALLY.dump_python(batch.tally, mode="json")])
+            self.tally.add(batch.tally)
+        self.pack_full()
+
+    def pack_full(self) -> None:
+        """Pack every shard whose images are all there."""
+        for shard in self.layout.shards(self.config.num_images):
+            # From the end, because images come roughly in order.
+            there = all(index in self.lines for index in reversed(shard.indices))
+            if there and shard.name not in self.packed:
+                with self.writing(shard.name):
+                    self._pack(shard)
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write the grid and `run.json`; the run is not unfinished any more."""
+        with self.writing("grid.png and run.json"):
+            if not (self.folder / GRID).exists():
+                self._write_grid()
+            journal.rewrite(self.folder / IMAGES, (self.lines[i] for i in sorted(self.lines)))
+            if self.packed:
+                ordered = sorted(self.packed.values(), key=lambda line: line["first"])
+                journal.rewrite(self.folder / SHARDS, ordered)
+            with atomic_file(self.folder / RUN) as file:
+                file.write(json.dumps(record, indent=1).encode() + b"\n")
+            for path in (self.folder / PENDING).glob("*"):
+                path.unlink()
+            if (self.folder / PENDING).exists():
+                (self.folder / PENDING).rmdir()
+            (self.folder / JOURNAL).unlink()
+
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Turn an error of the file system into one that says what is safe."""
+        try:
+            yield
+        except OSError as error:
+            raise CspdError(
+                f"{self.state}, {what} cannot be written: {error.strerror}; "
+                "when that is mended, the same command goes on"
+            ) from error
+
+    def image_path(self, index: int) -> Path:
+        """Where the PNG of an image is, or waits for its shard."""
+        folder = self.folder if self.layout.format == "png" else self.folder / PENDING
+        return folder / f"{index:05d}.png"
+
+    def _write(self, file: ImageFile) -> journal.Line:
+        """Write one image; returns its line."""
+        path = self.image_path(file.index)
+        path.parent.mkdir(exist_ok=True)
+        with atomic_file(path) as stream:
+            stream.write(file.png)
+        return {
+            "image": file.index,
+            "file": path.name,
+            "label": file.label,
+            "class": file.class_name,
+            "sha256": hashlib.sha256(file.png).hexdigest(),
+            **asdict(file.verdicts),
+        }
+
+    def _pack(self, shard: Shard) -> None:
+        """Write a shard, then its line; its PNGs go, but for those that the grid needs."""
+        members = (
+            Member(self.lines[index], self.image_path(index).read_bytes())
+            for index in shard.indices
+        )
+        digest = pack(self.folder / shard.name, members, len(shard.indices), self.identity)
+        line = {
+            "file": shard.name,
+            "first": shard.first,
+            "images": len(shard.indices),
+            "sha256": digest,
+        }
+        journal.append(self.folder / SHARDS, [line])
+        self.packed[shard.name] = line
+        for index in shard.indices[max(0, GRID_LIMIT - shard.first) :]:
+            self.image_path(index).unlink()
+
+    def _write_grid(self) -> None:
+        shown = range(min(GRID_LIMIT, self.config.num_images))
+        pixels = [images.decode_png(self.image_path(index).read_bytes()) for index in shown]
+        sheet = images.grid(pixels, [self.lines[index]["class"] for index in shown])
+        with atomic_file(self.folder / GRID) as file:
+            sheet.save(file, format="PNG")
+
+
+def spans(indices: Any, limit: int = 4) -> str:
+    """Such as "0..7, 12" for 0 to 7 and 12; only the first `limit` pieces."""
+    pieces: list[list[int]] = []
+    for index in sorted(indices):
+        if pieces and pieces[-1][1] == index - 1:
+            pieces[-1][1] = index
+        else:
+            pieces.append([index, index])
+    shown = [str(a) if a == b else f"{a}..{b}" for a, b in pieces[:limit]]
+    return ", ".join(shown + ["..."] * (len(pieces) > limit))

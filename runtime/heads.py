@@ -1,0 +1,62 @@
+"""How a model's head samples: plainly, in speculative rounds, or by the number of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cspd.engines.schedule import Schedule
+from cspd.engines.session import Session
+from cspd.runtime.config import HeadChoice, RunConfig
+from cspd.runtime.lossless import Round, SpeculativeHead
+from cspd.runtime.member import Head, HeadSample, Rows
+from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.plan import MaskPlan
+from cspd.runtime.relax import Relaxation
+from cspd.runtime.speculation import SpeculationOptions
+
+DEFAULT_WINDOW = 8
+
+
+@dataclass(frozen=True)
+class MixedHead:
+    """`speculative` for up to `up_to` tokens together, `plain` for more. Both have the same law."""
+
+    plain: Head
+    speculative: Head
+    up_to: int
+
+    def __call__(
+        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
+    ) -> HeadSample:
+        """Sample every row."""
+        head = self.speculative if len(rows.images) <= self.up_to else self.plain
+        return head(rows, schedule, noise, purpose)
+
+
+def most_tokens(role: str, config: RunConfig, num_tokens: int) -> int:
+    """Most tokens that a head samples together in a run of `config`."""
+    widest = MaskPlan(num_tokens, config.num_iter).widest
+    if role == "target" and config.method == "cspd":
+        widest = min(num_tokens, widest + config.gamma - 1)
+    return config.batch_size * widest
+
+
+def speculative_head(
+    round_session: Round, limit: int, channels: int, config: RunConfig, choice: HeadChoice
+) -> SpeculativeHead:
+    """Rounds of `choice.window` rows for `choice.up_to` tokens; `limit` rows fit into a call.
+
+    They have one shape if images must not depend on their batch.
+    """
+    window = choice.window
+    fixed = max(window, min(limit, choice.up_to * window))
+    options = SpeculationOptions(
+        window, row_buckets=(fixed,) if config.reproducible else (), max_rows=limit
+    )
+    return SpeculativeHead(round_session, options, channels)
+
+
+def round_of(denoiser: Session, config: RunConfig) -> Round:
+    """The relaxed round that `config` asks for."""
+    assert config.relax is not None
+    return Relaxation.parse(config.relax).round(denoiser)

@@ -1,0 +1,43 @@
+"""Which distribution the images of a run follow, in words: what `run.json` says about a method."""
+
+from __future__ import annotations
+
+from cspd.engines.manifest import Manifest
+from cspd.runtime.config import RunConfig
+from cspd.runtime.relax import Relaxation
+from cspd.runtime.steps import HeadSteps
+
+MODEL_STEPS = 100  # of the published models, where a bundle says nothing else
+
+
+def law(config: RunConfig, manifest: Manifest | None = None) -> str:
+    """The law of `config`; `manifest` tells the model's own number of denoising steps."""
+    parts = [_base(config), *_losses(config, manifest)]
+    return "; ".join(parts)
+
+
+def certificate(config: RunConfig) -> str | None:
+    """What is guaranteed about relaxed denoising, None for exact denoising."""
+    return Relaxation.parse(config.relax).certificate if config.relax else None
+
+
+def _base(config: RunConfig) -> str:
+    if config.method == "cspd":
+        return "approximate: acceptance test on two different paths (see DESIGN.md, What is exact)"
+    name = "draft" if config.method == "draft" else "target"
+    if config.relax:
+        return f"approximate: relaxed denoising of the {name} model (--relax {config.relax})"
+    if not HeadSteps.parse(config.head_steps).constant:
+        return f"samples of the {name} model with fewer and fewer denoising steps"
+    return f"exact: samples of the {name} model"
+
+
+def _losses(config: RunConfig, manifest: Manifest | None) -> list[str]:
+    """Departures from the model's own number of denoising steps."""
+    steps = HeadSteps.parse(config.head_steps)
+    own = manifest.defaults.get("head_steps", MODEL_STEPS) if manifest else None
+    if not steps.constant:
+        return [f"lossy: {steps.first} to {steps.last} denoising steps over the image"]
+    if own is not None and steps.value != own:
+        return [f"lossy against the model's own {own} denoising steps: {steps.value}"]
+    return []

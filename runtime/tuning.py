@@ -1,0 +1,224 @@
+"""Measured costs of a model's head, kept per bundle, backend and machine; what they recommend."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from cspd.engines.bundle import Bundle
+from cspd.engines.errors import CspdError
+from cspd.engines.manifest import Role
+from cspd.engines.schedule import Schedule, make_schedule
+from cspd.engines.spec import Record
+from cspd.runtime.adaptive import measure_heads
+from cspd.runtime.config import RunConfig
+from cspd.runtime.lossless import SpeculativeHead
+from cspd.runtime.member import Head, HeadSample, Rows
+from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.speculation import SpeculationOptions, SpeculationStats, SpeculativeSample
+from cspd.runtime.steps import HeadSteps
+from cspd.runtime.window import PRIOR_WEIGHT, CostRecord, WindowChooser, cost_key
+
+if TYPE_CHECKING:
+    from cspd.runtime.pipeline import Pipeline
+
+EXAMPLE_STEPS = 4  # autoregressive steps of the image whose conditions are measured with
+LIBRARIES = ("torch", "numpy", "onnxruntime", "tensorrt", "tensorrt-rtx-cu12")
+
+
+class HeadCosts(Record):
+    """Costs of one head and the share of its drafts that passed, by step."""
+
+    role: Role
+    guided: bool
+    costs: CostRecord
+    acceptance: tuple[float, ...]
+
+    def chooser(self) -> WindowChooser:
+        """Chooses windows from these costs."""
+        return WindowChooser(self.costs, np.array(self.acceptance))
+
+
+def measured_steps(config: RunConfig) -> int:
+    """Denoising steps that costs are measured for: of annealed ones their middle."""
+    steps = HeadSteps.parse(config.head_steps)
+    return (steps.first + steps.last) // 2
+
+
+def facts(pipeline: Pipeline, role: Role, config: RunConfig) -> dict[str, str]:
+    """Everything that a measurement depends on."""
+    found = {
+        "bundle": pipeline.bundle.sha256, "backend": pipeline.backend, "device": pipeline.device,
+        "threads": str(pipeline.threads or os.cpu_count()), "role": role,
+        "guided": str(config.cfg != 1), "head_steps": str(measured_steps(config)),
+        "machine": _machine(), "tool": importlib.metadata.version("cspd"),
+    }  # fmt: skip
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _machine() -> str:
+    """Names of processor and GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor()
+
+
+def folders(bundle: Bundle) -> list[Path]:
+    """Where costs of `bundle` are kept, the preferred folder first.
+
+    Beside the bundle, unless it is the one inside the package; else in the user's cache.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    user = cache / "cspd" / "tuned" / bundle.sha256[:16]
+    package = Path(str(files("cspd.demo_pair"))).resolve()
+    if bundle.folder.resolve().is_relative_to(package):
+        return [user]
+    return [bundle.folder.resolve().parent / f"{bundle.folder.resolve().name}.tuned", user]
+
+
+def save(bundle: Bundle, found: HeadCosts) -> Path:
+    """Write `found` to the first folder that can be written to."""
+    for folder in folders(bundle):
+        path = folder / _file_name(found.role, found.costs.key)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(found.model_dump_json(indent=1) + "\n")
+            temporary.replace(path)
+        except OSError:
+            continue
+        return path
+    raise CspdError(
+        f"{folders(bundle)[-1]}: cannot write measured costs there; set XDG_CACHE_HOME to a "
+        "folder that can be written to"
+    )
+
+
+def load(bundle: Bundle, role: str, key: str) -> HeadCosts | None:
+    """Saved costs, None if there are none; CspdError if the file is not what it should be."""
+    for folder in folders(bundle):
+        path = folder / _file_name(role, key)
+        if not path.is_file():
+            continue
+        try:
+            found = HeadCosts.model_validate_json(path.read_bytes())
+        except ValidationError:
+            raise CspdError(
+                f"{path}: not a record of costs; delete it, or measure again: cspd-run tune"
+            ) from None
+        found.costs.require(key)
+        return found
+    return None
+
+
+def _file_name(role: str, key: str) -> str:
+    return f"{role}-{key[:16]}.json"
+
+
+def tuned(pipeline: Pipeline, role: Role, config: RunConfig, *, again: bool = False) -> HeadCosts:
+    """Costs of the head of `role`: saved ones, or measured now and saved."""
+    key = cost_key(facts(pipeline, role, config))
+    found = None if again else load(pipeline.bundle, role, key)
+    if found is None:
+        found = measure(pipeline, role, config, key)
+        save(pipeline.bundle, found)
+    return found
+
+
+@dataclass
+class _Counting:
+    """A speculative head that adds up what its runs counted."""
+
+    head: SpeculativeHead
+    keep: Callable[[SpeculationStats], None]
+
+    def __call__(
+        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
+    ) -> SpeculativeSample:
+        sampled = self.head(rows, schedule, noise, purpose)
+        self.keep(sampled.stats)
+        return sampled
+
+
+@dataclass
+class Examples:
+    """Rows of real conditions, recorded from one image; every call gives other ones."""
+
+    recorded: list[Rows] = field(default_factory=list)
+    calls: int = 0
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, role: Role, config: RunConfig) -> Examples:
+        """Conditions of an image that the model of `role` itself makes in few steps."""
+        examples = cls()
+        few = min(EXAMPLE_STEPS, pipeline.bundle.manifest.geometry.num_tokens)
+        method = "draft" if role == "draft" else "target"
+        changes = {
+            "method": method, "head": "plain", "relax": None, "heads": (), "batch_size": 1,
+            "head_steps": measured_steps(config), "num_iter": few,
+        }  # fmt: skip
+        pipeline.record(config.model_copy(update=changes), examples._record)
+        return examples
+
+    def _record(self, head: Head) -> Head:
+        def recording(rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose) -> HeadSample:
+            self.recorded.append(rows)
+            return head(rows, schedule, noise, purpose)
+
+        return recording
+
+    def __call__(self, tokens: int) -> Rows:
+        """Rows of `tokens` tokens with noise of their own."""
+        count = sum(len(rows.images) for rows in self.recorded)
+        self.calls += 1
+        index = (torch.arange(tokens) + 7 * self.calls) % count
+        conditions = torch.cat([rows.conditions for rows in self.recorded], dim=1)
+        names = ("guidance", "temperature", "images", "positions")
+        columns = {n: torch.cat([getattr(rows, n) for rows in self.recorded]) for n in names}
+        taken = Rows(conditions, **columns).take(index)
+        # Other numbers than those of the image, and no two tokens alike.
+        images = torch.arange(tokens, device=taken.images.device) + self.calls * tokens
+        return Rows(taken.conditions, taken.guidance, taken.temperature, images, taken.positions)
+
+
+def measure(pipeline: Pipeline, role: Role, config: RunConfig, key: str) -> HeadCosts:
+    """Measure the head of `role` on conditions of an image that the model itself begins."""
+    steps, channels = measured_steps(config), pipeline.bundle.manifest.geometry.token_dim
+    examples, plain = Examples.of(pipeline, role, config), pipeline.plain_head(role)
+    totals = np.zeros((2, steps))
+
+    def keep(stats: SpeculationStats) -> None:
+        totals[:] += stats.tested, stats.accepted
+
+    def speculative(window: int) -> _Counting:
+        session = pipeline.session(f"{role}/speculative_round")
+        options = SpeculationOptions(window, max_rows=session.spec.axes["rows"].max)
+        return _Counting(SpeculativeHead(session, options, channels), keep)
+
+    schedule = make_schedule(pipeline.bundle.manifest.schedule, steps).to(pipeline.device)
+    costs = measure_heads(
+        plain, speculative, examples, schedule, Noise(config.seed, pipeline.device), key
+    )
+    tested, accepted = totals
+    share = (accepted + PRIOR_WEIGHT / 2) / (tested + PRIOR_WEIGHT)
+    return HeadCosts(
+        role=role, guided=config.cfg != 1, costs=costs, acceptance=tuple(share.tolist())
+    )

@@ -1,0 +1,79 @@
+"""Names of external data, read without the onnx library and compared with what onnx reads."""
+
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cspd.engines.bundle import open_bundle
+from cspd.engines.errors import CspdError
+from cspd.engines.onnx_external import external_locations
+from cspd.runtime.cli import shipped_bundle
+
+
+def tensor(location: str | None) -> onnx.TensorProto:
+    made = onnx.TensorProto(name="w", data_type=1, dims=[1])
+    if location is not None:
+        made.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("offset", "0"), ("location", location), ("length", "4")):
+            made.external_data.add(key=key, value=value)
+    return made
+
+
+def test_every_place_that_can_hold_a_tensor_is_looked_into():
+    model = onnx.ModelProto(ir_version=10)
+    node = model.graph.node.add(op_type="Scan")
+    inner = node.attribute.add(name="body").g
+    places = {
+        "a": lambda t: model.graph.initializer.append(t),
+        "b": lambda t: model.graph.sparse_initializer.add().values.CopyFrom(t),
+        "c": lambda t: model.graph.sparse_initializer.add().indices.CopyFrom(t),
+        "d": lambda t: node.attribute.add(name="t").t.CopyFrom(t),
+        "e": lambda t: node.attribute.add(name="l").tensors.append(t),
+        "f": lambda t: inner.initializer.append(t),
+        "g": lambda t: node.attribute.add(name="h").graphs.add().initializer.append(t),
+        "h": lambda t: inner.node.add().attribute.add(name="s").sparse_tensor.values.CopyFrom(t),
+        "i": lambda t: node.attribute.add(name="r").sparse_tensors.add().values.CopyFrom(t),
+        "j": lambda t: model.functions.add().node.add().attribute.add(name="v").t.CopyFrom(t),
+        "k": lambda t: model.functions.add().attribute_proto.add(name="w").t.CopyFrom(t),
+        "l": lambda t: model.training_info.add().algorithm.initializer.append(t),
+        "m": lambda t: model.training_info.add().initialization.initializer.append(t),
+    }
+    for name, put in places.items():
+        put(tensor(f"../{name}"))
+        put(tensor(None))
+    assert external_locations(model.SerializeToString()) == {f"../{name}" for name in places}
+
+
+def test_shipped_graphs_name_their_weights_only():
+    bundle = open_bundle(shipped_bundle())
+    for label, graph in bundle.manifest.graphs().items():
+        expected = set() if label == "decoder" else {"weights.safetensors"}
+        content = bundle.file(graph.file).read_bytes()
+        assert external_locations(content) == expected
+        model = onnx.load_from_string(content)
+        named = {e.value for t in model.graph.initializer for e in t.external_data}
+        assert expected >= {value for value in named if not value.isdigit()}
+
+
+def test_a_name_in_a_split_message_is_found():
+    """Protobuf merges fields that come twice; a reader that takes the last would miss the first."""
+    first, second = onnx.ModelProto(), onnx.ModelProto()
+    first.graph.initializer.append(tensor("../first"))
+    second.graph.initializer.append(tensor("../second"))
+    both = first.SerializeToString() + second.SerializeToString()
+    assert external_locations(both) == {"../first", "../second"}
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 11, b"\x0a\x7f", b"\x0b", b"\x0f", b"\x08"])
+def test_what_is_no_message(content):
+    with pytest.raises(CspdError, match="not an ONNX model"):
+        external_locations(content)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_end_in_names_or_an_error(content):
+    try:
+        assert all(isinstance(name, str) for name in external_locations(content))
+    except CspdError as error:
+        assert "not an ONNX model" in str(error)

@@ -1,0 +1,188 @@
+"""The denoising loop of engines inside whole runs: captured per row bucket, or given up aloud.
+
+Engines are the stand-in of fake_gpu, which computes with ONNX Runtime from raw addresses.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from fake_gpu import FakeEngine, FakeGraphs, FakeStreams
+from tiny_pair import CLIPPED
+
+from cspd.engines.backends import open_session
+from cspd.engines.schedule import make_schedule
+from cspd.engines.spec import Axis, GraphSpec
+from cspd.engines.trt_load import LoadedEngine
+from cspd.engines.trt_session import TrtSession
+from cspd.runtime import captured as captured_module
+from cspd.runtime import pipeline as pipeline_module
+from cspd.runtime.captured import bucket
+from cspd.runtime.cli import main
+from cspd.runtime.config import make_config
+from cspd.runtime.member import LoopHead, Rows, StepHead
+from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.pipeline import Pipeline
+
+SETTINGS = {
+    "labels": (3, 417), "num_images": 3, "batch_size": 2, "num_iter": 4, "head_steps": 5,
+    "cfg": 2.0, "backend": "tensorrt-rtx",
+}  # fmt: skip
+NOTE = "target/denoiser: runs, but slower than it could"
+
+
+@dataclass(frozen=True)
+class EngineGraph:
+    """What the stand-in needs of a graph."""
+
+    path: Path
+    spec: GraphSpec
+
+
+@pytest.fixture
+def engines(tiny_bundle, monkeypatch) -> dict[str, FakeEngine]:
+    """Stand-ins for the denoisers of the tiny bundle, by label, as the pipeline opens them."""
+    opened: dict[str, FakeEngine] = {}
+
+    def open_fake(bundle, label, backend, *, device, threads):
+        if not label.endswith("/denoiser"):
+            return open_session(bundle, label, "onnxruntime", threads=1)
+        graph = EngineGraph(bundle.graph_file(label), bundle.graph(label).spec)
+        opened[label] = engine = FakeEngine(graph)
+        notes = (NOTE,) if label == "target/denoiser" else ()
+        loaded = LoadedEngine(engine, engine.new_context, notes)
+        return TrtSession(graph.spec, loaded, device=torch.device("cpu"), streams=FakeStreams())
+
+    monkeypatch.setattr(pipeline_module, "open_session", open_fake)
+    return opened
+
+
+def pixels(pipeline: Pipeline, config) -> torch.Tensor:
+    images = [image for batch, _ in pipeline.generate(config) for image in batch]
+    return torch.stack([torch.from_numpy(image.pixels).int() for image in images])
+
+
+def by_loop_graph(bundle, method: str) -> torch.Tensor:
+    """The same images by the loop graph in ONNX Runtime."""
+    config = make_config(**{**SETTINGS, "method": method, "backend": "onnxruntime"})
+    return pixels(Pipeline(bundle, threads=1), config)
+
+
+@pytest.mark.parametrize("method", ["target", "cspd"])
+def test_replayed_loops_make_the_images_of_the_loop_graph(tiny_bundle, engines, method):
+    graphs = FakeGraphs()
+    pipeline = Pipeline(tiny_bundle, "tensorrt-rtx", graphs=graphs)
+    made = pixels(pipeline, make_config(**SETTINGS, method=method))
+    # A rounding at the edge of a grey value may tip over.
+    assert (made - by_loop_graph(tiny_bundle, method)).abs().max() <= 1
+    assert set(pipeline.captures) == ({"target"} if method == "target" else {"target", "draft"})
+    assert graphs.captures == sum(stats.captured for stats in pipeline.captures.values())
+    for role, stats in pipeline.captures.items():
+        # Every bucket runs eagerly once and is replayed after that; two batches need the same ones.
+        assert stats.captured == stats.eager == len(engines[f"{role}/denoiser"].contexts) - 1
+        assert stats.replayed >= stats.captured > 0
+        assert stats.fallbacks == []
+    assert pipeline.notes == [NOTE]
+    # A replay counts like the calls it stands for.
+    steps = pipeline.captures["target"]
+    calls = SETTINGS["head_steps"] * (steps.eager + steps.replayed)
+    assert pipeline.calls["target/denoiser"].calls == calls
+
+
+def test_each_context_sees_one_shape(tiny_bundle, engines):
+    pipeline = Pipeline(tiny_bundle, "tensorrt-rtx", graphs=FakeGraphs())
+    pixels(pipeline, make_config(**SETTINGS, method="target"))
+    shapes = [context.shapes["x"] for context in engines["target/denoiser"].contexts[1:]]
+    assert len(set(shapes)) == len(shapes)
+    assert all(rows & (rows - 1) == 0 for rows, _ in shapes)
+
+
+@pytest.mark.parametrize("failure", ["capture", "replay"])
+def test_a_loop_that_cannot_be_captured_runs_all_the_same(
+    tiny_bundle, engines, monkeypatch, failure
+):
+    if failure == "capture":
+        graphs, words = FakeGraphs(RuntimeError("stream is not capturable")), "capture failed"
+    else:
+        graphs, words = FakeGraphs(), "the first replay differs from the eager run"
+        spoil(monkeypatch, graphs)
+    pipeline = Pipeline(tiny_bundle, "tensorrt-rtx", graphs=graphs)
+    made = pixels(pipeline, make_config(**SETTINGS, method="target"))
+    assert (made - by_loop_graph(tiny_bundle, "target")).abs().max() <= 1
+    stats = pipeline.captures["target"]
+    assert (stats.captured, stats.replayed) == (0, 0)
+    assert len(pipeline.notes) == 1 + len(stats.fallbacks) > 1
+    assert all(words in note for note in pipeline.notes[1:])
+
+
+def spoil(monkeypatch, graphs: FakeGraphs) -> None:
+    """Replays of the loop are off by one percent."""
+    original = captured_module.step_loop
+
+    def spoiled(*sessions):
+        run = original(*sessions)
+        return lambda **tensors: {
+            name: value * 1.01 if graphs.replaying else value
+            for name, value in run(**tensors).items()
+        }
+
+    monkeypatch.setattr(captured_module, "step_loop", spoiled)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can capture here")
+def test_run_json_and_stderr_tell_of_a_loop_without_a_graph(tiny_bundle, engines, tmp_path):
+    """Torch without CUDA refuses every capture: the real failure, seen through the command."""
+    arguments = ["generate", str(tiny_bundle.folder), "--backend", "tensorrt-rtx", "--quiet"]
+    arguments += ["--labels", "3", "--method", "target", "--num-iter", "2", "--head-steps", "3"]
+    result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["cuda_graphs"]["target"]["captured"] == 0
+    assert any("capture failed" in note for note in record["notes"])
+    for note in record["notes"]:
+        assert f"note: {note}" in result.stderr
+
+
+def test_more_rows_than_the_engine_takes_are_split(tiny_bundle):
+    """Against the loop graph in one piece; a step head in pieces of 3 rows."""
+    spec = tiny_bundle.graph("target/denoiser").spec
+    axes = {**spec.axes, "rows": Axis(min=1, opt=2, max=3)}
+    session = open_session(tiny_bundle, "target/denoiser", "onnxruntime", threads=1)
+    session.spec = spec.model_copy(update={"axes": axes})
+    whole = LoopHead(open_session(tiny_bundle, "target/denoiser_loop", "onnxruntime", threads=1))
+    generator = torch.Generator().manual_seed(0)
+    rows = Rows(
+        conditions=torch.randn(2, 7, spec.inputs[3].shape[-1], generator=generator),
+        guidance=torch.full((7,), 2.0),
+        temperature=torch.ones(7),
+        images=torch.arange(7),
+        positions=torch.arange(7),
+    )
+    arguments = (rows, make_schedule(CLIPPED, 5), Noise(1), Purpose.DENOISE)
+    got, expected = StepHead(session)(*arguments), whole(*arguments)
+    for name in ("sample", "mean", "log_std", "sum_log_std"):
+        torch.testing.assert_close(
+            getattr(got, name), getattr(expected, name), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_kernels_are_kept_after_the_first_batch(tiny_bundle, engines, monkeypatch):
+    saved = []
+    monkeypatch.setattr(TrtSession, "save_cache", lambda self: saved.append(self.spec.name))
+    pipeline = Pipeline(tiny_bundle, "tensorrt-rtx", graphs=FakeGraphs())
+    pixels(pipeline, make_config(**SETTINGS, method="target"))
+    assert saved == ["denoiser"]
+
+    def refuse(self):
+        raise OSError("read-only file system")
+
+    monkeypatch.setattr(TrtSession, "save_cache", refuse)
+    pixels(pipeline, make_config(**SETTINGS, method="target"))
+    assert pipeline.notes[-1] == "compiled kernels are not kept: read-only file system"
+
+
+def test_buckets_are_powers_of_two_within_the_profile():
+    assert [bucket(n, 24) for n in (1, 2, 3, 4, 5, 16, 17, 24)] == [1, 2, 4, 4, 8, 16, 24, 24]

@@ -1,0 +1,209 @@
+"""Bulk generation on Ray: whatever dies, and however many workers there are, the same bytes.
+
+One Ray for the module, because starting it and its workers takes most of the time.
+"""
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+from click.testing import CliRunner
+from killed import contents
+
+from cspd.engines.errors import CspdError
+from cspd.runtime import run
+from cspd.runtime.cli import main
+from cspd.runtime.config import make_config
+from cspd.runtime.folder import RunFolder
+from cspd.runtime.scale import Cluster, Machine, split_cpus
+from cspd.runtime.shipping import Shipment, unpack
+
+ray = pytest.importorskip("ray", reason="the extra 'scale' is not installed")
+CONFIG = make_config(
+    labels=(1, 417), num_images=24, class_balanced=True, num_iter=4, head_steps=4, gamma=4,
+    batch_size=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def local_ray(tmp_path_factory):
+    """Ray on this machine, with a temporary folder for bundles that is the tests' own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("node")))
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local", num_cpus=3, include_dashboard=False, log_to_driver=False,
+        logging_level="ERROR", object_store_memory=100 << 20,
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_bundle, tmp_path_factory):
+    """The files of one process."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    run.generate(tiny_bundle, CONFIG, out, run.Job(Machine("cpu", 1), quiet=True))
+    return contents(out, "run.json")
+
+
+def on_ray(bundle, out, workers: int, **options) -> dict:
+    job = run.Job(Machine("cpu", 1), cluster=Cluster("local", workers), quiet=True, **options)
+    return run.generate(bundle, CONFIG, out, job)[0]
+
+
+def test_workers_and_deaths(local_ray, tiny_bundle, alone, tmp_path, monkeypatch):
+    """1, 2 and 3 workers, one of them killed in the middle: what one process writes."""
+    add, killed, processes = RunFolder.add, [], set()
+
+    def add_and_kill(self, batch):
+        add(self, batch)
+        processes.add(batch.process)
+        if killed == [] and len(self.lines) >= 4:
+            killed.append(batch.process)
+            os.kill(batch.process, signal.SIGKILL)
+
+    monkeypatch.setattr(RunFolder, "add", add_and_kill)
+    for workers in (1, 2, 3):
+        killed.clear()
+        processes.clear()
+        record = on_ray(tiny_bundle, tmp_path / str(workers), workers)
+        assert contents(tmp_path / str(workers), "run.json") == alone
+        assert record["statistics"]["images"] == CONFIG.num_images
+        assert record["session"]["workers"] == workers
+        # The killed worker's images were made by another process.
+        assert len(killed) == 1 and processes > set(killed)
+
+
+def test_stopped_and_gone_on_with(local_ray, tiny_bundle, alone, tmp_path, monkeypatch):
+    """A signal lets what is in flight finish; one process may go on with it."""
+    add = RunFolder.add
+
+    def add_and_stop(self, batch):
+        add(self, batch)
+        if len(self.lines) == CONFIG.batch_size:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "add", add_and_stop)
+        with pytest.raises(CspdError, match=r"images are safe.*stopped by SIGTERM") as caught:
+            on_ray(tiny_bundle, tmp_path / "out", 1)
+    assert caught.value.exit_code == 143
+    record, _ = run.generate(
+        tiny_bundle, CONFIG, tmp_path / "out", run.Job(Machine("cpu", 1), quiet=True)
+    )
+    assert 0 < record["session"]["images"] < CONFIG.num_images
+    assert contents(tmp_path / "out", "run.json") == alone
+
+
+def test_error_of_a_worker_is_one_line(local_ray, tiny_bundle, tmp_path):
+    """CUDA is missing where the worker runs, not where the command was given."""
+    job = run.Job(Machine("cpu", 1), cluster=Cluster("local", 1), quiet=True)
+    config = CONFIG.model_copy(update={"backend": "tensorrt"})
+    with pytest.raises(CspdError, match="tensorrt") as caught:
+        run.generate(tiny_bundle, config, tmp_path / "out", job)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_than_the_cluster_has(local_ray, tiny_bundle, tmp_path):
+    job = run.Job(Machine("cpu", 2), cluster=Cluster("local", 2), quiet=True)
+    with pytest.raises(CspdError, match=r"--workers 2 with 2 CPUs each do not fit.*have 3"):
+        run.generate(tiny_bundle, CONFIG, tmp_path / "out", job)
+    job = run.Job(Machine("cuda"), cluster=Cluster("local", 2), quiet=True)
+    with pytest.raises(CspdError, match="--workers 2: the cluster has 0 GPUs"):
+        run.generate(tiny_bundle, CONFIG, tmp_path / "out", job)
+
+
+class Store:
+    """What `unpack` needs of Ray: `get` of references, here the bytes themselves."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def get(self, piece: bytes) -> bytes:
+        self.reads += 1
+        return piece
+
+
+def shipment_of(bundle) -> Shipment:
+    paths = [bundle.folder / name for name in (*bundle.manifest.files, "manifest.json")]
+    return Shipment(
+        bundle.sha256,
+        {str(path.relative_to(bundle.folder)): [path.read_bytes()] for path in paths},
+    )
+
+
+def test_bundle_is_unpacked_once_per_node_and_mended(tiny_bundle, tmp_path):
+    store, shipment = Store(), shipment_of(tiny_bundle)
+    bundle = unpack(store, shipment, tmp_path)
+    assert bundle.sha256 == tiny_bundle.sha256 and bundle.folder.parent == tmp_path
+    reads = store.reads
+    assert reads == len(shipment.files)
+    unpack(store, shipment, tmp_path)
+    assert store.reads == reads
+    (bundle.folder / "target/weights.safetensors").write_bytes(b"bad")
+    unpack(store, shipment, tmp_path)
+    assert store.reads == 2 * reads
+
+
+def test_bundle_that_changed_on_its_way(tiny_bundle, tmp_path):
+    shipment = shipment_of(tiny_bundle)
+    shipment.files["draft/weights.safetensors"] = [b"x" * 100]
+    with pytest.raises(CspdError, match=r"draft/weights.safetensors: differs from the hash"):
+        unpack(Store(), shipment, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "share"),
+    [([8], 2, 4), ([8], 3, 2), ([8, 8], 3, 4), ([16, 4], 5, 4), ([2], 3, 1), ([2, 2], 1, 2)],
+)
+def test_cpus_are_split_so_that_every_worker_has_a_place(nodes, workers, share):
+    assert split_cpus(nodes, workers) == share
+
+
+WRONG = {
+    "workers alone": (("--workers", "2"), 2, "--workers needs --ray"),
+    "baseline": (("--ray", "--baseline"), 2, "leave --ray out"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options(tiny_bundle, tmp_path, case):
+    options, code, fragment = WRONG[case]
+    arguments = ["generate", str(tiny_bundle.folder), "--out", str(tmp_path / "out"), *options]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == code and fragment in result.stderr.splitlines()[-1]
+    assert result.stdout == ""
+
+
+def test_missing_extra(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    arguments = ["generate", str(tiny_bundle.folder), "--out", str(tmp_path / "out"), "--ray"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and "pip install 'cspd[scale]'" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_starts_its_own_ray(tiny_bundle, alone, tmp_path):
+    if ray.is_initialized():
+        ray.shutdown()
+    out = tmp_path / "out"
+    options = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in CONFIG.model_dump(include={"num_images", "num_iter", "gamma"}).items()
+    ]
+    result = CliRunner().invoke(
+        main,
+        [
+            "generate", str(tiny_bundle.folder), "--labels", "1,417", "--class-balanced",
+            *options, "--head-steps=4", "--cfg=1", "--batch-size=2", "--ray", "--workers=1",
+            "--threads=1", "--json", "--out", str(out),
+        ],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["session"]["workers"] == 1
+    assert not ray.is_initialized()
+    assert contents(out, "run.json") == alone

@@ -1,0 +1,228 @@
+"""Measured costs on the tiny bundle: where they are kept, when they are used, what is chosen."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cspd.engines.bundle import open_bundle
+from cspd.engines.errors import CspdError
+from cspd.runtime import run, tuning
+from cspd.runtime.cli import main, shipped_bundle
+from cspd.runtime.config import make_config
+from cspd.runtime.heads import MixedHead
+from cspd.runtime.law import certificate, law
+from cspd.runtime.lossless import SpeculativeHead
+from cspd.runtime.member import LoopHead
+from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.relax import SameNoiseRound, TotalVariationRound
+from cspd.runtime.window import CostRecord
+
+BASE = {"num_iter": 6, "head_steps": 10, "cfg": 3.0, "batch_size": 2, "labels": (3, 417)}
+
+
+def config(**values):
+    return make_config(**{**BASE, "num_images": 2, "method": "auto", **values})
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pipeline(tiny_bundle, tmp_path):
+    """A copy, so that nothing is written beside the shared one."""
+    shutil.copytree(tiny_bundle.folder, tmp_path / "bundle")
+    return Pipeline(open_bundle(tmp_path / "bundle"), threads=1)
+
+
+def keep(pipeline, plain_ms, round_ms, settings, role="target"):
+    """Save costs for `settings` as if they had been measured."""
+    key = tuning.cost_key(tuning.facts(pipeline, role, settings))
+    costs = CostRecord(
+        key=key, num_steps=10, plain=((1.0, plain_ms), (32.0, plain_ms)),
+        rounds=((1.0, round_ms), (512.0, round_ms)),
+    )  # fmt: skip
+    found = tuning.HeadCosts(role=role, guided=True, costs=costs, acceptance=(0.9,) * 10)
+    return tuning.save(pipeline.bundle, found)
+
+
+def test_measured_once_and_kept_beside_the_bundle(pipeline, tmp_path, monkeypatch):
+    found = tuning.tuned(pipeline, "target", config())
+    (path,) = (tmp_path / "bundle.tuned").iterdir()
+    assert found.costs.num_steps == 10 and len(found.acceptance) == 10
+    assert all(0 < share < 1 for share in found.acceptance)
+    monkeypatch.setattr(tuning, "measure", None)  # a second measurement would fail
+    assert tuning.tuned(pipeline, "target", config()) == found
+    text = path.read_text().replace(found.costs.key, "0" * 64)
+    path.write_text(text)
+    with pytest.raises(CspdError, match="cspd-run tune"):
+        tuning.tuned(pipeline, "target", config())
+    path.write_text("{")
+    with pytest.raises(CspdError, match="delete it"):
+        tuning.tuned(pipeline, "target", config())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"cfg": 1.0}, {"head_steps": 12}, {"threads": 2}, {"sha256": "1" * 64}, {"role": "draft"}],
+)
+def test_another_setting_has_another_key(pipeline, changes):
+    role, changed = changes.pop("role", "target"), dict(changes)
+    base = tuning.facts(pipeline, "target", config())
+    pipeline.threads = changed.pop("threads", 1)
+    if "sha256" in changed:
+        pipeline.bundle.__dict__["sha256"] = changed.pop("sha256")
+    other = tuning.facts(pipeline, role, config(**changed))
+    assert tuning.cost_key(base) != tuning.cost_key(other)
+
+
+def test_kept_in_the_cache_where_the_bundle_cannot_be_written(pipeline, tmp_path, cache):
+    (tmp_path / "bundle.tuned").write_text("in the way")
+    path = keep(pipeline, 1.0, 1.0, config())
+    assert path.is_relative_to(cache)
+    assert tuning.load(pipeline.bundle, "target", tuning.cost_key(
+        tuning.facts(pipeline, "target", config())
+    )) is not None  # fmt: skip
+
+
+def test_nothing_is_written_into_the_package(cache):
+    (folder,) = tuning.folders(open_bundle(shipped_bundle()))
+    assert folder.is_relative_to(cache)
+
+
+def test_auto_takes_the_cheaper_way_and_writes_it_down(pipeline):
+    settings = config()
+    keep(pipeline, 10.0, 100.0, settings)
+    resolved, why = pipeline.resolve(settings)
+    assert resolved.heads[0].up_to == 0 and "plain stepping" in why["target"].reason
+    assert isinstance(pipeline.head("target", resolved), LoopHead)
+    keep(pipeline, 100.0, 0.1, settings)
+    resolved, why = pipeline.resolve(settings)
+    head = pipeline.head("target", resolved)
+    assert isinstance(head, SpeculativeHead) and head.options.window == resolved.heads[0].window
+    # What was chosen is not chosen again.
+    assert pipeline.resolve(resolved) == (resolved, {})
+
+
+def test_mixed_head_draws_what_either_way_would(pipeline):
+    """Few tokens speculatively, many plainly; both are used."""
+    choice = {"role": "target", "window": 4, "up_to": 5}
+    mixed = config(heads=(choice,))
+    head = pipeline.head("target", mixed)
+    assert isinstance(head, MixedHead) and head.up_to == 5
+    images = [image for images, _ in pipeline.generate(mixed) for image in images]
+    assert len(images) == 2
+    calls = pipeline.calls
+    assert calls["target/speculative_round"].calls > 0 and calls["target/denoiser_loop"].calls > 0
+
+
+def test_run_says_what_was_chosen_and_replays(pipeline, tmp_path, capsys):
+    settings = config()
+    keep(pipeline, 100.0, 0.1, settings)
+    options = {"device": "cpu", "threads": 1, "overwrite": False, "baseline": True}
+    record, outcomes = run.generate(
+        pipeline.bundle, settings, tmp_path / "out", quiet=False, **options
+    )
+    assert "target head: speculation with" in capsys.readouterr().err
+    assert record["choices"]["target"].startswith("speculation with")
+    assert record["config"]["heads"][0]["role"] == "target" and record["law"].startswith("exact")
+    assert [outcome.config.method for outcome in outcomes] == ["auto", "target"]
+    shutil.rmtree(tmp_path / "bundle.tuned")
+    _, same = run.replay(pipeline.bundle, tmp_path / "out" / "00001.png", device="cpu", threads=1)
+    assert same and not (tmp_path / "bundle.tuned").exists()
+
+
+def test_a_run_that_need_not_repeat_learns(pipeline):
+    settings = config(reproducible=False)
+    keep(pipeline, 1000.0, 0.1, settings)
+    assert pipeline.resolve(settings) == (settings, {})
+    list(pipeline.generate(settings))
+    (chooser,) = pipeline._choosers.values()
+    assert chooser.tested.sum() > 8.0 * 10
+
+
+@pytest.mark.parametrize("method", ["target", "cspd"])
+def test_heads_of_both_models_speculate(pipeline, method):
+    settings = config(method=method, head="lossless", window=4, gamma=4)
+    assert len([image for images, _ in pipeline.generate(settings) for image in images]) == 2
+    roles = ("target", "draft") if method == "cspd" else ("target",)
+    for role in roles:
+        assert pipeline.calls[f"{role}/speculative_round"].calls > 0
+    assert not any("denoiser_loop" in label for label in pipeline.calls)
+
+
+@pytest.mark.parametrize("steps", [10, "10:4"])
+@pytest.mark.parametrize(
+    ("relax", "kind"), [("tv=0.05", TotalVariationRound), ("sigma=0.5", SameNoiseRound)]
+)
+def test_relaxed_denoising_composes(pipeline, relax, kind, steps):
+    settings = config(method="lossless", relax=relax, head_steps=steps, window=4)
+    head = pipeline.head("target", settings)
+    assert isinstance(head.session, kind)
+    images = [image for images, _ in pipeline.generate(settings) for image in images]
+    assert len(images) == 2
+    assert law(settings).startswith(
+        f"approximate: relaxed denoising of the target model (--relax {relax}"
+    )
+    assert certificate(settings)
+
+
+def test_relaxation_of_nothing_is_stepping(pipeline):
+    """A tolerance of 0 repairs every draft with the target's own state: plain sampling."""
+    relaxed = config(method="lossless", relax="sigma=0", window=4)
+    plain = config(method="target")
+    a, b = (
+        torch.stack(
+            [torch.from_numpy(i.pixels) for images, _ in pipeline.generate(c) for i in images]
+        )
+        for c in (relaxed, plain)
+    )
+    assert (a.int() - b.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"method": "target"}, "exact: samples of the target model"),
+        ({"method": "draft"}, "exact: samples of the draft model"),
+        ({"method": "auto"}, "exact: samples of the target model"),
+        ({"method": "lossless", "head_steps": "10:5"}, "lossy: 10 to 5 denoising steps"),
+        ({"method": "target", "head_steps": 5}, "lossy against the model's own 10 denoising"),
+        ({"method": "cspd", "head_steps": 5}, "lossy against the model's own 10 denoising"),
+        ({"method": "cspd", "relax": "tv=0.1", "head": "lossless"}, "approximate"),
+    ],
+)
+def test_law_in_words(tiny_bundle, values, expected):
+    assert expected in law(config(**values), tiny_bundle.manifest)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--relax", "tv=0.05", "--method", "target"), "--relax tv=0.05 loosens"),
+        (("--method", "lossless", "--head", "plain"), "--head plain contradicts"),
+        (("--relax", "tv=2", "--method", "lossless"), "--relax is"),
+        (("--head-steps", "50:1"), "--head-steps is '50:1'"),
+        (("--head-steps", "10:2000"), "--head-steps is 10:2000"),
+    ],
+)
+def test_contradictions_are_refused(tiny_bundle, tmp_path, options, expected):
+    arguments = ["generate", str(tiny_bundle.folder), "--out", str(tmp_path / "out"), *options]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and expected in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_tune_command(pipeline, tmp_path):
+    result = CliRunner().invoke(
+        main, ["tune", str(tmp_path / "bundle"), "--threads", "1", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [record["role"] for record in found] == ["draft", "target"]
+    assert len(list((tmp_path / "bundle.tuned").iterdir())) == 2

@@ -1,0 +1,151 @@
+"""Parts of the server without Ray: grouping, cancelling, keys, noise of mixed rows."""
+
+import asyncio
+import shutil
+import socket
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cspd.engines.errors import CspdError
+from cspd.runtime.canvas import ACCEPTED, REJECTED, Canvas
+from cspd.runtime.cli import main, shipped_bundle
+from cspd.runtime.config import make_config
+from cspd.runtime.noise import Noise, Purpose, RowNoise
+from cspd.runtime.pipeline import ImageId
+from cspd.tools.serve import is_loopback, read_key
+from cspd.tools.serve_batch import BatchQueue, Ticket, group_key
+
+
+def config(**values):
+    return make_config(**{"labels": (1,), "num_images": 1, "method": "target", **values})
+
+
+def ticket(**values) -> Ticket:
+    made = config(**values)
+    return Ticket(made, ImageId(made.seed, 0, made.labels[0]), group_key(made), 0.0)
+
+
+def test_row_noise_gives_each_row_the_numbers_of_its_image():
+    seeds, images = [7, 2**63 + 5, 7], [4, 0, 2**32 - 1]
+    rows, positions, steps = torch.arange(3), torch.tensor([0, 9, 48]), torch.tensor([0, 1, 99])
+    mixed = RowNoise(seeds, images)
+    for row, (seed, image) in enumerate(zip(seeds, images, strict=True)):
+        alone, one = Noise(seed), slice(row, row + 1)
+        index = torch.tensor([image])
+        for purpose in (Purpose.DENOISE, Purpose.ACCEPT):
+            expected = alone.normal(purpose, index, positions[one], steps[one], 16)
+            got = mixed.normal(purpose, rows, positions, steps, 16)[one]
+            assert torch.equal(got, expected)
+        assert torch.equal(mixed.orders(rows, 49)[row], alone.orders(index, 49)[0])
+        start, chain = mixed.chain(Purpose.DENOISE, rows, positions, 5, 16)
+        alone_start, alone_chain = alone.chain(Purpose.DENOISE, index, positions[one], 5, 16)
+        assert torch.equal(start[one], alone_start) and torch.equal(chain[:, one], alone_chain)
+
+
+def test_fates_are_noted_where_the_tokens_lie():
+    canvas = Canvas(torch.zeros(2, 4, 1), torch.tensor([[2, 0, 3, 1], [1, 3, 0, 2]]), [1, 0])
+    span = canvas.span([1, 0], [3, 1])
+    yes = torch.tensor([[True, False], [False, False]])
+    no = torch.tensor([[False, True], [True, False]])
+    canvas.judge(span, yes, no)
+    assert canvas.fates.tolist() == [[ACCEPTED, 0, 0, REJECTED], [0, REJECTED, 0, 0]]
+
+
+def test_groups_hold_what_differs_in_seed_and_class_only():
+    batches = []
+
+    async def run(tickets):
+        batches.append([t.image.seed for t in tickets])
+        for each in tickets:
+            each.events.put_nowait(("done", each.image.seed))
+
+    async def scenario():
+        queue = BatchQueue(3, run)
+        tickets = [
+            ticket(seed=0), ticket(seed=1, cfg=2.0), ticket(seed=2, labels=(5,)), ticket(seed=3),
+            ticket(seed=4), ticket(seed=5, cfg=2.0),
+        ]  # fmt: skip
+        queue.put(tickets)
+        assert [await t.result() for t in tickets] == [0, 1, 2, 3, 4, 5]
+
+    asyncio.run(scenario())
+    assert batches == [[0, 2, 3], [1, 5], [4]]
+
+
+def test_cancelled_images_are_never_started():
+    started = []
+
+    async def run(tickets):
+        started.extend(t.image.seed for t in tickets)
+        for each in tickets:
+            each.events.put_nowait(("done", None))
+
+    async def scenario():
+        queue = BatchQueue(2, run)
+        tickets = [ticket(seed=seed) for seed in range(4)]
+        queue.put(tickets)
+        queue.drop(tickets[:3])
+        await tickets[3].result()
+        assert len(queue) == 0
+
+    asyncio.run(scenario())
+    assert started == [3]
+
+
+def test_a_failed_batch_fails_its_images_and_no_others():
+    async def run(tickets):
+        if tickets[0].image.seed == 0:
+            raise CspdError("broken")
+        tickets[0].events.put_nowait(("done", "fine"))
+
+    async def scenario():
+        queue = BatchQueue(1, run)
+        bad, good = ticket(seed=0), ticket(seed=1)
+        queue.put([bad, good])
+        with pytest.raises(CspdError, match="broken"):
+            await bad.result()
+        assert await good.result() == "fine"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True),
+     ("0.0.0.0", False), ("::", False), ("10.0.0.1", False), ("example.org", False)],
+)  # fmt: skip
+def test_is_loopback(host, expected):
+    assert is_loopback(host) is expected
+
+
+@pytest.mark.parametrize("text", ["", "short", "with a space in the middle of it", "ключ" * 8])
+def test_bad_key(tmp_path, text):
+    (tmp_path / "key").write_text(text)
+    with pytest.raises(CspdError, match="expected at least 16 ASCII"):
+        read_key(tmp_path / "key", "127.0.0.1")
+
+
+def test_no_server_beyond_loopback_without_a_key(tmp_path):
+    result = CliRunner().invoke(main, ["serve", "--host", "0.0.0.0"])
+    assert result.exit_code == 1
+    assert "a key is needed" in result.output and "--api-key-file" in result.output
+    missing = ["serve", "--host", "0.0.0.0", "--api-key-file", str(tmp_path / "none")]
+    result = CliRunner().invoke(main, missing)
+    assert result.exit_code == 1 and "cannot be read" in result.output
+
+
+def test_a_damaged_bundle_or_a_taken_port_is_refused_before_anything_starts(tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(shipped_bundle(), bundle)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(main, ["serve", str(bundle), "--port", port])
+    assert result.exit_code == 1 and "choose another --port" in result.output
+    with (bundle / "draft" / "weights.safetensors").open("r+b") as file:
+        file.write(b"\0" * 8)
+    result = CliRunner().invoke(main, ["serve", str(bundle)])
+    assert result.exit_code == 1 and "differs from the hash" in result.output

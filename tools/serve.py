@@ -1,0 +1,182 @@
+"""`cspd-run serve`: a server for images on Ray Serve."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cspd.engines.backends import BACKENDS
+from cspd.engines.bundle import open_bundle
+from cspd.engines.errors import CspdError, MissingExtraError
+from cspd.runtime.cli import FOLDER, machine_options, shipped_bundle
+from cspd.tools.serve_models import MAX_IMAGES, Settings
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+SHORTEST_KEY = 16
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_key(path: Path | None, host: str) -> str | None:
+    """SHA-256 of the API key in `path`; CspdError if a key is needed and there is none."""
+    if path is None:
+        if is_loopback(host):
+            return None
+        raise CspdError(
+            f"--host {host}: others can reach it, so a key is needed; write one of at least "
+            f"{SHORTEST_KEY} characters to a file and add --api-key-file FILE"
+        )
+    try:
+        key = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CspdError(f"{path}: the API key cannot be read: {error}") from None
+    if len(key) < SHORTEST_KEY or not key.isascii() or len(key.split()) != 1:
+        raise CspdError(
+            f"{path}: the API key has {len(key)} characters, expected at least {SHORTEST_KEY} "
+            "ASCII characters without spaces"
+        )
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise CspdError if `port` cannot be listened on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise CspdError(
+                f"{host}:{port}: cannot listen there: {error.strerror}; choose another --port"
+            ) from None
+
+
+def start(settings: Settings, host: str, port: int, logs: Path | None) -> None:
+    """Start Ray and the server in it; returns when it is ready."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Whoever reaches Ray's own ports can run code: a token that only these processes know.
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    try:
+        import ray
+        from ray import serve
+    except ImportError as error:
+        raise MissingExtraError("ray[serve]", "scale") from error
+    from ray.serve.config import HTTPOptions
+    from ray.serve.schema import LoggingConfig
+
+    logs_config = LoggingConfig(
+        encoding="JSON", logs_dir=str(logs.resolve()) if logs else None, enable_access_log=False
+    )
+    ray.init(
+        address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1", num_cpus=max(os.cpu_count() or 1, settings.replicas),
+    )  # fmt: skip
+    serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logs_config)
+    try:
+        serve.run(application(settings), name="cspd", logging_config=logs_config)
+    except RuntimeError as error:
+        ray.shutdown()
+        raise CspdError(f"the server did not start: {error}") from None
+
+
+def application(settings: Settings) -> Any:
+    """The deployments: one gate that checks and counts, behind it the engines that compute."""
+    from ray import serve
+
+    from cspd.tools.serve_engine import Engine
+
+    def build() -> Any:
+        from cspd.tools.serve_app import make_app
+
+        return make_app(settings, serve.get_deployment_handle("Engine", "cspd"))
+
+    gpus = 1 if settings.device == "cuda" else 0
+    # The gate bounds the queue, so that nothing may be refused or held back behind it.
+    unbounded = 100_000
+    engine = serve.deployment(
+        num_replicas=settings.replicas, max_ongoing_requests=unbounded,
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus}, health_check_period_s=2,
+        graceful_shutdown_timeout_s=5,
+    )(Engine)  # fmt: skip
+    gate = serve.deployment(
+        name="Gate", max_ongoing_requests=unbounded,
+        ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=5,
+    )(serve.ingress(build)())  # fmt: skip
+    return gate.bind(engine.bind(settings))
+
+
+def stop() -> None:
+    """End the server and its Ray."""
+    import ray
+    from ray import serve
+
+    serve.shutdown()
+    ray.shutdown()
+
+
+@click.command("serve")
+@click.argument("bundle", type=FOLDER, required=False)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1, 64),
+              help="Engines; on CUDA one GPU each.")  # fmt: skip
+@click.option("--api-key-file", type=click.Path(path_type=Path),
+              help="File with the key that clients must send; needed beyond loopback.")  # fmt: skip
+@click.option(
+    "--backend",
+    default="onnxruntime",
+    show_default=True,
+    type=click.Choice(list(BACKENDS)),
+    help="What runs the networks.",
+)
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1, 512),
+              help="Images computed together, as in generate.")  # fmt: skip
+@click.option("--max-queue", default=64, show_default=True, type=click.IntRange(MAX_IMAGES, 10**4),
+              help="Images in work or waiting; beyond it, 429.")  # fmt: skip
+@click.option("--timeout", default=120.0, show_default=True, type=click.FloatRange(1, 3600),
+              help="Seconds for one request.")  # fmt: skip
+@click.option("--logs", type=FOLDER, help="Folder of the JSON logs.  [default: Ray's]")
+@machine_options
+def command(
+    bundle: Path | None, host: str, port: int, replicas: int, api_key_file: Path | None,
+    logs: Path | None, **options: Any,
+) -> None:  # fmt: skip
+    """Answer requests for images of BUNDLE, by default the pair inside the package."""
+    opened = open_bundle(bundle or shipped_bundle())
+    for name in opened.manifest.files:
+        opened.file(name)  # a damaged bundle is refused here, not by every replica
+    folder = opened.folder.resolve()
+    if not options["threads"]:
+        options["threads"] = max(1, (os.cpu_count() or 1) // replicas)
+    settings = Settings(
+        bundle=folder, replicas=replicas, key_sha256=read_key(api_key_file, host),
+        hosts=LOOPBACK if is_loopback(host) else (), **options,
+    )  # fmt: skip
+    check_port(host, port)
+    start(settings, host, port, logs)
+    ended = threading.Event()
+    # Ray has put handlers of its own in place by now.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    click.echo(f"cspd serves {folder} at http://{host}:{port}/")
+    ended.wait()
+    stop()

@@ -1,0 +1,85 @@
+"""Diffusion heads of published sizes with random weights, exported graph by graph: synthetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from cspd.engines.ort_session import ort_session
+from cspd.engines.session import Session, TorchSession
+from cspd.engines.spec import GraphSpec
+from cspd.export.graphs import (
+    DenoiserGraph,
+    DenoiserLoopGraph,
+    denoiser_loop_spec,
+    denoiser_spec,
+)
+from cspd.export.mar import DiffusionLoss
+from cspd.export.modulation import (
+    HeadModulationGraph,
+    HoistedDenoiserGraph,
+    hoisted_spec,
+    modulation_spec,
+)
+from cspd.export.onnx_export import export_graph, save_graph
+from cspd.export.presets import PRESETS
+from cspd.export.random_weights import random_state
+from cspd.export.scan_loop import export_loop
+
+MAX_ROWS = 1024
+WEIGHTS = "weights.safetensors"
+
+
+class _Holder(nn.Module):
+    """Gives the head's weights the names that they have in a whole model."""
+
+    def __init__(self, diffloss: DiffusionLoss) -> None:
+        super().__init__()
+        self.diffloss = diffloss
+
+
+class SyntheticHead:
+    """The head of `preset` with random weights; graphs are exported to `folder` when needed."""
+
+    def __init__(self, preset: str, folder: Path, threads: int = 0) -> None:
+        self.preset, self.folder, self.threads = preset, folder, threads
+        holder = _Holder(DiffusionLoss(PRESETS[preset]))
+        holder.load_state_dict(random_state(holder, seed=0))
+        self.module = holder.diffloss.eval()
+        save_file(holder.state_dict(), folder / WEIGHTS)
+
+    def graph(self, name: str) -> tuple[nn.Module, GraphSpec]:
+        """Module and contract of one of the head's graphs."""
+        makers: dict[str, Any] = {
+            "denoiser": (DenoiserGraph, denoiser_spec),
+            "denoiser_loop": (DenoiserLoopGraph, denoiser_loop_spec),
+            "head_modulation": (HeadModulationGraph, modulation_spec),
+            "denoiser_hoisted": (HoistedDenoiserGraph, hoisted_spec),
+        }
+        module, spec = makers[name]
+        return module(self.module), spec(PRESETS[self.preset], MAX_ROWS)
+
+    def file(self, name: str) -> Path:
+        """The ONNX file of graph `name`."""
+        path = self.folder / f"{name}.onnx"
+        if not path.exists():
+            module, spec = self.graph(name)
+            if isinstance(module, DenoiserLoopGraph):
+                model = export_loop(module, spec)
+            else:
+                model = export_graph(module, spec)
+            save_graph(model, path, self.folder / WEIGHTS)
+        return path
+
+    def onnx(self, name: str) -> Session:
+        """Graph `name` in ONNX Runtime."""
+        return ort_session(str(self.file(name)), self.graph(name)[1], threads=self.threads)
+
+    def torch(self, name: str) -> Session:
+        """Graph `name` in PyTorch."""
+        module, spec = self.graph(name)
+        return TorchSession(spec, module, torch.device("cpu"))

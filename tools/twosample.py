@@ -1,0 +1,192 @@
+"""Do two sets of images of the shipped pair have one law? `python -m cspd.tools.twosample`.
+
+Meant for `lossless` against `target` with other seeds, on the folders that `cspd-run evaluate`
+leaves. Three answers: the share of images that the classifier takes for their label, with a test of
+equal shares; the Frechet distance of either set to real images, beside that of their seeds alone;
+and a permutation test of the energy distance of the classifier's features within the classes, whose
+false-alarm rate is its level. A law that differs by less than n images can show passes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from cspd.engines.commands import Commands
+from cspd.engines.errors import CspdError
+from cspd.tools.classifier import embed
+from cspd.tools.evaluate_run import IMAGES, load_images
+from cspd.tools.metrics import feature_stats, frechet_distance, load_judge
+
+MAX_PER_SIDE = 5000  # the matrix of distances has (2 n)^2 entries
+PERMUTATIONS = 999
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Features [N, D] of images, their classes [N], and whether each was recognised [N] bool."""
+
+    features: Tensor
+    labels: Tensor
+    correct: Tensor
+
+    @classmethod
+    def join(cls, sets: list[ImageSet]) -> ImageSet:
+        """All images of `sets`."""
+        return cls(*(torch.cat([getattr(s, name) for s in sets]) for name in vars(sets[0])))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sets of n images each. p-values are of the hypothesis that nothing differs."""
+
+    n: int
+    accuracy: tuple[float, float]
+    accuracy_by_seed: tuple[tuple[float, ...], tuple[float, ...]]
+    accuracy_p: float
+    frechet: tuple[float, float]
+    frechet_by_seed: tuple[tuple[float, ...], tuple[float, ...]]
+    frechet_between: float
+    energy_p: float
+
+
+def read_set(folder: Path) -> ImageSet:
+    """The images below `folder`, judged by the shipped classifier."""
+    found = sorted(path.parent for path in folder.rglob(IMAGES))
+    if len(found) != 1:
+        raise CspdError(
+            f"{folder}: holds {len(found)} sets of images, expected one; name the folder that "
+            "cspd-run evaluate made for a method and seed"
+        )
+    lines = [json.loads(line) for line in (found[0] / IMAGES).read_text().splitlines()]
+    by_image = {line["image"]: line["label"] for line in lines}
+    labels = torch.tensor([by_image[image] for image in range(len(by_image))])
+    pixels = load_images(found[0], len(labels))
+    images = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    classifier, _ = load_judge()
+    features = embed(classifier, images)
+    return ImageSet(features, labels, classifier.logits(features).argmax(1) == labels)
+
+
+def compare(first: list[ImageSet], second: list[ImageSet], seed: int = 0) -> Comparison:
+    """Compare two methods; each list holds a set per seed."""
+    a, b = ImageSet.join(first), ImageSet.join(second)
+    if not torch.equal(a.labels.bincount(), b.labels.bincount()):
+        raise CspdError(
+            "the two sides have different numbers of images of a class; make them equal"
+        )
+    _, reference = load_judge()
+
+    def distance(images: ImageSet) -> float:
+        return frechet_distance(feature_stats(images.features), reference.train)
+
+    sides = (first, second)
+    return Comparison(
+        n=len(a.labels),
+        accuracy=(share(a), share(b)),
+        accuracy_by_seed=tuple(tuple(map(share, side)) for side in sides),  # type: ignore[arg-type]
+        accuracy_p=equal_shares(a.correct, b.correct),
+        frechet=(distance(a), distance(b)),
+        frechet_by_seed=tuple(tuple(map(distance, side)) for side in sides),  # type: ignore[arg-type]
+        frechet_between=frechet_distance(feature_stats(a.features), feature_stats(b.features)),
+        energy_p=energy_test(a, b, seed),
+    )
+
+
+def share(images: ImageSet) -> float:
+    """Accuracy of the classifier on `images`."""
+    return images.correct.double().mean().item()
+
+
+def equal_shares(a: Tensor, b: Tensor) -> float:
+    """p-value of equal probabilities behind trials [N] and [M] bool, normal approximation."""
+    pooled = torch.cat([a, b]).double().mean()
+    error = (pooled * (1 - pooled) * (1 / len(a) + 1 / len(b))).sqrt()
+    gap = (a.double().mean() - b.double().mean()).abs()
+    return 1.0 if error == 0 else torch.erfc(gap / error / 2**0.5).item()
+
+
+def energy_test(a: ImageSet, b: ImageSet, seed: int = 0) -> float:
+    """p-value of equal laws of the features given the class: permutations within the classes.
+
+    Exact at any size: the observed split is one of `PERMUTATIONS` + 1 that are equally likely if
+    the laws are equal. At most `MAX_PER_SIDE` images of each side are used.
+    """
+    a, b = (_thin(images) for images in (a, b))
+    labels = torch.cat([a.labels, b.labels])
+    both = torch.cat([a.features, b.features])
+    distance = torch.cdist(both, both)
+    sides = torch.cat([torch.ones(len(a.labels)), -torch.ones(len(b.labels))])
+    by_class = labels.argsort(stable=True)
+    observed = _energy(distance, sides)
+    generator = torch.Generator().manual_seed(seed)
+    larger = 0
+    for keys in _keys(labels, generator):
+        shuffled = torch.empty_like(sides)
+        shuffled[by_class] = sides[keys]
+        larger += int(_energy(distance, shuffled) >= observed)
+    return (larger + 1) / (PERMUTATIONS + 1)
+
+
+def _thin(images: ImageSet) -> ImageSet:
+    step = -(-len(images.labels) // MAX_PER_SIDE)
+    return ImageSet(*(value[::step] for value in vars(images).values()))
+
+
+def _energy(distance: Tensor, sides: Tensor) -> float:
+    """The energy statistic of a split `sides` [N] of +1 and -1, for equally many of each."""
+    return -(sides @ distance @ sides).item()
+
+
+def _keys(labels: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    """Random orders within the classes, each grouped by class."""
+    for _ in range(PERMUTATIONS):
+        yield (labels + torch.rand(len(labels), generator=generator)).argsort()
+
+
+def lines(found: Comparison) -> list[str]:
+    """The comparison in words."""
+
+    def seeds(values: tuple[float, ...], form: str) -> str:
+        return ", ".join(format(value, form) for value in values)
+
+    accuracy, frechet = found.accuracy_by_seed, found.frechet_by_seed
+    return [
+        f"n = {found.n} images a side",
+        f"accuracy {found.accuracy[0]:.2%} ({seeds(accuracy[0], '.1%')}) against "
+        f"{found.accuracy[1]:.2%} ({seeds(accuracy[1], '.1%')}): p = {found.accuracy_p:.3f}",
+        f"Frechet distance to real images, not FID: {found.frechet[0]:.2f} "
+        f"({seeds(frechet[0], '.1f')}) against {found.frechet[1]:.2f} "
+        f"({seeds(frechet[1], '.1f')}); between the sides {found.frechet_between:.2f}",
+        f"energy distance of features within classes: p = {found.energy_p:.3f}, "
+        f"{PERMUTATIONS} permutations",
+    ]
+
+
+@click.group(cls=Commands)
+def main() -> None:
+    """Compare two sets of images of the shipped pair."""
+
+
+@main.command("compare")
+@click.option("--first", "first", multiple=True, required=True, type=FOLDER, help="A seed each.")
+@click.option("--second", "second", multiple=True, required=True, type=FOLDER, help="A seed each.")
+@click.option("--json", "as_json", is_flag=True, help="Print all figures.")
+def command(first: tuple[Path, ...], second: tuple[Path, ...], as_json: bool) -> None:
+    """Test whether the images of --first and of --second have the same law."""
+    found = compare([read_set(path) for path in first], [read_set(path) for path in second])
+    record: dict[str, Any] = asdict(found)
+    click.echo(json.dumps(record, indent=1) if as_json else "\n".join(lines(found)))
+
+
+if __name__ == "__main__":
+    main()
