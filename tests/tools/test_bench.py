@@ -159,7 +159,8 @@ def test_a_finished_run_is_not_measured_again(finished, tiny_bundle, monkeypatch
 def test_a_resumed_run_warms_up_again(finished, tiny_bundle, tmp_path, monkeypatch):
     out = shutil.copytree(finished[0], tmp_path / "bench")
     text = (out / JOURNAL).read_text().splitlines(keepends=True)
-    lost = next(i for i, line in enumerate(text) if json.loads(line).get("repeat") == 0)
+    lines = [json.loads(line) for line in text]
+    lost = next(i for i, x in enumerate(lines) if x["kind"] == "batch" and x["repeat"] == 0)
     (out / JOURNAL).write_text("".join(text[:lost] + text[lost + 1 :]))
     measured = []
     real = bench_run.Bench.measure
