@@ -24,11 +24,14 @@ lint: .venv/dev
 	for part in engines export runtime tools demo_pair; do ln -sfn ../../../$$part build/types/cspd/$$part; done
 	MYPYPATH=build/types $(BIN)/mypy -p cspd.engines -p cspd.export -p cspd.runtime -p cspd.tools
 
+# Half an hour on 2 idle cores; goes on where it was interrupted. 1000 images take hours.
+BENCH_IMAGES ?= 100
+THREADS ?= 0
 bench: .venv/report
-	$(BIN)/cspd-run bench --out out/bench
-	$(BIN)/cspd-run evaluate --method target --method cspd --method lossless --out out/evaluate
+	$(BIN)/cspd-run bench --images $(BENCH_IMAGES) --batch-size 1 --batch-size 8 --batch-size 16 --threads $(THREADS) --out out/bench
+	$(BIN)/cspd-run evaluate --method target --method cspd --num-images $(BENCH_IMAGES) --batch-size 8 --threads $(THREADS) --out out/evaluate
 	$(BIN)/cspd-export parity --out out/parity.json
-	$(BIN)/cspd-run report out/bench out/evaluate out/parity.json --out out/report.html
+	$(BIN)/cspd-run report out/bench out/evaluate out/parity.json --out out/report.html --plots out/plots --markdown out/report.md
 
 clean:
 	rm -rf .venv build out

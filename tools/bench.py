@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-from rich.console import Console
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
@@ -15,11 +14,12 @@ from cspd.engines.errors import CspdError
 from cspd.tools.bench_plan import Point, Scale, make_plan
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_run import JOURNAL, Bench, Journal, make_header, read_lines
-from cspd.tools.bench_tables import TABLES, Table, readme_table
+from cspd.tools.bench_tables import TABLES, readme_table
 from cspd.tools.evaluate_judges import Judge, find_judge
 from cspd.tools.metrics import MIN_IMAGES
 from cspd.tools.provenance import command_line, commit
 from cspd.tools.replay import AcceptancePattern, load_pattern
+from cspd.tools.terminal import print_table
 
 PATH = click.Path(path_type=Path)
 
@@ -197,19 +197,6 @@ def show(results: Results, out: Path, as_json: bool) -> None:
     for table in filled.values():
         print_table(table)
     click.echo(f"{out / 'tables.md'}")
-
-
-def print_table(table: Table) -> None:
-    """A table on the terminal."""
-    from rich.table import Table as RichTable
-
-    shown = RichTable(*table.columns, title=table.title)
-    for row in table.rows:
-        shown.add_row(*row)
-    console = Console()
-    console.print(shown)
-    if table.note:
-        console.print(table.note, highlight=False)
 
 
 if __name__ == "__main__":

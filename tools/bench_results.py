@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,10 @@ Line = dict[str, Any]
 class Summary:
     """What was measured at one point, over its batches without the warm-up.
 
-    `seconds`: median wall-clock time per image, `low` and `high` its quartiles; `host` the share of
-    it outside the sessions; `graphs` seconds per image by graph; calls are per batch.
+    `seconds`: median wall-clock time per image, `low` and `high` its quartiles; `cpu_seconds`:
+    median processor time per image of all threads, on a CPU, which other programs hardly change;
+    `host`: the share of the time outside the sessions; `graphs`: seconds per image by graph; calls
+    are per batch.
     """
 
     point: Point
@@ -25,6 +28,7 @@ class Summary:
     seconds: float
     low: float
     high: float
+    cpu_seconds: float | None
     host: float | None
     graphs: dict[str, float]
     calls: dict[str, float]
@@ -81,7 +85,9 @@ class Results:
         """Medians over the batches of a point."""
         lines = self.batches(point.id)
         times = sorted(line["seconds"] / line["images"] for line in lines)
-        quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        quartiles = (
+            statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+        )
         hosts = [line["host_seconds"] / line["seconds"] for line in lines
                  if line["host_seconds"] is not None]  # fmt: skip
         scores = self.of(point.id, "score")
@@ -92,7 +98,12 @@ class Results:
             seconds=statistics.median(times),
             low=quartiles[0],
             high=quartiles[2],
-            host=statistics.median(hosts) if hosts else None,
+            cpu_seconds=_median(
+                line["cpu_seconds"] / line["images"]
+                for line in lines
+                if line["cpu_seconds"] is not None
+            ),
+            host=_median(hosts),
             graphs=_per_graph(lines),
             calls={
                 name: statistics.median(
@@ -142,6 +153,11 @@ def neutral(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide which law the target draws from, and with which noise."""
     names = ("num_iter", "head_steps", "cfg", "cfg_schedule", "temperature", "seed")
     return {name: values[name] for name in names}
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None
 
 
 def _total(lines: list[Line], name: str) -> int:

@@ -19,6 +19,7 @@ from cspd.engines.errors import CspdError
 from cspd.engines.session import CallStats, Session, TorchSession
 from cspd.export.graphs import DenoiserLoopGraph
 from cspd.export.torch_session import decoder_module, graph_module
+from cspd.runtime.config import RunConfig
 from cspd.runtime.outputs import environment, tool_version
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.stats import Statistics
@@ -111,17 +112,21 @@ class Bench:
     say: Callable[[str], None] = print
     pattern: AcceptancePattern | None = None
     pipelines: dict[str, Pipeline] = field(default_factory=dict)
+    warmed: set[tuple[str, str, int]] = field(default_factory=set)
 
     def run(self, points: list[Point]) -> None:
-        """Measure what the journal does not hold yet: start-up, warm-up, batches, probes."""
+        """Measure what the journal does not hold yet: start-up, warm-up, probes, batches."""
         self._starts(points)
         jobs = list(self._jobs(points))
         for number, (point, repeat) in enumerate(jobs, 1):
+            if repeat == 0:
+                self._probes(points)
             if not self.journal.has(point.id, repeat) and not self._gave_up(point):
+                if repeat != WARM_UP and point.warm_key not in self.warmed:
+                    self._attempt(point, WARM_UP)  # a resumed run is cold again
                 line = self._attempt(point, repeat)
                 self.journal.append(line)
                 self.say(f"[{number}/{len(jobs)}] {describe(line)}")
-        self._probes(points)
 
     def _jobs(self, points: list[Point]) -> Iterator[tuple[Point, int]]:
         """Warm-ups first, then the points in turn, so that drift of the machine hits all alike."""
@@ -162,16 +167,18 @@ class Bench:
         first = max(repeat, 0) * config.batch_size
         before = {name: (s.calls, s.seconds) for name, s in pipeline.calls.items()}
         reset_peak_memory(self.device)
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         batches = list(pipeline.generate(config, range(first, first + config.batch_size)))
         seconds = time.perf_counter() - start
+        cpu = time.process_time() - start_cpu if self.device == "cpu" else None
+        self.warmed.add(point.warm_key)
         images, statistics = batches[0]
         if point.quality and repeat >= 0:
             self._keep(point, repeat, np.stack([image.pixels for image in images]))
         calls = _since(before, pipeline.calls)
         return {
             "kind": "batch", "point": point.id, "repeat": repeat, "images": config.batch_size,
-            "seconds": seconds, "graphs": calls,
+            "seconds": seconds, "cpu_seconds": cpu, "graphs": calls,
             "host_seconds": self._host(seconds, calls), "peak_memory_mb": peak_memory(self.device),
             "load": os.getloadavg()[0], **_counts(statistics),
         }  # fmt: skip
@@ -227,12 +234,19 @@ class Bench:
         point = next((p for p in points if "figure 11" in p.serves), None)
         if point is None or self.pattern is not None:
             return
-        size = {"num_images": point.config.batch_size}
-        config = point.config.model_copy(update=size)
+        largest = max(p.config.batch_size for p in points)
+        usual = point.config.model_copy(update={"num_images": largest})
+        self._probe("map", 0, point, usual)
+        size = {"num_images": point.config.batch_size, "on_reject": "residual"}
         for tries in TRIES:
-            if not self.journal.has("probe", tries):
-                line = probe(self.pipeline(point.backend), config, tries)
-                self.journal.append({"kind": "probe", "point": "probe", "repeat": tries, **line})
+            self._probe("tries", tries, point, point.config.model_copy(update=size))
+
+    def _probe(self, name: str, tries: int, point: Point, config: RunConfig) -> None:
+        """One batch of `config`, round by round; `tries`, unless 0, limits the residual's draws."""
+        if not self.journal.has(name, tries):
+            line = probe(self.pipeline(point.backend), config, tries or None)
+            self.journal.append({"kind": "probe", "point": name, "repeat": tries, **line})
+            self.say(f"probe {name} {tries or ''}")
 
 
 class _Compiled(torch.nn.Module):
@@ -251,7 +265,7 @@ class _Compiled(torch.nn.Module):
         return self.run(*tensors)
 
 
-def probe(pipeline: Pipeline, config: Any, tries: int) -> Line:
+def probe(pipeline: Pipeline, config: RunConfig, tries: int | None) -> Line:
     """One batch of `cspd` with at most `tries` residual draws: verdicts, counts per position."""
     length = pipeline.bundle.manifest.geometry.num_tokens
     judged, accepted = torch.zeros(length), torch.zeros(length)

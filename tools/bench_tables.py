@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
+from cspd.runtime.config import RunConfig
 from cspd.tools.bench_plan import Point
 from cspd.tools.bench_results import Results, Summary, neutral
+from cspd.tools.settings import setting_name
 
 DASH = "-"
 
@@ -55,14 +57,15 @@ def readme_table(results: Results) -> Table:
         )  # fmt: skip
         rows.append([
             name_of(item) + (" (as many target calls as cspd)" if equal else ""),
-            law(item, main), seconds(item), ratio(item, reference), percent(item.acceptance),
+            law(item, main), seconds(item), ratio(item, reference), cpu_ratio(item, reference),
+            percent(item.acceptance),
             f"{item.target_calls:.0f}", f"{item.draft_calls:.0f}",
             percent(item.score.get("accuracy")), figure(item.score.get("frechet"), ".2f"),
         ])  # fmt: skip
     counts = sorted({int(item.score["n"]) for item in results.serving("readme") if item.score})
     columns = (
-        "method", "law", "seconds per image", "speed vs target", "acceptance", "target calls",
-        "draft calls", "classifier accuracy", f"Frechet distance{_n(counts)}",
+        "method", "law", "seconds per image", "speed vs target", "by CPU time", "acceptance",
+        "target calls", "draft calls", "classifier accuracy", f"Frechet distance{_n(counts)}",
     )  # fmt: skip
     return Table("Methods side by side", columns, rows, host_note(results))
 
@@ -89,23 +92,25 @@ def host_note(results: Results) -> str:
         warning += f"Acceptance REPLAYED from a run of bundle {source}, not measured here. "
     loads = [line["load"] for line in results.lines[1:] if "load" in line]
     if loads and statistics.median(loads) > float(host["cpus"]) + 0.5:
-        warning += f"The machine was busy (median load {statistics.median(loads):.1f}). "
+        warning += f"The machine was busy (median load {statistics.median(loads):.1f}): "
+        warning += "the ratios of processor time are the ones to trust. "
     return (
         f"{warning}{names}; {where} ({host['machine']}), {results.main.backend}; batch "
         f"{main.batch_size}, {main.num_iter} autoregressive and {main.head_steps} denoising steps, "
-        f"guidance {main.cfg:g} {main.cfg_schedule}; median of batches; calls are per batch. The "
+        f"guidance {main.cfg:g} {main.cfg_schedule}; median and quartiles of batches; calls "
+        "are per batch. The "
         "Frechet distance is measured in the features of the judge named in the run, see evaluate."
     )
 
 
 def name_of(item: Summary) -> str:
-    """A method with the settings that tell it apart."""
+    """A method with the options that tell it apart from others of the same law and noise."""
     config = item.point.config
-    if config.method == "cspd":
-        return f"cspd, gamma {config.gamma}"
-    if config.method == "target":
-        return f"target, {config.num_iter} steps"
-    return str(config.method)
+    usual = RunConfig(labels=config.labels, num_images=1)
+    ignored = ("batch_size", "backend", "head_steps", "cfg", "cfg_schedule", "temperature")
+    return setting_name(
+        config, usual, ignored if config.method == "target" else (*ignored, "num_iter")
+    )
 
 
 def seconds(item: Summary) -> str:
@@ -116,6 +121,13 @@ def seconds(item: Summary) -> str:
 def ratio(item: Summary, reference: Summary | None) -> str:
     """Speed ratio to the reference."""
     return DASH if reference is None else f"{reference.seconds / item.seconds:.2f}x"
+
+
+def cpu_ratio(item: Summary, reference: Summary | None) -> str:
+    """Ratio of the reference's processor time to this: what a busy machine does not spoil."""
+    if reference is None or reference.cpu_seconds is None or item.cpu_seconds is None:
+        return DASH
+    return f"{reference.cpu_seconds / item.cpu_seconds:.2f}x"
 
 
 def percent(value: float | None) -> str:
@@ -136,10 +148,11 @@ def table_1(results: Results) -> Table:
         reference = results.baseline(config.batch_size)
         rows.append([
             str(config.batch_size), str(config.gamma), seconds(item), ratio(item, reference),
-            percent(item.acceptance), f"{item.target_calls:.0f}", f"{item.draft_calls:.0f}",
+            cpu_ratio(item, reference), percent(item.acceptance), f"{item.target_calls:.0f}",
+            f"{item.draft_calls:.0f}",
         ])  # fmt: skip
-    columns = ("batch", "gamma", "seconds per image", "speed vs target", "acceptance",
-               "target calls", "draft calls")  # fmt: skip
+    columns = ("batch", "gamma", "seconds per image", "speed vs target", "by CPU time",
+               "acceptance", "target calls", "draft calls")  # fmt: skip
     return Table("Table 1: speed and acceptance", columns, rows)
 
 
@@ -170,42 +183,86 @@ def sweep_table(results: Results, tag: str, title: str, option: str) -> Table:
         rows.append([
             ("on" if value else "off") if isinstance(value, bool) else f"{value:g}",
             percent(item.acceptance), percent(item.fallback), figure(item.distance),
-            seconds(item), ratio(item, reference), f"{item.target_calls:.0f}",
+            seconds(item), ratio(item, reference), cpu_ratio(item, reference),
+            f"{item.target_calls:.0f}",
         ])  # fmt: skip
-    columns = (option, "acceptance", "fallback", "mean token distance", "seconds per image",
-               "speed vs target", "target calls")  # fmt: skip
+    columns = (option, "acceptance", "target's own", "mean token distance", "seconds per image",
+               "speed vs target", "by CPU time", "target calls")  # fmt: skip
     return Table(title, columns, rows)
 
 
+# Columns of the table of times, and the graphs behind each.
+PARTS = {
+    "target transformer": ("target/backbone",),
+    "target head": ("target/denoiser", "target/speculative_round"),
+    "draft transformer": ("draft/backbone",),
+    "draft head": ("draft/denoiser", "draft/speculative_round"),
+    "pixels": ("decoder",),
+}
+
+
 def time_table(results: Results) -> Table:
-    """Where the time goes: by graph and outside, and memory, of all methods and peers."""
+    """Where the time goes: by network and outside, and memory, of all methods and peers."""
     rows = []
     shown = {item.point.id: item for tag in ("readme", "peers") for item in results.serving(tag)}
     for item in shown.values():
-        graphs = ", ".join(
-            f"{name} {value * 1e3:.0f} ({item.calls[name]:.0f} calls)"
-            for name, value in item.graphs.items()
-        )
         rows.append([
-            name_of(item), item.point.backend, seconds(item), graphs, percent(item.host),
+            name_of(item), item.point.backend, f"{item.seconds * 1e3:.0f}",
+            DASH if item.cpu_seconds is None else f"{item.cpu_seconds * 1e3:.0f}",
+            *(_part(item, starts) for starts in PARTS.values()), percent(item.host),
             f"{item.peak_memory_mb:.0f}", str(item.batches),
         ])  # fmt: skip
-    columns = ("method", "backend", "seconds per image", "milliseconds per image by graph",
-               "host share", "peak memory, MB", "batches")  # fmt: skip
-    return Table("Where the time goes", columns, rows, _start_note(results))
+    columns = (
+        "method",
+        "backend",
+        "all",
+        "CPU time",
+        *PARTS,
+        "outside",
+        "peak memory, MB",
+        "batches",
+    )
+    skips = {line["backend"]: line["reason"] for line in results.lines[1:]
+             if line["kind"] == "skip"}  # fmt: skip
+    note = "Milliseconds per image, in brackets calls per batch; outside: the host's share."
+    note += "".join(f" {backend} skipped: {why}." for backend, why in skips.items())
+    return Table("Where the time goes", columns, rows, note)
 
 
-def _start_note(results: Results) -> str:
-    """Start-up, warm-up and what could not be measured."""
+def _part(item: Summary, starts: tuple[str, ...]) -> str:
+    names = [name for name in item.graphs if name.startswith(starts)]
+    if not names:
+        return DASH
+    milliseconds = seconds_in(item, starts) * 1e3
+    return f"{milliseconds:.0f} ({sum(item.calls[name] for name in names):.0f})"
+
+
+def seconds_in(item: Summary, starts: tuple[str, ...]) -> float:
+    """Seconds per image in the graphs whose names start so."""
+    return sum(value for name, value in item.graphs.items() if name.startswith(starts))
+
+
+def start_table(results: Results) -> Table:
+    """Cold and warm: the first batch of a method on a backend against the later ones."""
+    rows = []
+    for line in results.lines[1:]:
+        if line["kind"] != "batch" or line["repeat"] >= 0 or not results.batches(line["point"]):
+            continue
+        item, images = results.summary(results.points[line["point"]]), line["images"]
+        cpu = DASH
+        if item.cpu_seconds is not None:
+            cpu = f"{line['cpu_seconds'] / (item.cpu_seconds * images):.2f}x"
+        rows.append([
+            item.point.backend, name_of(item), str(images), f"{line['seconds']:.2f}",
+            f"{item.seconds * images:.2f}", f"{line['seconds'] / (item.seconds * images):.2f}x",
+            cpu,
+        ])  # fmt: skip
+    columns = ("backend", "method", "batch", "first batch, s", "later batches, s", "cold / warm",
+               "by CPU time")  # fmt: skip
     starts = [line for line in results.lines[1:] if line["kind"] == "start"]
-    parts = [f"{line['backend']}: sessions opened in {line['seconds']:.2f} s ({line['which']})"
-             for line in starts]  # fmt: skip
-    warm = [line for line in results.lines[1:] if line["kind"] == "batch" and line["repeat"] < 0]
-    parts += [f"warm-up {line['point']}: {line['seconds']:.2f} s" for line in warm]
-    skips = {
-        line["reason"]: line["backend"] for line in results.lines[1:] if line["kind"] == "skip"
-    }
-    return "; ".join([*parts, *(f"{backend} skipped: {why}" for why, backend in skips.items())])
+    note = "; ".join(f"{line['backend']}: sessions opened in {line['seconds']:.2f} s "
+                     f"({line['which']})" for line in starts)  # fmt: skip
+    return Table("Cold and warm", columns, rows, note)
 
 
 def steps_table(results: Results) -> Table:
@@ -249,14 +306,20 @@ def pareto_table(results: Results) -> Table:
 
 def tries_table(results: Results) -> Table:
     """Figure 15: how often the residual law yields a token within so many draws."""
-    rows = []
-    for line in results.of("probe", "probe"):
-        found = line["verdicts"]["resampled"]
-        rejected = found + line["verdicts"]["fallback"]
-        rows.append(
-            [str(line["tries"]), str(rejected), percent(found / rejected if rejected else None)]
-        )
+    rows = [[str(tries), str(rejected), percent(share)]
+            for tries, rejected, share in tries_shares(results)]  # fmt: skip
     return Table("Figure 15: resampling tries", ("tries", "rejected tokens", "resampled"), rows)
+
+
+def tries_shares(results: Results) -> list[tuple[int, int, float]]:
+    """Allowed draws, rejected tokens, and the share of these that the residual replaced."""
+    found = []
+    for line in results.of("tries", "probe"):
+        resampled = line["verdicts"]["resampled"]
+        rejected = resampled + line["verdicts"]["fallback"]
+        if rejected:
+            found.append((line["tries"], rejected, resampled / rejected))
+    return sorted(found)
 
 
 def _sweep(tag: str, title: str, option: str) -> Callable[[Results], Table]:
@@ -276,4 +339,5 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "figure 15": tries_table,
     "pareto": pareto_table,
     "time": time_table,
+    "start": start_table,
 }

@@ -24,15 +24,18 @@ from cspd.runtime.config import make_config
 from cspd.runtime.outputs import environment, law, tool_version
 from cspd.runtime.pipeline import Pipeline
 from cspd.tools.bench_tables import Table
-from cspd.tools.evaluate_judges import Judge, find_judge, frechet_name
+from cspd.tools.evaluate_judges import FULL, Judge, find_judge, frechet_name
 from cspd.tools.evaluate_run import Variant, balanced_labels, load_images, make_images
 from cspd.tools.parity_measure import finite
 from cspd.tools.provenance import command_line, commit
+from cspd.tools.settings import setting_name
+from cspd.tools.terminal import print_table
 
 SCHEMA = 1
 RESULT = "evaluate.json"
 PATH = click.Path(path_type=Path)
 PEAK = 255.0
+IMAGENET_CLASSES, FEW = 1000, 1000
 
 
 @dataclass(frozen=True)
@@ -134,15 +137,26 @@ def make_variants(
     bundle: Bundle, methods: list[dict[str, Any]], seeds: list[int], num_images: int,
     base: dict[str, Any],
 ) -> list[Variant]:  # fmt: skip
-    """Every method with every seed; the first method is the one that others are compared with."""
+    """Every method with every seed; the first method is the one that others are compared with.
+
+    Raises CspdError if a setting is asked for twice.
+    """
     manifest = bundle.manifest
     labels = balanced_labels(num_images, manifest.geometry.num_classes)
-    values = {**manifest.defaults, **base, "labels": labels, "num_images": num_images}
-    return [
-        Variant(config=make_config(**{**values, **method, "seed": seed}))
-        for method in methods
-        for seed in seeds
-    ]
+    images: dict[str, Any] = {"labels": labels, "num_images": num_images}
+    shared: dict[str, Any] = {**manifest.defaults, **images}
+    shared |= {key: value for key, value in base.items() if key in ("batch_size", "backend")}
+    usual = make_config(**shared)
+    found: dict[tuple[str, int], Variant] = {}
+    for method in methods:
+        for seed in seeds:
+            values = {**manifest.defaults, **base, **images, **method, "seed": seed}
+            config = make_config(**values)
+            setting = setting_name(config, usual)
+            if (setting, config.seed) in found:
+                raise CspdError(f"evaluate: {setting}, seed {seed} is asked for twice")
+            found[setting, config.seed] = Variant(config=config, setting=setting)
+    return list(found.values())
 
 
 def parse_method(text: str) -> dict[str, Any]:
@@ -199,7 +213,10 @@ def paired_table(record: dict[str, Any]) -> Table:
     "--method", "methods", multiple=True, default=("target", "cspd"), show_default=True,
     help='Methods, the first is the base: "target", "target:num_iter=8", "cspd:gamma=16".',
 )  # fmt: skip
-@click.option("--num-images", default=1000, show_default=True, help="Images per method and seed.")
+@click.option(
+    "--num-images", type=click.IntRange(1),
+    help="Images per method and seed.  [default: 50000 for 1000 classes, else 1000]",
+)  # fmt: skip
 @click.option("--seeds", default="0,1", show_default=True, help="Seeds; two and more show noise.")
 @click.option("--num-iter", type=int, help="Autoregressive steps.")
 @click.option("--head-steps", type=int, help="Denoising steps.")
@@ -213,22 +230,20 @@ def paired_table(record: dict[str, Any]) -> Table:
 @click.option("--json", "as_json", is_flag=True, help="Print evaluate.json instead of tables.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def command(
-    bundle: Path | None, methods: tuple[str, ...], num_images: int, seeds: str,
+    bundle: Path | None, methods: tuple[str, ...], num_images: int | None, seeds: str,
     num_iter: int | None, head_steps: int | None, batch_size: int, backend: str, device: str,
     threads: int, inception: Path | None, reference: Path | None, out: Path, as_json: bool,
     quiet: bool,
 ) -> None:  # fmt: skip
     """Score the images of BUNDLE, by default the shipped pair; goes on where it was interrupted."""
     from cspd.runtime.cli import shipped_bundle
-    from cspd.tools.bench import print_table
 
     opened = open_bundle(bundle or shipped_bundle())
     given = {"num_iter": num_iter, "head_steps": head_steps}
     base: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     base |= {"batch_size": batch_size, "backend": backend}
-    variants = make_variants(
-        opened, [parse_method(m) for m in methods], _seeds(seeds), num_images, base
-    )
+    count = num_images or usual_count(opened)
+    variants = make_variants(opened, [parse_method(m) for m in methods], _seeds(seeds), count, base)
 
     def say(text: str) -> None:
         if not quiet:
@@ -246,6 +261,11 @@ def command(
         return
     for table in (score_table(record), paired_table(record)):
         print_table(table)
+
+
+def usual_count(bundle: Bundle) -> int:
+    """Images per set: as many as the papers take for ImageNet, fewer for small pairs."""
+    return FULL if bundle.manifest.geometry.num_classes == IMAGENET_CLASSES else FEW
 
 
 def _seeds(text: str) -> list[int]:

@@ -7,8 +7,9 @@ names of results are chosen here and nowhere else.
 from __future__ import annotations
 
 import hashlib
+import importlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ from cspd.export.pairs import FASHION_CLASSES
 from cspd.tools.metrics import MIN_IMAGES, precision_recall, score_images
 
 INCEPTION_CHUNK = 32
+# weights-inception-2015-12-05-6726825d.pth, the network that FID is defined by
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 FULL = 50_000
 NEIGHBOUR_IMAGES = 10_000
 
@@ -51,6 +54,9 @@ def find_judge(manifest: Manifest, inception: Path | None, reference: Path | Non
     if inception or reference:
         if not (inception and reference):
             raise CspdError("--inception and --reference belong together: weights and statistics")
+        for path in (inception, reference):
+            if not path.is_file():
+                raise CspdError(f"{path}: not found; expected a file of weights or statistics")
         return InceptionJudge(inception, reference)
     if manifest.class_names == FASHION_CLASSES and manifest.geometry.image_channels == 1:
         return ClassifierJudge()
@@ -58,6 +64,33 @@ def find_judge(manifest: Manifest, inception: Path | None, reference: Path | Non
         "no judge for this bundle: give the Inception weights of torch-fidelity with --inception "
         "and the reference statistics (mu, sigma) with --reference"
     )
+
+
+def import_torch_fidelity() -> None:
+    """Import torch-fidelity, also where the operators of its torchvision cannot be loaded.
+
+    A torchvision built for CUDA does not load them beside a PyTorch built for the CPU. Nothing here
+    calls one, so naming them is enough. Raises MissingExtraError if it is not installed.
+    """
+    try:
+        try:
+            importlib.import_module("torch_fidelity")
+        except RuntimeError as error:
+            if "torchvision::" not in str(error):
+                raise
+            _name_operators()
+            importlib.import_module("torch_fidelity")
+    except ImportError as error:
+        raise MissingExtraError("torch-fidelity", "evaluate") from error
+
+
+@cache
+def _name_operators() -> torch.library.Library:
+    """The operators that torchvision describes while it is imported; kept alive by the cache."""
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
 class ClassifierJudge:
@@ -91,14 +124,14 @@ class InceptionJudge:
 
     weights: Path
     reference: Path
-    extractor = "inception"
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """Hashes of the weights and of the reference statistics."""
+        """Hashes of the weights and of the reference statistics; other weights make no FID."""
+        digest = _sha256(self.weights)
         return {
-            "name": self.extractor,
-            "extractor_sha256": _sha256(self.weights),
+            "name": "inception" if digest == INCEPTION_SHA256 else "inception with other weights",
+            "extractor_sha256": digest,
             "statistics_sha256": _sha256(self.reference),
         }
 
@@ -106,10 +139,11 @@ class InceptionJudge:
         """Frechet distance and Inception score by torch-fidelity's own functions."""
         if len(pixels) < MIN_IMAGES:
             raise CspdError(f"scores need {MIN_IMAGES} images or more, got {len(pixels)}")
-        features, logits = self._features(pixels)
+        import_torch_fidelity()
         from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
         from torch_fidelity.metric_isc import isc_features_to_metric
 
+        features, logits = self._features(pixels)
         ours = fid_features_to_statistics(features.double())
         (frechet,) = fid_statistics_to_metric(ours, self._statistics, verbose=False).values()
         inception = isc_features_to_metric(logits)
@@ -122,21 +156,21 @@ class InceptionJudge:
         return scores | self._neighbours(features)
 
     def _features(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features [N, 2048] and logits [N, 1008] of `pixels` [N, H, W, 3] uint8."""
+        """Features [N, 2048] and logits [N, 1008] of `pixels` [N, H, W, 3] uint8, or grey."""
         network, found = self._network, []
-        batches = torch.from_numpy(pixels).permute(0, 3, 1, 2).split(INCEPTION_CHUNK)
-        with torch.inference_mode():
-            for batch in batches:
-                found.append([part.cpu() for part in network(batch.contiguous())])
+        for start in range(0, len(pixels), INCEPTION_CHUNK):
+            chunk = torch.from_numpy(np.array(pixels[start : start + INCEPTION_CHUNK]))
+            rgb = chunk.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
+            with torch.inference_mode():
+                found.append([part.cpu() for part in network(rgb)])
         features, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
         return features, logits
 
     @cached_property
     def _network(self) -> Any:
-        try:
-            from torch_fidelity.utils import create_feature_extractor
-        except ImportError as error:
-            raise MissingExtraError("torch-fidelity", "evaluate") from error
+        import_torch_fidelity()
+        from torch_fidelity.utils import create_feature_extractor
+
         try:
             # torch-fidelity unpickles the file without restrictions; this looks first.
             torch.load(self.weights, weights_only=True, map_location="cpu")

@@ -28,9 +28,13 @@ SCHEMA = 1
 
 
 class Variant(Record):
-    """One set of images: a method with its settings and a seed."""
+    """One set of images: a method with its settings and a seed.
+
+    `setting` is what it is called in tables; equal for all seeds of a setting and for nothing else.
+    """
 
     config: RunConfig
+    setting: str
 
     @property
     def name(self) -> str:
@@ -39,13 +43,6 @@ class Variant(Record):
         settings = config.model_dump(mode="json", exclude={"labels"})
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return f"{config.method}-i{config.num_iter}-seed{config.seed}-{digest[:8]}"
-
-    @property
-    def setting(self) -> str:
-        """What it is called in tables; equal for all seeds of a setting."""
-        config = self.config
-        extra = f", gamma {config.gamma}" if config.method == "cspd" else ""
-        return f"{config.method}, {config.num_iter} steps{extra}"
 
 
 def balanced_labels(num_images: int, num_classes: int) -> tuple[int, ...]:

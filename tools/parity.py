@@ -13,7 +13,6 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from cspd.engines.backends import BACKENDS
@@ -22,10 +21,11 @@ from cspd.runtime.config import make_config
 from cspd.runtime.outputs import environment, tool_version
 from cspd.tools.parity_bisect import Suspect, bisect
 from cspd.tools.parity_ladder import Ladder, candidates
-from cspd.tools.parity_measure import Row, Skipped, finite, worst
+from cspd.tools.parity_measure import ErrorStats, Row, Skipped, finite, worst
 from cspd.tools.parity_polygraphy import compare_graphs
 from cspd.tools.parity_rungs import RUNGS
 from cspd.tools.provenance import command_line, commit
+from cspd.tools.terminal import open_console
 
 SCHEMA = 1
 COMPARED = [name for name in BACKENDS if name != "torch"]
@@ -78,25 +78,34 @@ def to_json(
     }
 
 
-def ladder_table(rows: list[Row], skipped: list[Skipped]) -> Table:
-    """The worst row of everything that was compared, and what was not."""
+def ladder_table(rows: list[Row], skipped: list[Skipped], details: bool = True) -> Table:
+    """The worst row of everything that was compared, and what was not.
+
+    Without `details` only the error that decides.
+    """
+    measures = ("max_abs", "mean_abs", "p99_abs", "max_rel", "mean_rel", "p99_rel", "cosine")
+    shown = measures if details else ()
+    headings = [name.replace("_", " ") for name in shown]
     table = Table(
-        "rung", "subject", "worst output", "max abs", "mean abs", "p99 abs", "max rel", "p99 rel",
-        "cosine", "error", "tolerance", "verdict", "of",
-    )  # fmt: skip
+        "rung", "subject", "worst output", *headings, "error", "tolerance", "verdict", "of"
+    )
     for row, count in worst(rows):
-        stats = row.stats
-        names = ("max_abs", "mean_abs", "p99_abs", "max_rel", "p99_rel")
-        figures = [f"{getattr(stats, name):.1e}" if stats else "-" for name in names]
-        cosine = f"{stats.cosine:.6f}" if stats else "-"
+        figures = [_figure(row.stats, name) for name in shown]
         error = f"{row.error:.1f} dB" if row.unit == "PSNR dB" else f"{row.error:.1e}"
         table.add_row(
-            row.rung, row.subject, row.output, *figures, cosine, error, f"{row.tolerance:.0e}",
+            row.rung, row.subject, row.output, *figures, error, f"{row.tolerance:.0e}",
             verdict(row), str(count),
         )  # fmt: skip
     for item in skipped:
-        table.add_row(item.rung, item.subject, *["-"] * 9, "[yellow]skipped", "")
+        blanks = ["-"] * (3 + len(shown))
+        table.add_row(item.rung, item.subject, *blanks, "[yellow]skipped", "")
     return table
+
+
+def _figure(stats: ErrorStats | None, name: str) -> str:
+    if stats is None:
+        return "-"
+    return format(getattr(stats, name), ".6f" if name == "cosine" else ".1e")
 
 
 def verdict(row: Row) -> str:
@@ -201,8 +210,8 @@ def _polygraphy(bundle: Bundle, backends: tuple[str, ...], as_json: bool, out: P
 
 
 def _show(rows: list[Row], skipped: list[Skipped], suspects: list[Suspect]) -> None:
-    console = Console()
-    console.print(ladder_table(rows, skipped))
+    console, fits = open_console(ladder_table(rows, skipped))
+    console.print(ladder_table(rows, skipped, details=fits))
     for item in skipped:
         console.print(f"skipped {item.rung} {item.subject}: {item.reason}", highlight=False)
     for row, _ in worst(failures(rows)):

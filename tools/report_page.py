@@ -2,88 +2,151 @@
 
 from __future__ import annotations
 
+import re
+
 from jinja2 import Environment, StrictUndefined
 
 CSS = """
-:root { color-scheme: light dark; --ink: #1a1d21; --soft: #5b6470; --line: #d9dee5;
-  --back: #ffffff; --panel: #f5f7fa; --good: #1a7f37; --bad: #c62828; --warn: #9a6700; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #9aa4b2; --line: #333a44;
-  --back: #14171b; --panel: #1d2127; --good: #4cc66a; --bad: #ff6b66; --warn: #e0b341; }
-  img.plot { filter: invert(.92) hue-rotate(180deg); }
-  img.plot.map { filter: none; background: #fff; } }
+:root { color-scheme: light dark; --ink: #17202b; --soft: #5a6675; --line: #dfe4ea;
+  --back: #f4f6f9; --panel: #ffffff; --head: #0f2a43; --accent: #0072b2; --good: #1a7f37;
+  --bad: #c62828; --warn: #9a6700; --stripe: #f7f9fb; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #98a3b3; --line: #2f3742;
+  --back: #11151a; --panel: #1a2027; --head: #0b1620; --accent: #56b4e9; --good: #4cc66a;
+  --bad: #ff6b66; --warn: #e0b341; --stripe: #1e252d; }
+  img.plot { filter: invert(.9) hue-rotate(180deg); }
+  img.plot.map { filter: none; background: #fff; border-radius: .3rem; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); line-height: 1.5;
-  font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.7rem; margin: .5rem 0; } h2 { margin: 2.2rem 0 .6rem; font-size: 1.3rem;
-  border-bottom: 1px solid var(--line); padding-bottom: .2rem; } h3 { margin: 1.4rem 0 .4rem;
-  font-size: 1.05rem; }
-nav { display: flex; flex-wrap: wrap; gap: .3rem 1rem; } a { color: inherit; }
-p.note { color: var(--soft); font-size: .88rem; overflow-wrap: anywhere; }
-.banner { border: 2px solid var(--bad); color: var(--bad); padding: .6rem 1rem; font-weight: 600; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; } th { background: var(--panel); }
-td:not(:first-child), th:not(:first-child) { white-space: nowrap; } td.wide { white-space: normal;
-  min-width: 16rem; }
-.pass { color: var(--good); } .fail { color: var(--bad); font-weight: 600; }
+html { scroll-padding-top: 3.5rem; }
+body { margin: 0; background: var(--back); color: var(--ink);
+  font: 16px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+.wide { max-width: 76rem; margin: 0 auto; padding: 0 1.25rem; }
+header { background: var(--head); color: #fff; padding: 2rem 0 3.6rem; }
+header h1 { margin: 0 0 .5rem; font-size: clamp(1.5rem, 4vw, 2.2rem); line-height: 1.2;
+  letter-spacing: -.01em; }
+header p { margin: 0; color: #c4d2e0; font-size: .9rem; max-width: 62rem; }
+.cards { display: grid; gap: .8rem; margin-top: -2.4rem;
+  grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
+.card { background: var(--panel); border: 1px solid var(--line); border-radius: .6rem;
+  padding: .8rem 1rem; box-shadow: 0 2px 8px rgb(0 0 0 / 7%); }
+.card b { display: block; font-size: 1.6rem; line-height: 1.2; color: var(--accent);
+  font-variant-numeric: tabular-nums; }
+.card.good b { color: var(--good); } .card.bad b { color: var(--bad); }
+.card span { font-size: .82rem; color: var(--soft); }
+nav { position: sticky; top: 0; z-index: 3; background: var(--back); margin-top: 1rem;
+  border-bottom: 1px solid var(--line); }
+nav div { display: flex; gap: .2rem; overflow-x: auto; scrollbar-width: none; }
+nav a { color: var(--soft); text-decoration: none; font-size: .88rem; white-space: nowrap;
+  padding: .7rem .6rem; }
+nav a:hover { color: var(--accent); }
+section { background: var(--panel); border: 1px solid var(--line); border-radius: .6rem;
+  padding: 1.2rem 1.4rem 1.4rem; margin: 1.2rem 0; }
+h2 { margin: 0 0 .2rem; font-size: 1.3rem; } h3 { margin: 1.4rem 0 .4rem; font-size: 1rem; }
+p.text { color: var(--soft); margin: 0 0 .6rem; max-width: 60rem; }
+p.note { color: var(--soft); font-size: .82rem; overflow-wrap: anywhere; margin: .4rem 0 0;
+  max-width: 64rem; }
+.banner { background: var(--bad); color: #fff; padding: .7rem 1.25rem; margin: 0;
+  font-weight: 600; text-align: center; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
+table { border-collapse: collapse; font-size: .84rem; width: 100%;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .7rem; text-align: left; vertical-align: top; white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line);
+  vertical-align: bottom; white-space: normal; min-width: 4.8rem; line-height: 1.25; }
+tbody tr:nth-child(even) td { background: var(--stripe); }
+tbody td { background: var(--panel); }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--panel); z-index: 1;
+  min-width: 10rem; white-space: normal; }
+.num { text-align: right; }
+td.long:not(:first-child) { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
+.pass { color: var(--good); font-weight: 600; } .fail { color: var(--bad); font-weight: 700; }
 .would { color: var(--warn); }
-.plots { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-figure { margin: 0; background: var(--panel); border-radius: .5rem; padding: .6rem; }
-figure img { width: 100%; height: auto; display: block; }
-figcaption { font-size: .85rem; color: var(--soft); }
-.pairs { display: grid; gap: .4rem; align-items: center; font-size: .8rem; }
-.pairs img { width: 100%; image-rendering: pixelated; display: block; }
-pre { background: var(--panel); padding: .7rem; overflow-x: auto; font-size: .82rem; }
-@media print { nav { display: none; } body { font-size: 10pt; } h2 { break-after: avoid; }
-  figure, tr { break-inside: avoid; } .scroll { overflow: visible; } table { font-size: 7pt; }
-  th, td { padding: .15rem .3rem; white-space: normal !important; } }
+.plots { display: grid; gap: 1rem; margin-top: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); }
+figure { margin: 0; max-width: 46rem; } figure img { width: 100%; height: auto; display: block; }
+figcaption { font-size: .82rem; color: var(--soft); }
+details { margin-top: 1rem; } summary { cursor: pointer; color: var(--accent); font-size: .9rem; }
+.pairs { display: grid; gap: .35rem; align-items: center; font-size: .8rem; padding: .6rem; }
+.pairs img { width: 100%; image-rendering: pixelated; display: block; border-radius: .15rem; }
+pre { background: var(--stripe); border: 1px solid var(--line); border-radius: .4rem;
+  padding: .7rem 1rem; overflow-x: auto; font-size: .8rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+footer { color: var(--soft); font-size: .8rem; padding: .5rem 0 2rem; }
+@media (max-width: 40rem) { .wide { padding: 0 .7rem; } section { padding: .9rem .8rem; }
+  .cards { grid-template-columns: repeat(2, 1fr); } th, td { padding: .35rem .5rem; }
+  th:first-child, td:first-child { min-width: 6.5rem; box-shadow: 1px 0 0 var(--line); } }
+@media print { @page { margin: 12mm; } nav, summary, footer { display: none; }
+  body { font-size: 10pt; background: #fff; }
+  header { background: none; color: #000; padding: 0; } header p { color: #444; }
+  .wide { max-width: none; padding: 0; } .cards { margin-top: .8rem; }
+  .card { box-shadow: none; break-inside: avoid; } .card b { font-size: 14pt; }
+  section { border: 0; padding: 0; } h2, h3 { break-after: avoid; }
+  figure, tr { break-inside: avoid; } .scroll { overflow: visible; border: 0; }
+  .plots { grid-template-columns: 1fr 1fr; }
+  details::details-content { content-visibility: visible; block-size: auto; }
+  table { font-size: 6.8pt; } th { min-width: 0; }
+  th, td { padding: .12rem .25rem; white-space: normal; } .num { white-space: nowrap; }
+  td.long { overflow-wrap: anywhere; }
+  th:first-child, td:first-child { position: static; min-width: 0; } td.long { min-width: 0; } }
 """
 
-PAGE = """{% macro show(t) %}<h3>{{ t.title }}</h3><div class="scroll"><table><thead><tr>
-{% for c in t.columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in t.rows %}<tr>{% for cell in row %}<td class="{{ cell | look }}">{{ cell }}</td>
-{% endfor %}</tr>{% endfor %}</tbody></table></div>
+PAGE = """{% macro show(t, under) %}
+{% if t.title != under %}<h3>{{ t.title }}</h3>{% endif %}<div class="scroll"><table><thead><tr>
+{% for c in t.columns %}<th class="{{ t | side(loop.index0) }}">{{ c }}</th>{% endfor %}
+</tr></thead><tbody>
+{% for row in t.rows %}<tr>{% for cell in row %}
+<td class="{{ cell | look }} {{ t | side(loop.index0) }}">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
 {% if t.note %}<p class="note">{{ t.note }}</p>{% endif %}{% endmacro %}<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title><style>{{ css | safe }}</style></head><body><main>
-<h1>{{ title }}</h1>
+<title>{{ title }}</title><style>{{ css | safe }}</style></head><body>
 {% for warning in warnings %}<p class="banner">{{ warning }}</p>{% endfor %}
-<nav>{% for s in sections %}<a href="#{{ s.anchor }}">{{ s.title }}</a>{% endfor %}</nav>
+<header><div class="wide"><h1>{{ title }}</h1><p>{{ subtitle }}</p></div></header>
+<main class="wide">
+{% if cards %}<div class="cards">{% for card in cards %}
+<div class="card {{ card.look }}"><b>{{ card.value }}</b><span>{{ card.label }}</span></div>
+{% endfor %}</div>{% endif %}
+<nav><div>{% for s in sections %}<a href="#{{ s.anchor }}">{{ s.title }}</a>{% endfor %}</div></nav>
 {% for s in sections %}<section id="{{ s.anchor }}"><h2>{{ s.title }}</h2>
-{% if s.text %}<p class="note">{{ s.text }}</p>{% endif %}
-{% if s.tables %}{{ show(s.tables[0]) }}{% endif %}
+{% if s.text %}<p class="text">{{ s.text }}</p>{% endif %}
+{% for t in s.tables %}{{ show(t, s.title) }}{% endfor %}
 {% if s.plots %}<div class="plots">{% for plot in s.plots %}
-<figure><img class="plot {{ plot.look }}" alt="{{ plot.caption }}" src="{{ plot.data }}">
-<figcaption>{{ plot.caption }}</figcaption></figure>{% endfor %}</div>{% endif %}
-{% for t in s.tables[1:] %}{{ show(t) }}{% endfor %}
+<figure><img class="plot {{ plot.look }}" alt="{{ plot.caption }}" src="{{ plot.data }}"></figure>
+{% endfor %}</div>{% endif %}
+{% if s.data %}<details><summary>All numbers</summary>
+{% for t in s.data %}{{ show(t, s.title) }}{% endfor %}</details>{% endif %}
 {% for p in s.pairs %}<h3>{{ p.title }}</h3>
 <div class="scroll"><div class="pairs"
-style="grid-template-columns: 6.5rem repeat({{ p.count }}, 3.4rem)">
+style="grid-template-columns: 7rem repeat({{ p.count }}, minmax(3.2rem, 5rem))">
 {% for row in p.rows %}<span>{{ row.name }}</span>
 {% for image in row.images %}<img alt="{{ row.name }}, image {{ loop.index0 }}" src="{{ image }}">
 {% endfor %}{% endfor %}</div></div>{% endfor %}
 {% for picture in s.pictures %}<figure><img alt="{{ picture.caption }}" src="{{ picture.data }}">
 <figcaption>{{ picture.caption }}</figcaption></figure>{% endfor %}
-{% if s.code %}<pre>{{ s.code }}</pre>{% endif %}
+{% if s.code %}<h3>Commands</h3><pre>{{ s.code }}</pre>{% endif %}
 </section>{% endfor %}
+<footer>{{ footer }}</footer>
 </main></body></html>
 """
 
 LOOKS = {"pass": "pass", "FAIL": "fail", "would fail": "would"}
-WIDE = 40  # characters; longer cells may break
+LONG = 40  # characters; longer cells may break
+NUMBER = re.compile(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?( ?%|x| dB)?( [(±].*)?|-")
 
 
 def look(cell: str) -> str:
     """The style class of a table cell."""
-    return LOOKS.get(cell, "wide" if len(cell) > WIDE else "")
+    return LOOKS.get(cell, "long" if len(cell) > LONG else "")
+
+
+def side(table: object, column: int) -> str:
+    """The style class of a column: numbers stand to the right, but never in the first one."""
+    cells = [row[column] for row in table.rows]  # type: ignore[attr-defined]
+    return "num" if column and all(NUMBER.fullmatch(cell) for cell in cells) else ""
 
 
 def render(**values: object) -> str:
     """The page as HTML; every value is escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["look"] = look
+    environment.filters |= {"look": look, "side": side}
     return environment.from_string(PAGE).render(css=CSS, **values)

@@ -14,8 +14,15 @@ from cspd.runtime.cli import shipped_bundle
 from cspd.runtime.pipeline import Pipeline
 from cspd.tools import evaluate
 from cspd.tools.evaluate import Evaluation, make_variants, paired_difference, spread
-from cspd.tools.evaluate_judges import ClassifierJudge, InceptionJudge, find_judge, frechet_name
+from cspd.tools.evaluate_judges import (
+    ClassifierJudge,
+    InceptionJudge,
+    find_judge,
+    frechet_name,
+    import_torch_fidelity,
+)
 from cspd.tools.evaluate_run import IMAGES, balanced_labels, intact, load_images, make_images
+from cspd.tools.metrics import FeatureStats, feature_stats, frechet_distance
 
 FAST = {"num_iter": 2, "head_steps": 2, "batch_size": 4}
 
@@ -38,6 +45,47 @@ def variants(tiny_bundle):
     return make_variants(bundle, methods, [0, 1], 3, FAST)
 
 
+def settings_of(bundle, *methods: dict, **base) -> list[str]:
+    """What the table calls each of `methods`."""
+    variants = make_variants(bundle, list(methods), [0], 1000, base)
+    return [variant.setting for variant in variants]
+
+
+# A value beside the default for every option that says how images are made.
+CHANGED = {
+    "head_steps": 5, "cfg": 2.5, "cfg_schedule": "constant", "temperature": 0.9, "prefill": 0.5,
+    "accept_temperature": 1.0, "verify": "prefix", "align": False, "on_reject": "residual",
+    "window": 3, "batch_size": 3, "reproducible": False, "backend": "torch",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", CHANGED)
+def test_a_setting_names_every_option_that_differs(tiny_bundle, option):
+    cspd = {"method": "cspd"}
+    plain, changed = settings_of(tiny_bundle, cspd, {**cspd, option: CHANGED[option]})
+    assert plain == "cspd, 6 steps, gamma 8"
+    assert changed.startswith(plain) and option.replace("_", "-") in changed
+
+
+def test_options_that_all_methods_share_are_named_too(tiny_bundle):
+    (name,) = settings_of(tiny_bundle, {"method": "target"}, head_steps=5, batch_size=7)
+    assert name == "target, 6 steps, head-steps 5"
+
+
+def test_a_setting_asked_for_twice_is_refused(tiny_bundle):
+    with pytest.raises(CspdError, match="twice"):
+        settings_of(tiny_bundle, {"method": "target"}, {"method": "target", "num_iter": 6})
+
+
+def test_settings_of_one_method_are_not_averaged(tiny_bundle):
+    methods = [{"method": "cspd"}, {"method": "cspd", "on_reject": "residual"}]
+    variants = make_variants(tiny_bundle, methods, [0, 1], 1000, {})
+    scores = [
+        {"setting": v.setting, "score": {"frechet": float(i)}} for i, v in enumerate(variants)
+    ]
+    assert [(row["seeds"], row["mean"]) for row in spread(scores)] == [(2, 0.5), (2, 2.5)]
+
+
 def silent(_: str) -> None:
     pass
 
@@ -51,6 +99,7 @@ def test_labels_are_balanced_and_in_class_order():
 
 def test_only_50000_inception_images_make_an_fid_50k():
     assert frechet_name("inception", 50_000) == "FID-50K"
+    assert "not FID" in frechet_name("inception with other weights", 50_000)
     for count in (49_999, 1000, 50_001):
         assert "not FID-50K" in frechet_name("inception", count)
     assert "not FID" in frechet_name("shipped classifier", 50_000)
@@ -127,6 +176,11 @@ def test_methods_on_the_command_line():
         evaluate.parse_method("cspd:gamma")
 
 
+def test_as_many_images_as_the_papers_take(tiny_bundle):
+    assert evaluate.usual_count(tiny_bundle) == 50_000  # it has the classes of ImageNet
+    assert evaluate.usual_count(open_bundle(shipped_bundle())) == 1000
+
+
 def test_which_judge_fits(tiny_bundle, tmp_path):
     assert isinstance(
         find_judge(open_bundle(shipped_bundle()).manifest, None, None), ClassifierJudge
@@ -153,15 +207,61 @@ def test_the_command_on_the_shipped_pair(tmp_path):
 
 
 def test_inception_weights_are_looked_at_before_they_are_loaded(tmp_path):
-    pytest.importorskip("torch_fidelity")
     torch.save({"x": print}, tmp_path / "weights.pth")
     judge = InceptionJudge(tmp_path / "weights.pth", tmp_path / "none.npz")
     with pytest.raises(CspdError, match="not a plain file of weights"):
         judge.score(np.zeros((100, 8, 8, 3), np.uint8), np.zeros(100))
 
 
-def test_inception_scores_are_torch_fidelity_s(tmp_path, monkeypatch):
-    pytest.importorskip("torch_fidelity")
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory):
+    """RANDOM weights in the layout of torch-fidelity's Inception network: its code, not its FID."""
+    import_torch_fidelity()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_):
+            pass
+
+    folder = tmp_path_factory.mktemp("random-inception")
+    torch.save({}, folder / "none.pth")
+    torch.manual_seed(0)
+    path = folder / "none.pth"
+    network = Untrained("random", ["2048"], feature_extractor_weights_path=str(path))
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):  # keeps activations near unit size
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    torch.save(network.state_dict(), folder / "RANDOM-weights.pth")
+    return folder / "RANDOM-weights.pth"
+
+
+def test_the_command_with_inception_weights(random_inception, tmp_path, monkeypatch):
+    """Everything but the trained weights is real: files, network, torch-fidelity's functions."""
+    mu, spread = np.full(2048, 0.4), np.full(2048, 0.25)
+    np.savez(tmp_path / "stats.npz", mu=mu, sigma=np.diag(spread))
+    seen = []
+    real = InceptionJudge._features
+    monkeypatch.setattr(
+        InceptionJudge, "_features", lambda *a: seen.append(real(*a)) or seen[-1]
+    )  # fmt: skip
+    arguments = ["--num-images", "100", "--num-iter", "1", "--head-steps", "2", "--seeds", "0"]
+    arguments += ["--method", "draft", "--threads", "1", "--json", "--quiet"]
+    arguments += ["--inception", str(random_inception), "--reference", str(tmp_path / "stats.npz")]
+    arguments += ["--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(evaluate.command, arguments, catch_exceptions=False)
+    record = json.loads(result.stdout)
+    assert record["judge"]["name"] == "inception with other weights"
+    assert "not FID" in record["frechet_name"]
+    ((features, logits),) = seen
+    assert features.shape == (100, 2048) and logits.shape == (100, 1008)
+    score = record["scores"][0]["score"]
+    ours = FeatureStats(torch.from_numpy(mu), torch.diag(torch.from_numpy(spread)))
+    expected = frechet_distance(feature_stats(features), ours)
+    assert score["frechet"] == pytest.approx(expected, rel=1e-4)
+    assert 1 < score["inception_score"] < 100
+
+
+def test_inception_scores_against_known_gaussians(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     real = rng.normal(size=(400, 6))
     mu, sigma = real.mean(0), np.cov(real, rowvar=False)

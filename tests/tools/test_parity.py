@@ -111,6 +111,7 @@ def test_the_command_succeeds_on_a_sound_bundle(tiny_bundle, tmp_path):
     arguments += ["--rung", "decisions", "--rung", "image", "--out", str(out)]
     result = CliRunner().invoke(parity.command, arguments)
     assert result.exit_code == 0, result.output
+    assert "decisions" in result.stdout and "…" not in result.stdout  # nothing is cut in a pipe
     record = json.loads(out.read_text())
     assert record["passed"] and {row["rung"] for row in record["rows"]} == {"decisions", "image"}
 

@@ -1,0 +1,274 @@
+"""The parts of a report: what each kind of run puts on the page."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cspd.tools.bench_results import Results
+from cspd.tools.bench_tables import TABLES, Table, percent
+from cspd.tools.evaluate import paired_table, score_table
+from cspd.tools.report_parts import Card, PairRow, Pairs, Picture, Section
+from cspd.tools.report_plots import FIGURES, errors_by_step, save
+from cspd.tools.report_sources import Source
+
+GRID = "grid.png"
+SHOWN_IMAGES = 10
+
+
+def header_of(source: Source) -> dict[str, Any]:
+    """What a run says about its bundle, machine and command."""
+    return source.record["lines"][0] if source.kind == "bench" else source.record
+
+
+def synthetic(source: Source) -> bool:
+    """Whether the run is about random weights."""
+    header = header_of(source)
+    return bool(header["synthetic"] if source.kind == "bench" else header["bundle"]["synthetic"])
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """`content` as a `data:` address."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tables and figures of a benchmark that are read together."""
+
+    title: str
+    text: str
+    tables: tuple[str, ...] = ()
+    figures: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+
+
+GROUPS = (
+    Group(
+        "Methods side by side",
+        "Every method beside the baselines it has to beat: fewer steps of the target, and the "
+        "target with as many calls as speculation makes.",
+        tables=("readme",), figures=("pareto",), data=("pareto",),
+    ),
+    Group(
+        "Speed",
+        "Speed ratio to the target alone at the same batch size.",
+        tables=("table 1",), figures=("speed", "figure-08-gamma"), data=("figure 8",),
+    ),
+    Group("Guidance", "Quality with and without guidance.", tables=("table 2",)),
+    Group(
+        "Acceptance",
+        "What decides whether the target keeps a drafted token.",
+        tables=("table 3", "table 4"),
+        figures=(
+            "figure-11-along-the-image", "figure-16-positions", "figure-13-guidance",
+            "figure-14-temperature", "figure-15-tries",
+        ),
+        data=("figure 11", "figure 13", "figure 14", "figure 15"),
+    ),
+    Group(
+        "Where the time goes",
+        "By network, against PyTorch eager and compiled on the same device.",
+        tables=("time", "start"), figures=("time",),
+    ),
+)  # fmt: skip
+
+
+def bench_sections(source: Source, number: int, plots: Path | None) -> list[Section]:
+    """Tables and figures of a benchmark, grouped; without groups that hold nothing."""
+    results = Results(source.record["lines"])
+    made = [bench_section(results, group, f"bench-{number}-{index}", plots)
+            for index, group in enumerate(GROUPS)]  # fmt: skip
+    return [section for section in made if section.tables or section.plots]
+
+
+def bench_section(results: Results, group: Group, anchor: str, plots: Path | None) -> Section:
+    """The tables and figures of one group."""
+    tables, data = (
+        [table for table in (TABLES[name](results) for name in names) if table.rows]
+        for names in (group.tables, group.data)
+    )
+    section = Section(group.title, anchor, group.text, tables=tables, data=data)
+    for name in group.figures:
+        figure = FIGURES[name](results)
+        if figure is not None:
+            caption = figure.axes[0].get_title(loc="left")
+            look = "map" if figure.axes[0].images else ""
+            image = data_uri(save(figure, plots, name), "image/svg+xml")
+            section.plots.append(Picture(caption, image, look, name))
+    return section
+
+
+def bench_cards(source: Source) -> list[Card]:
+    """What a benchmark comes down to: speed ratios to the target, acceptance."""
+    results = Results(source.record["lines"])
+    if not results.batches(results.main.id):
+        return []
+    reference, cards, equal = results.summary(results.main), [], None
+    shown = results.serving("readme")
+    cspd = next((item for item in shown if item.point.config.method == "cspd"), None)
+    for item in shown:
+        config, ratio = item.point.config, reference.seconds / item.seconds
+        if config.method == "target" and cspd and item.target_calls == cspd.target_calls:
+            equal = Card(f"{ratio:.2f}x", f"target with as many calls ({config.num_iter} steps)")
+        elif item is cspd:
+            cards.append(Card(f"{ratio:.2f}x", f"speed of cspd, gamma {config.gamma}"))
+            cards.append(Card(percent(item.acceptance), "of judged tokens accepted"))
+        elif config.method == "lossless":
+            cards.append(Card(f"{ratio:.2f}x", "speed of lossless, law exact"))
+    return [*cards[:1], *([equal] if equal else []), *cards[1:]]
+
+
+def subtitle(source: Source) -> str:
+    """Models, machine and code of a benchmark."""
+    header = header_of(source)
+    models = " + ".join(f"{preset} ({role})" for role, preset in header["models"].items())
+    host = header["host"]
+    machine = host["gpu"] if host["gpu"] != "none" else f"{host['cpus']} CPU cores"
+    code = f", commit {header['commit'][:12]}" if header.get("commit") else ""
+    return f"{models}. {machine} ({host['machine']}), PyTorch {host['torch']}{code}."
+
+
+def evaluate_section(source: Source, number: int) -> Section:
+    """Scores, paired differences and image pairs of an evaluation."""
+    record = source.record
+    tables = [score_table(record), paired_table(record)]
+    section = Section("Quality", f"quality-{number}", tables=[t for t in tables if t.rows])
+    seed = record["scores"][0]["config"]["seed"]
+    same = [score for score in record["scores"] if score["config"]["seed"] == seed]
+    step = max(1, record["n"] // SHOWN_IMAGES)
+    indices = range(0, record["n"], step)[:SHOWN_IMAGES]
+    rows = [PairRow(s["setting"], _images(source.folder / s["folder"], indices)) for s in same]
+    if any(row.images for row in rows):
+        section.pairs.append(Pairs("The same noise, another method", rows))
+    return section
+
+
+def _images(folder: Path, indices: Iterable[int]) -> list[str]:
+    paths = (folder / f"{index:05d}.png" for index in indices)
+    return [data_uri(path.read_bytes(), "image/png") for path in paths if path.is_file()]
+
+
+def parity_section(source: Source, number: int, plots: Path | None) -> Section:
+    """The parity ladder, its worst row per comparison, and how errors grow."""
+    record = source.record
+    verdict = "passed" if record["passed"] else "FAILED"
+    section = Section(
+        "Parity", f"parity-{number}",
+        text=f"The ladder {verdict}: {len(record['rows'])} comparisons with PyTorch.",
+        tables=[parity_table(record, "Worst of each comparison", "unit")],
+        data=[parity_table(record, "Worst of each output", "output")],
+    )  # fmt: skip
+    for rung in ("trajectory", "image"):
+        figure = errors_by_step(record, rung)
+        if figure is not None:
+            caption = figure.axes[0].get_title(loc="left")
+            image = save(figure, plots, f"parity-{rung}")
+            picture = Picture(caption, data_uri(image, "image/svg+xml"), name=f"parity-{rung}")
+            section.plots.append(picture)
+    return section
+
+
+MEASURES = ("max_abs", "mean_abs", "p99_abs", "max_rel", "mean_rel", "p99_rel", "cosine")
+
+
+def parity_table(record: dict[str, Any], title: str, last_key: str) -> Table:
+    """The worst row of every rung, subject and `last_key`, which is "unit" or "output"."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        groups.setdefault((row["rung"], row["subject"], row[last_key]), []).append(row)
+    rows = [_parity_row(group) for group in groups.values()]
+    blanks = ["-"] * len(MEASURES)
+    rows += [[s["rung"], s["subject"], "-", "-", "-", "skipped", "0", *blanks]
+             for s in record["skipped"]]  # fmt: skip
+    columns = ("rung", "subject", "output", "error", "tolerance", "verdict", "of",
+               *(name.replace("_", " ") for name in MEASURES))  # fmt: skip
+    notes = {item["reason"] for item in record["skipped"]}
+    return Table(title, columns, rows, "Skipped: " + "; ".join(sorted(notes)) if notes else "")
+
+
+def _parity_row(group: list[dict[str, Any]]) -> list[str]:
+    worst = max(group, key=_badness)
+    stats = worst["stats"] or {}
+    verdict = "pass" if worst["passed"] else ("FAIL" if worst["gate"] else "would fail")
+    unit = "" if worst["unit"] == "relative" else f" {worst['unit']}"
+    figures = [_number(stats.get(name), ".6f" if name == "cosine" else ".1e") for name in MEASURES]
+    return [
+        worst["rung"], worst["subject"], worst["output"], _number(worst["error"]) + unit,
+        _number(worst["tolerance"]), verdict, str(len(group)), *figures,
+    ]  # fmt: skip
+
+
+def _badness(row: dict[str, Any]) -> tuple[bool, float]:
+    error = float("inf") if row["error"] is None else row["error"]
+    return not row["passed"], -error if row["higher_is_better"] else error
+
+
+def _number(value: float | None, form: str = ".2g") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def parity_cards(source: Source) -> list[Card]:
+    """The verdict of the ladder."""
+    rows = source.record["rows"]
+    if source.record["passed"]:
+        return [Card("pass", f"parity: {len(rows)} comparisons with PyTorch", "good")]
+    failed = sum(row["gate"] and not row["passed"] for row in rows)
+    return [Card("FAIL", f"parity: {failed} of {len(rows)} comparisons with PyTorch", "bad")]
+
+
+def evaluate_cards(source: Source) -> list[Card]:
+    """Accuracy of the first setting, where the judge measures one."""
+    rows = [row for row in source.record["spread"] if row["score"] == "accuracy"]
+    return [Card(f"{row['mean']:.1%}", f"accuracy of {row['setting']}, {row['seeds']} x "
+                 f"n = {source.record['n']}") for row in rows[:1]]  # fmt: skip
+
+
+def run_section(source: Source, number: int) -> Section:
+    """The pictures of a run of `generate`."""
+    record = source.record
+    section = Section(
+        "Images", f"images-{number}", text=f"{record['law']}; {record['images']} images"
+    )
+    grid = source.folder / GRID
+    if grid.is_file():
+        caption = f"{record['config']['method']}, seed {record['config']['seed']}"
+        section.pictures.append(Picture(caption, data_uri(grid.read_bytes(), "image/png")))
+    return section
+
+
+def provenance_section(sources: list[Source]) -> Section:
+    """Bundles, machines, versions and commands behind the page."""
+    rows, commands = [], []
+    for source in sources:
+        header = header_of(source)
+        bundle = header["bundle"] if source.kind == "bench" else header["bundle"]["sha256"]
+        host = ", ".join(f"{name} {value}" for name, value in header["host"].items())
+        commit = header.get("commit") or "-"
+        rows.append([source.kind, bundle, f"cspd {header['tool']}", commit, host])
+        commands += [header["command"]] if header.get("command") else []
+    columns = ("run", "bundle sha256", "tool", "commit", "machine")
+    return Section(
+        "Where this comes from", "provenance", tables=[Table("Runs", columns, rows)],
+        code="\n".join(commands),
+    )  # fmt: skip
+
+
+def sections_of(source: Source, number: int, plots: Path | None) -> list[Section]:
+    """What run `number` of a report puts on the page; plots also go to the folder `plots`."""
+    if source.kind == "bench":
+        return bench_sections(source, number, plots)
+    if source.kind == "evaluate":
+        return [evaluate_section(source, number)]
+    if source.kind == "parity":
+        return [parity_section(source, number, plots)]
+    return [run_section(source, number)]
+
+
+def cards_of(source: Source) -> list[Card]:
+    """The figures of a run that the page leads with."""
+    makers = {"bench": bench_cards, "evaluate": evaluate_cards, "parity": parity_cards}
+    return makers[source.kind](source) if source.kind in makers else []
