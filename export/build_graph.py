@@ -21,7 +21,7 @@ from cspd.engines.spec import GraphSpec, Record
 from cspd.engines.trt_build import build_engine
 from cspd.engines.trt_options import BuildOptions as EngineOptions
 from cspd.engines.trt_progress import ProgressCallback
-from cspd.export.graphs import DenoiserLoopGraph
+from cspd.export.loop_graph import DenoiserLoopGraph
 from cspd.export.onnx_export import export_graph, save_graph
 from cspd.export.scan_loop import export_loop
 from cspd.export.verify import judge, verify_graph

@@ -12,7 +12,8 @@ from torch.nn.functional import embedding
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.export.graphs import GRAPH_TOLERANCE, MAX_STEPS, guided_kernel, modulation_width
+from cspd.export.graphs import GRAPH_TOLERANCE, MAX_STEPS, guided_kernel
+from cspd.export.loop_graph import modulation_width
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig
 

@@ -8,11 +8,10 @@ from cspd.engines.spec import GraphSpec
 from cspd.export.graphs import (
     TOLERANCES,
     DenoiserGraph,
-    DenoiserLoopGraph,
     backbone_spec,
-    denoiser_loop_spec,
     denoiser_spec,
 )
+from cspd.export.loop_graph import DenoiserLoopGraph, denoiser_loop_spec
 from cspd.export.mar import DiffusionLoss, Mar
 from cspd.export.round_graph import SpeculativeRoundGraph, round_spec
 

@@ -13,7 +13,7 @@ import torch
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import GraphSpec
-from cspd.export.graphs import DenoiserLoopGraph
+from cspd.export.loop_graph import DenoiserLoopGraph
 from cspd.export.onnx_export import finish, trace_graph
 
 STEPS, ROWS, BRANCHES = 5, 3, 2  # for tracing only

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cspd.engines.ort_session import import_onnxruntime
-from cspd.export.graphs import DenoiserLoopGraph
+from cspd.export.loop_graph import DenoiserLoopGraph
 from cspd.export.onnx_export import export_graph, save_graph
 from cspd.export.scan_loop import export_loop
 from cspd.export.torch_session import decoder_module, graph_module

@@ -14,10 +14,9 @@ from cspd.engines.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
 from cspd.export.graphs import (
     DenoiserGraph,
-    DenoiserLoopGraph,
-    denoiser_loop_spec,
     denoiser_spec,
 )
+from cspd.export.loop_graph import DenoiserLoopGraph, denoiser_loop_spec
 from cspd.export.mar import DiffusionLoss
 from cspd.export.modulation import (
     HeadModulationGraph,
