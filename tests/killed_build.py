@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -32,17 +31,8 @@ def build_with_engines(out: Path, log: Path) -> None:
 
 def start_build(out: Path, log: Path) -> ForkServerProcess:
     """`build_with_engines` in a new process, forked from one that has the libraries loaded."""
-    return _start(build_with_engines, out, log)
-
-
-def start_nothing() -> ForkServerProcess:
-    """A process that ends at once."""
-    return _start(int)
-
-
-def _start(target: Callable[..., object], *arguments: Path) -> ForkServerProcess:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killed_build", "tensorrt_rtx"])
-    process = context.Process(target=target, args=arguments)
+    process = context.Process(target=build_with_engines, args=(out, log))
     process.start()
     return process

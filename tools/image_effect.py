@@ -14,7 +14,7 @@ from cspd.tools.parity_measure import measure
 from cspd.tools.parity_rungs import psnr, trace_image
 
 # Few, because a full-size model needs seconds for each on a small machine.
-NUM_ITER, HEAD_STEPS = 4, 10
+NUM_ITER, HEAD_STEPS = 2, 10
 
 
 def measure_image_effect(

@@ -32,7 +32,7 @@ class Engine:
         self.identity = self.bundle.sha256
         self.pipeline = Pipeline(self.bundle, settings.backend, settings.device, settings.threads)
         for method in methods_of(self.bundle):
-            request = ImageRequest(label=0, method=method)  # type: ignore[arg-type]
+            request = ImageRequest(label=0, method=method)
             self.pipeline.open(configuration(request, self.bundle, settings))
         self._queue = BatchQueue(settings.batch_size, self._run)
         self._thread = ThreadPoolExecutor(1)

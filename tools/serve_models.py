@@ -11,9 +11,11 @@ from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.spec import Record
 from cspd.runtime.cli import configure
-from cspd.runtime.config import MAX_SEED, Method, RunConfig, check_config
+from cspd.runtime.config import MAX_SEED, RunConfig, check_config
 
 MAX_IMAGES = 16
+# Without "auto", whose choices are measured and would differ from machine to machine.
+Served = Literal["target", "cspd", "lossless", "draft"]
 # Fields of a request that are no sampling option of `RunConfig`.
 NOT_SAMPLING = {"label", "n"}
 
@@ -43,7 +45,7 @@ class ImageRequest(BaseModel):
         Annotated[int, Field(ge=0, le=10**6)] | Annotated[str, Field(min_length=1, max_length=120)]
     ) = Field(description="Number or name of the class.")
     n: int = Field(1, ge=1, le=MAX_IMAGES, description="Number of images: 0 to n-1 of the seed.")
-    method: Method | None = None
+    method: Served | None = None
     seed: int = Field(0, ge=0, le=MAX_SEED)
     num_iter: int | None = Field(None, ge=1, le=4096, description="Autoregressive steps.")
     head_steps: int | None = Field(None, ge=2, le=1000, description="Denoising steps of the head.")
@@ -131,11 +133,16 @@ class HealthAnswer(Record):
     status: Literal["ok", "starting"]
 
 
-def methods_of(bundle: Bundle) -> tuple[str, ...]:
+def methods_of(bundle: Bundle) -> tuple[Served, ...]:
     """Methods that `bundle` can run."""
     both = "draft" in bundle.manifest.models
     round_graph = "target/speculative_round" in bundle.manifest.graphs()
-    offered = {"target": True, "cspd": both, "lossless": round_graph, "draft": both}
+    offered: dict[Served, bool] = {
+        "target": True,
+        "cspd": both,
+        "lossless": round_graph,
+        "draft": both,
+    }
     return tuple(method for method, can in offered.items() if can)
 
 

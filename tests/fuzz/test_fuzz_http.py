@@ -66,6 +66,7 @@ class Handle:
 
 
 APP = make_app(SETTINGS, Handle())
+SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)  # which also registers the checks
 CHECKS = [
     KNOWN.get_one(name)
     for name in (
@@ -73,7 +74,6 @@ CHECKS = [
         "response_schema_conformance", "response_headers_conformance",
     )
 ]  # fmt: skip
-SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
 
 
 def cheap(body: Any) -> Any:
