@@ -24,8 +24,8 @@ lint: .venv/dev
 	for part in engines export runtime tools demo_pair; do ln -sfn ../../../$$part build/types/cspd/$$part; done
 	MYPYPATH=build/types $(BIN)/mypy -p cspd.engines -p cspd.export -p cspd.runtime -p cspd.tools
 
-# Half an hour on 2 idle cores; goes on where it was interrupted. 1000 images take hours.
-BENCH_IMAGES ?= 100
+# Some 28 minutes of processor time by estimate; goes on where it was interrupted.
+BENCH_IMAGES ?= 200
 THREADS ?= 0
 bench: .venv/report
 	$(BIN)/cspd-run bench --images $(BENCH_IMAGES) --batch-size 1 --batch-size 8 --batch-size 16 --threads $(THREADS) --out out/bench

@@ -59,7 +59,7 @@ class Scale:
     @classmethod
     def quick(cls) -> Scale:
         """Under two minutes on the shipped pair: speed and acceptance only."""
-        return cls(repeats=2, quality_images=0, batch_sizes=(1, 4), peers=("torch",), steps=2)
+        return cls(repeats=1, quality_images=0, batch_sizes=(1, 4), peers=("torch",), steps=2)
 
 
 def make_plan(manifest: Manifest, base: dict[str, Any], scale: Scale) -> list[Point]:
