@@ -106,7 +106,7 @@ def attacks(folder: str) -> list[Call]:
         Call(open, path, "w"),
         Call(eval, f"open({path!r}, 'w')"),
         Call(exec, f"open({path!r}, 'w')"),
-        Call(getattr, os, "mkdir"),
+        Call(getattr, Call(__import__, "os"), "mkdir"),
         Call(torch.load, path),
         Call(torch.save, 1, path),
         Call(torch.hub.load, "a/b", "c"),
