@@ -194,8 +194,10 @@ def replay(bundle: Bundle, path: Path, *, device: str, threads: int) -> tuple[Ge
             f"{path}: its settings are not valid: {str(error).splitlines()[0]}"
         ) from None
     index = metadata.get("image")
-    if type(index) is not int or not 0 <= index < config.num_images:
-        raise CspdError(f"{path}: image {index!r:.20}, expected 0..{config.num_images - 1}")
+    if type(index) is not int:
+        raise CspdError(f"{path}: its settings are not valid: image is {index!r:.20}, no number")
+    if not 0 <= index < config.num_images:
+        raise CspdError(f"{path}: image {index}, expected 0..{config.num_images - 1}")
     pipeline = Pipeline(bundle, config.backend, device, threads)
     images, _ = next(pipeline.generate(config, [index]))
     with Image.open(path) as stored:

@@ -124,10 +124,8 @@ def test_mixed_head_draws_what_either_way_would(pipeline):
 def test_run_says_what_was_chosen_and_replays(pipeline, tmp_path, capsys):
     settings = config()
     keep(pipeline, 100.0, 0.1, settings)
-    options = {"device": "cpu", "threads": 1, "overwrite": False, "baseline": True}
-    record, outcomes = run.generate(
-        pipeline.bundle, settings, tmp_path / "out", quiet=False, **options
-    )
+    job = run.Job(run.Machine("cpu", 1), baseline=True)
+    record, outcomes = run.generate(pipeline.bundle, settings, tmp_path / "out", job)
     assert "target head: speculation with" in capsys.readouterr().err
     assert record["choices"]["target"].startswith("speculation with")
     assert record["config"]["heads"][0]["role"] == "target" and record["law"].startswith("exact")
