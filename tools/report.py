@@ -75,7 +75,8 @@ def _collect(sources: list[Source], plots: Path | None) -> Report:
 def write(path: Path, text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    # JSON may hold half a surrogate pair, which no encoding has.
+    temporary.write_text(text, encoding="utf-8", errors="replace")
     temporary.replace(path)
     click.echo(f"{path}")
 

@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 SIZE = (5.4, 3.4)  # inches; small, so that letters stay readable on a phone
 # Okabe and Ito: told apart by everyone, in print too.
@@ -74,6 +75,11 @@ def pareto(results: Results) -> Figure | None:
                 axes.annotate(label, (item.seconds, item.score["frechet"]), fontsize=8,
                               xytext=(4, 4), textcoords="offset points")  # fmt: skip
     axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        # Plain numbers, and few of them: the span is about one decade.
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.margins(0.12)
     axes.legend()
     return figure

@@ -248,8 +248,9 @@ def provenance_section(sources: list[Source]) -> Section:
         bundle = header["bundle"] if source.kind == "bench" else header["bundle"]["sha256"]
         host = ", ".join(f"{name} {value}" for name, value in header["host"].items())
         commit = header.get("commit") or "-"
-        rows.append([source.kind, bundle, f"cspd {header['tool']}", commit, host])
-        commands += [header["command"]] if header.get("command") else []
+        # Records are read from files, where anything may stand.
+        rows.append([source.kind, str(bundle), f"cspd {header['tool']}", str(commit), host])
+        commands += [str(header["command"])] if header.get("command") else []
     columns = ("run", "bundle sha256", "tool", "commit", "machine")
     return Section(
         "Where this comes from", "provenance", tables=[Table("Runs", columns, rows)],

@@ -163,6 +163,8 @@ def test_report_on_run_records(arena, changes):
 @budget(full=150, ci=4)
 @given(content=st.one_of(damaged(json.dumps(RECORD).encode()), st.binary(max_size=100)))
 @example(content=b"[" * 100_000)
+@example(content=json.dumps(RECORD | {"law": "\ud800"}).encode())
+@example(content=json.dumps(RECORD | {"bundle": {"sha256": -6.7, "synthetic": False}}).encode())
 def test_report_on_other_bytes(arena, content):
     report(arena, content)
 
