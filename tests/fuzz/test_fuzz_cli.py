@@ -1,6 +1,7 @@
 """Command lines nobody would type: exit code 0, 1 or 2, one line of error, no trace."""
 
 import os
+from unittest import mock
 
 from harness import budget, check, run_case, run_command, run_here
 from hypothesis import example, given
@@ -65,10 +66,13 @@ def generate_arguments(draw) -> list[str]:
 @example(arguments=[*SMALL, "--labels", "1," * 20_000 + "1"])
 @example(arguments=[*SMALL, "--seed", "9" * 5000])
 @example(arguments=[*SMALL, "--batch-size", "9" * 12])
+@example(arguments=[*SMALL, "--method", "auto"])
 def test_generate_options(arena, arguments):
     folder = arena.fresh()
     call = run_command(main, ["generate", *arguments, "--out", str(folder / "out")])
-    check(run_case("command line: generate", call, folder))
+    # Measured costs of `--method auto` are kept in the user's cache: here, one inside the folder.
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=str(folder / "cache")):
+        check(run_case("command line: generate", call, folder))
 
 
 @budget(full=40, ci=8)
