@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cspd.engines.errors import CspdError
+from cspd.engines.errors import MAX_LINE, CspdError, printable
 
 
 def human_bytes(size: float) -> str:
@@ -43,6 +43,11 @@ class Commands(click.Group):
         """Run the chosen command."""
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            # It repeats the value in full, however long that is.
+            if len(error.message) > MAX_LINE:
+                error.message = printable(error.message)
+            raise
         except CspdError as error:
             click.ClickException(str(error)).show()
             ctx.exit(error.exit_code)

@@ -123,6 +123,7 @@ def build_arguments(draw) -> list[str]:
 @example(arguments=["--target", "mar-b", "--workspace", "9" * 400])
 @example(arguments=["--target", "mar-b", "--target-weights", "x" * 5000])
 @example(arguments=["--target", "mar-b", "--target-weights", "a\nb"])
+@example(arguments=["--target", "mar-b", "--clip-timesteps", "sneakr" * 2000])
 def test_build_options(arena, arguments):
     folder = arena.fresh()
 
