@@ -45,9 +45,9 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except click.UsageError as error:
             # It repeats the value in full, however long that is.
-            if len(error.message) > MAX_LINE:
-                error.message = printable(error.message)
-            raise
+            if len(error.message) <= MAX_LINE:
+                raise
+            raise click.UsageError(printable(error.message), error.ctx) from None
         except CspdError as error:
             click.ClickException(str(error)).show()
             ctx.exit(error.exit_code)
