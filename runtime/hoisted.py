@@ -11,11 +11,9 @@ from torch import Tensor
 from cspd.engines.schedule import Schedule
 from cspd.engines.session import Session
 from cspd.runtime.lossless import join
-from cspd.runtime.member import Head, HeadSample, Rows
+from cspd.runtime.member import DEFAULT_MEMORY, Head, HeadSample, Rows
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.speculation import SpeculativeSample
-
-DEFAULT_MEMORY = 512 * 2**20  # bytes of modulations held at once
 
 
 class TableDenoiser:
