@@ -74,6 +74,8 @@ class GraphSpec(Record):
     axes: dict[str, Axis]
     # False for graphs with a loop inside, which no CUDA graph can hold.
     capturable: bool = True
+    # False for graphs that only ONNX Runtime runs: engines are not built of them.
+    engines: bool = True
     independent: str | None = None
     scratch: int = Field(0, ge=0)
 

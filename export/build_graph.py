@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 from torch import nn
 
 from cspd.engines.atomic import atomic_file
@@ -24,7 +25,9 @@ from cspd.engines.trt_progress import ProgressCallback
 from cspd.export.loop_graph import DenoiserLoopGraph
 from cspd.export.onnx_export import export_graph, save_graph
 from cspd.export.scan_loop import export_loop
+from cspd.export.speculative_loop import SpeculativeLoopGraph
 from cspd.export.verify import judge, verify_graph
+from cspd.export.while_loop import export_speculative_loop
 
 DONE = ".done.json"
 ShowProgress = Callable[[str], AbstractContextManager[ProgressCallback]]
@@ -74,7 +77,8 @@ class GraphBuilder:
         """
         kept = self._kept(label, spec)
         finished = kept or self._make(label, module, spec, reference, weights)
-        missing = [o for o in self.engines if o.flavour not in finished.graph.engines]
+        wanted = self.engines if spec.engines else ()
+        missing = [o for o in wanted if o.flavour not in finished.graph.engines]
         if kept:
             self.report(f"{label}: {'exported' if missing else 'finished'} earlier")
         for options in missing:
@@ -104,11 +108,7 @@ class GraphBuilder:
         return self._remember(label, FinishedGraph(graph=record, export=cost, files=files))
 
     def _export(self, module: nn.Module, spec: GraphSpec, path: Path, weights: str | None) -> None:
-        if isinstance(module, DenoiserLoopGraph):
-            model = export_loop(module, spec)
-        else:
-            model = export_graph(module, spec)
-        save_graph(model, path, self.staging / weights if weights else None)
+        save_graph(export_any(module, spec), path, self.staging / weights if weights else None)
         onnx.checker.check_model(str(path))
 
     def _engine(self, label: str, spec: GraphSpec, options: EngineOptions) -> EngineRecord:
@@ -134,6 +134,15 @@ class GraphBuilder:
         with atomic_file(self.staging / f"{label}{DONE}") as file:
             file.write(finished.model_dump_json().encode())
         return finished
+
+
+def export_any(module: nn.Module, spec: GraphSpec) -> ir.Model:
+    """ONNX model of `module`, whichever kind of graph it is."""
+    if isinstance(module, DenoiserLoopGraph):
+        return export_loop(module, spec)
+    if isinstance(module, SpeculativeLoopGraph):
+        return export_speculative_loop(module, spec)
+    return export_graph(module, spec)
 
 
 def _with_engine(finished: FinishedGraph, engine: EngineRecord) -> FinishedGraph:

@@ -37,7 +37,7 @@ def guided_kernel(
     mean = coefficients["mean_x0"] * x0 + coefficients["mean_x"] * x
     fraction = (variance[0] + 1) / 2
     low, high = coefficients["log_std_min"], coefficients["log_std_max"]
-    return mean, fraction * high + (1 - fraction) * low, x0, fraction
+    return mean, low + fraction * (high - low), x0, fraction
 
 
 class DenoiserGraph(nn.Module):

@@ -14,6 +14,7 @@ from cspd.export.graphs import (
 from cspd.export.loop_graph import DenoiserLoopGraph, denoiser_loop_spec
 from cspd.export.mar import DiffusionLoss, Mar
 from cspd.export.round_graph import SpeculativeRoundGraph, round_spec
+from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
 
 FIRST, ROUND = "denoiser_first", "speculative_round"
 # Graphs of the head that compute in float32 whatever the precision of the model.
@@ -49,8 +50,8 @@ def model_graphs(
     """Every graph of one pair member by name, with its contract.
 
     A model in reduced `precision` takes its first denoising step from `exact`, its head in float32,
-    because that step multiplies rounding errors by some hundreds. It has no loop graph, which could
-    not do so; speculative rounds, which mix steps, are in float32 altogether.
+    because that step multiplies rounding errors by some hundreds. It has no loops, which could not
+    do so; speculative rounds, which mix steps, are in float32 altogether.
     """
     head, config = model.diffloss, model.config
     backbone, denoiser = backbone_spec(config, max_batch), denoiser_spec(config, max_rows)
@@ -61,6 +62,8 @@ def model_graphs(
     if precision == "fp32":
         exact = head
         graphs["denoiser_loop"] = DenoiserLoopGraph(head), denoiser_loop_spec(config, max_rows)
+        loop = speculative_loop_spec(config, max_rows)
+        graphs["speculative_loop"] = SpeculativeLoopGraph(head), loop
     else:
         assert exact is not None
         graphs["denoiser"] = graphs["denoiser"][0], without_first_step(graphs["denoiser"][1])

@@ -6,10 +6,11 @@ number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import GraphSpec
@@ -36,8 +37,8 @@ def export_loop(module: DenoiserLoopGraph, spec: GraphSpec) -> ir.Model:
     outputs = prelude.graph.outputs
     constants, scanned = outputs[: len(CONSTANT)], outputs[len(CONSTANT) :]
     body = _detach_body(step.graph, prelude.graph, constants)
-    _hoist_invariants(body, prelude.graph)
-    zeros = ir.node("Mul", [inputs["noise0"], _scalar(prelude.graph, "zero", 0.0)])
+    hoist_invariants(body, prelude.graph)
+    zeros = ir.node("Mul", [inputs["noise0"], constant(prelude.graph, "zero", torch.tensor(0.0))])
     carry = [inputs["noise0"], zeros.outputs[0], zeros.outputs[0], zeros.outputs[0]]
     scan = ir.node(
         "Scan",
@@ -122,11 +123,19 @@ def _detach_body(body: ir.Graph, outer: ir.Graph, constants: Sequence[ir.Value])
     return body
 
 
-def _hoist_invariants(body: ir.Graph, outer: ir.Graph) -> None:
-    """Move what no step changes (transposed weights above all) out of the loop."""
+def hoist_invariants(
+    body: ir.Graph, outer: ir.Graph, initial: Mapping[ir.Value, ir.Value] | None = None
+) -> None:
+    """Move what no step changes (transposed weights above all) out of the loop.
+
+    `initial` gives the first value of what the loop carries, whose shape stays that.
+    """
     varying = set(body.inputs)
     results = set(body.outputs)
     for node in list(body):
+        source = node.inputs[0] if node.op_type == "Shape" else None
+        if initial and source is not None and source in initial:
+            node.replace_input_with(0, initial[source])
         if varying.isdisjoint(node.inputs) and results.isdisjoint(node.outputs):
             body.remove(node)
             outer.append(node)
@@ -134,13 +143,17 @@ def _hoist_invariants(body: ir.Graph, outer: ir.Graph) -> None:
             varying.update(node.outputs)
 
 
-def _scalar(graph: ir.Graph, name: str, number: float) -> ir.Value:
-    tensor = ir.tensor(torch.tensor(number).numpy(), name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape([]), type=ir.TensorType(tensor.dtype), const_value=tensor
+def constant(graph: ir.Graph, name: str, value: Tensor) -> ir.Value:
+    """A new constant of `graph`."""
+    tensor = ir.tensor(value.numpy(), name=name)
+    made = ir.Value(
+        name=name,
+        shape=ir.Shape(value.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
     )
-    graph.register_initializer(value)
-    return value
+    graph.register_initializer(made)
+    return made
 
 
 def _channels(module: DenoiserLoopGraph) -> int:

@@ -16,6 +16,8 @@ from cspd.engines.schedule import Schedule
 from cspd.engines.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
 
+MAX_FLIPPED = 0.1  # share of tokens of a comparison, of which there are 16 at most
+
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """Norm of the difference over the norm of the reference."""
@@ -42,6 +44,8 @@ def realistic_inputs(
         elif name.startswith("draft_"):
             # Weights of a linear recurrence that shrinks.
             inputs[name] = inputs[name].abs() / 10
+        elif name == "choices":
+            inputs[name] = inputs[name].abs().clamp(max=0.99)
     return inputs
 
 
@@ -61,11 +65,27 @@ def compare(
     for sizes in check_sizes(session.spec):
         inputs = realistic_inputs(session.spec, sizes, schedule, seed)
         got, expected = session(**inputs), reference(**inputs)
+        agree = agreement(session.spec, got, expected)
+        flipped = 1 - float(agree.double().mean())
         for name, value in got.items():
-            errors = (worst.get(name, 0.0), relative_error(value, expected[name]))
+            error = relative_error(value[agree], expected[name][agree])
+            errors = (worst.get(name, 0.0), error if flipped <= MAX_FLIPPED else math.inf)
             # max() alone would drop a NaN.
             worst[name] = math.nan if any(map(math.isnan, errors)) else max(errors)
     return worst
+
+
+def agreement(spec: GraphSpec, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Tensor:
+    """Rows, bool [N], in which all whole numbers agree: where one differs, another path was taken.
+
+    A test whose number lies within rounding of its bound may turn; that is no error of the graph.
+    """
+    agree = torch.ones(len(next(iter(expected.values()))), dtype=torch.bool)
+    for tensor in spec.outputs:
+        if tensor.dtype != "float32":
+            same = got[tensor.name] == expected[tensor.name]
+            agree &= same.flatten(1).all(1) if same.dim() > 1 else same
+    return agree
 
 
 def judge(module: nn.Module) -> Literal["onnxruntime", "torch"]:

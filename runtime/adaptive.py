@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from cspd.engines.schedule import Schedule
-from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Head, HeadSample, Rows
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.speculation import SpeculativeSample
@@ -17,6 +18,17 @@ from cspd.runtime.window import Choice, CostRecord, WindowChooser, measure_costs
 
 def ignore_choice(choice: Choice, tokens: int) -> None:
     """The report that does nothing."""
+
+
+class Speculative(Protocol):
+    """A head that counts what it does."""
+
+    def __call__(
+        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose = Purpose.DENOISE,
+        *, depth: np.ndarray | None = None,
+    ) -> SpeculativeSample:  # fmt: skip
+        """Sample every row, evaluating up to `depth` [S] rows of a token at each step."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class AdaptiveHead:
     """
 
     plain: Head
-    speculative: SpeculativeHead
+    speculative: Speculative
     chooser: WindowChooser
     learning: bool = True
     report: Callable[[Choice, int], None] = field(default=ignore_choice)
@@ -50,16 +62,6 @@ class AdaptiveHead:
         if self.learning:
             self.chooser.observe(choice, sampled.stats, 1000 * (self.clock() - start))
         return sampled
-
-
-class Speculative(Protocol):
-    """A head that counts what it does."""
-
-    def __call__(
-        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
-    ) -> SpeculativeSample:
-        """Sample every row."""
-        ...
 
 
 def measure_heads(

@@ -22,7 +22,8 @@ NEEDS = {
     "denoiser": STEP,
     "denoiser_first": STEP,
     "denoiser_loop": Needs(("rows",), ("sample", "mean", "log_std", "sum_log_std")),
-    "speculative_round": Needs(("rows",), ("next_x", "next_x0", "next_fraction", "next_step")),
+    "speculative_round": Needs(("rows",), ("next_x", "next_step", "moved", "drawn")),
+    "speculative_loop": Needs(("tokens", "window"), ("next_x", "next_step", "moved", "drawn")),
     "decoder": Needs(("batch",), ("images",)),
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cspd.engines.schedule import Schedule
 from cspd.engines.session import Session
 from cspd.runtime.config import HeadChoice, RunConfig
-from cspd.runtime.lossless import Round, SpeculativeHead
+from cspd.runtime.lossless import Round
 from cspd.runtime.member import Head, HeadSample, Rows
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.plan import MaskPlan
@@ -41,19 +41,15 @@ def most_tokens(role: str, config: RunConfig, num_tokens: int) -> int:
     return config.batch_size * widest
 
 
-def speculative_head(
-    round_session: Round, limit: int, channels: int, config: RunConfig, choice: HeadChoice
-) -> SpeculativeHead:
+def speculation(limit: int, config: RunConfig, choice: HeadChoice) -> SpeculationOptions:
     """Rounds of `choice.window` rows for `choice.up_to` tokens; `limit` rows fit into a call.
 
     They have one shape if images must not depend on their batch.
     """
     window = choice.window
     fixed = max(window, min(limit, choice.up_to * window))
-    options = SpeculationOptions(
-        window, row_buckets=(fixed,) if config.reproducible else (), max_rows=limit
-    )
-    return SpeculativeHead(round_session, options, channels)
+    buckets = (fixed,) if config.reproducible else ()
+    return SpeculationOptions(window, row_buckets=buckets, max_rows=limit)
 
 
 def round_of(denoiser: Session, config: RunConfig) -> Round:

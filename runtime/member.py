@@ -79,10 +79,16 @@ class LoopHead:
         self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
     ) -> HeadSample:
         """Sample every row, in as many calls as the session's largest row count asks for."""
-        spec = self.session.spec
-        row_bytes = 4 * spec.scratch * schedule.num_steps * len(rows.conditions)
-        limit = min(spec.axes["rows"].max, max(1, self.memory // max(row_bytes, 1)))
+        limit = tokens_within(self.session, self.memory, schedule, rows)
         return _sample(self.session, self.session, limit, rows, schedule, noise, purpose)
+
+
+def tokens_within(session: Session, memory: int, schedule: Schedule, rows: Rows) -> int:
+    """Most tokens of one call of a loop, by its largest row count and `memory` bytes."""
+    spec = session.spec
+    token_bytes = 4 * spec.scratch * schedule.num_steps * len(rows.conditions)
+    limit = spec.axes["rows" if "rows" in spec.axes else "tokens"].max
+    return min(limit, max(1, memory // max(token_bytes, 1)))
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ def _sample(
 ) -> HeadSample:  # fmt: skip
     """Run `loop` on every row, in pieces of at most `limit` that `session` takes."""
     parts = [
-        _piece(loop, session, _slice(rows, i, i + limit), schedule, noise, purpose)
+        _piece(loop, session, part_of(rows, i, i + limit), schedule, noise, purpose)
         for i in range(0, len(rows.images), limit)
     ]
     return _concatenate(parts)
@@ -211,7 +217,8 @@ class Member:
         return torch.cat([self.backbone(**piece)["z"].clone() for piece in pieces])
 
 
-def _slice(rows: Rows, start: int, stop: int) -> Rows:
+def part_of(rows: Rows, start: int, stop: int) -> Rows:
+    """Tokens `start` to `stop` of `rows`."""
     part = slice(start, stop)
     return Rows(
         rows.conditions[:, part], rows.guidance[part], rows.temperature[part],

@@ -28,7 +28,11 @@ class Purpose(IntEnum):
     ACCEPT = 3
     RESAMPLE = 4
     RESAMPLE_ACCEPT = 5
-    SPECULATE = 6  # tests and repairs of speculative denoising, keyed by round and attempt
+    # Speculative denoising: candidates of the residual law and what chooses among them, both keyed
+    # by the candidate's number within its token; the tests of drafts, one number per step.
+    SPECULATE = 6
+    SPECULATE_CHOICE = 7
+    SPECULATE_TEST = 8
 
 
 class Noise:

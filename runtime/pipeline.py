@@ -16,7 +16,7 @@ from cspd.engines.cuda_graph import Graphs, GraphStats
 from cspd.engines.manifest import Role
 from cspd.engines.schedule import make_schedule
 from cspd.engines.session import CallStats, EngineSession, TimedSession
-from cspd.runtime.adaptive import AdaptiveHead
+from cspd.runtime.adaptive import AdaptiveHead, Speculative
 from cspd.runtime.canvas import Batch, Canvas
 from cspd.runtime.captured import CapturedSteps, captured_steps
 from cspd.runtime.choose import Explained, choose, tokens_together
@@ -27,13 +27,15 @@ from cspd.runtime.heads import (
     MixedHead,
     most_tokens,
     round_of,
-    speculative_head,
+    speculation,
 )
 from cspd.runtime.lossless import SpeculativeHead
+from cspd.runtime.lossless_loop import SpeculativeLoopHead
 from cspd.runtime.member import Head, LoopHead, Member, StepHead
 from cspd.runtime.noise import Noise, RowNoise
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.sampler import Sampler, decode_alone, ignore_progress
+from cspd.runtime.speculation import SpeculationOptions
 from cspd.runtime.stats import Statistics, Verdicts
 from cspd.runtime.steps import Annealing, HeadSteps
 from cspd.runtime.tuning import tuned
@@ -136,7 +138,7 @@ class Pipeline:
 
     def plain_head(self, role: Role) -> Head:
         """Every denoising step a call, or the whole loop one."""
-        if f"{role}/denoiser_loop" in self.bundle.manifest.graphs() and self.backend not in ENGINES:
+        if self._loops_inside(f"{role}/denoiser_loop"):
             return LoopHead(self.session(f"{role}/denoiser_loop"))
         first = None
         if f"{role}/denoiser_first" in self.bundle.manifest.graphs():
@@ -167,7 +169,7 @@ class Pipeline:
             tuned(self, role, config).chooser(),
             tokens_together(role, config, self.bundle.manifest.geometry.num_tokens),
             fixed=config.reproducible,
-            max_rows=self.bundle.graph(f"{role}/speculative_round").spec.axes["rows"].max,
+            max_rows=self.most_rows(role),
             window=config.window,
         )
 
@@ -179,20 +181,39 @@ class Pipeline:
         choice = HeadChoice(role=role, window=chooser.max_window, up_to=widest)
         return AdaptiveHead(self.plain_head(role), self._speculative(role, config, choice), chooser)
 
-    def _speculative(self, role: Role, config: RunConfig, choice: HeadChoice) -> SpeculativeHead:
+    def _speculative(self, role: Role, config: RunConfig, choice: HeadChoice) -> Speculative:
         """The head in speculative rounds, exact or relaxed."""
-        name = "denoiser" if config.relax else "speculative_round"
-        session = self.session(f"{role}/{name}")
-        limit, channels = session.spec.axes["rows"].max, self.bundle.manifest.geometry.token_dim
-        rounds = round_of(session, config) if config.relax else session
-        return speculative_head(rounds, limit, channels, config, choice)
+        if config.relax:
+            denoiser = self.session(f"{role}/denoiser")
+            options = speculation(denoiser.spec.axes["rows"].max, config, choice)
+            return SpeculativeHead(round_of(denoiser, config), options, self._channels)
+        limit = self.most_rows(role)
+        return self.speculative_head(role, speculation(limit, config, choice))
+
+    def speculative_head(self, role: Role, options: SpeculationOptions) -> Speculative:
+        """The exact head in rounds: all in one call where the backend can loop."""
+        if self._loops_inside(f"{role}/speculative_loop"):
+            return SpeculativeLoopHead(self.session(f"{role}/speculative_loop"), options)
+        session = self.session(f"{role}/speculative_round")
+        return SpeculativeHead(session, options, self._channels)
+
+    def most_rows(self, role: Role) -> int:
+        """Rows that fit into one call of speculation."""
+        return self.bundle.graph(f"{role}/speculative_round").spec.axes["rows"].max
+
+    def _loops_inside(self, label: str) -> bool:
+        """Whether the bundle has the loop `label`, and the backend runs such graphs."""
+        return label in self.bundle.manifest.graphs() and self.backend not in ENGINES
+
+    @property
+    def _channels(self) -> int:
+        return self.bundle.manifest.geometry.token_dim
 
     def record(self, config: RunConfig, wrap: Callable[[Head], Head]) -> None:
         """Decode image 0 of `config` by one model, its head wrapped."""
         member = self.members(config)[0]
         watched = replace(member, head=wrap(member.head))
-        batch, channels = self._batch(config, [0]), self.bundle.manifest.geometry.token_dim
-        decode_alone(self.sampler(config), watched, batch, channels)
+        decode_alone(self.sampler(config), watched, self._batch(config, [0]), self._channels)
 
     def generate(
         self,
@@ -304,7 +325,7 @@ class Pipeline:
     def _decode(
         self, config: RunConfig, sampler: Sampler, batch: Batch
     ) -> tuple[Canvas, Statistics]:
-        channels = self.bundle.manifest.geometry.token_dim
+        channels = self._channels
         if config.method == "cspd":
             options = CspdOptions(
                 config.gamma, config.prefill, config.accept_temperature, config.verify,

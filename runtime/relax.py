@@ -14,7 +14,7 @@ from cspd.engines.errors import CspdError
 from cspd.engines.session import Session
 from cspd.runtime import coupling
 from cspd.runtime.coupling import Gaussian
-from cspd.runtime.rounds import ReferenceRound, Window
+from cspd.runtime.rounds import ReferenceRound, Window, log_accept
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,8 @@ class TotalVariationRound(ReferenceRound):
         """Which drafts pass, bool [N, L]."""
         ratio = coupling.log_ratio(target, window.kernel, window.reached, window.noise)
         share = self.budget / (len(t["schedule"]) - 1)
-        return coupling.accept(t["log_accept"], ratio) | (
-            t["log_accept"].exp() < ratio.exp() + share
-        )
+        uniform = log_accept(window, t)
+        return coupling.accept(uniform, ratio) | (uniform.exp() < ratio.exp() + share)
 
 
 class SameNoiseRound(ReferenceRound):

@@ -36,11 +36,12 @@ class Window:
 
 
 def draft_tables(schedule: Schedule, window: int) -> dict[str, Tensor]:
-    """Drafted states as linear maps: `draft_state` [S, L, 2] and `draft_noise` [S, L, L] float32.
+    """Drafts as linear maps: `draft_state` [S, 2, L, 2] and `draft_noise` [S, 2, L, L] float32.
 
-    With x0 frozen a denoising step is x' = a x + b x0 + sigma xi. Row j of a window of L that
-    starts at step s therefore reaches draft_state[s, j] @ (x, x0) + draft_noise[s, j] @
-    (sigma_0 xi_0, ..., sigma_j xi_j). Sums of products in float64, never a quotient of products.
+    With x0 frozen a denoising step is x' = a x + b x0 + sigma xi. In a window of L that starts at
+    step s, row j is drafted at the state draft_state[s, 0, j] @ (x, x0) + draft_noise[s, 0, j] @
+    (sigma_0 xi_0, ..., sigma_j xi_j), with the mean that [s, 1, j] give. Sums of products in
+    float64, never a quotient of products.
     """
     columns = (schedule.table[:, COLUMNS.index(name)].double() for name in ("mean_x0", "mean_x"))
     mean_x0, mean_x = columns
@@ -51,11 +52,12 @@ def draft_tables(schedule: Schedule, window: int) -> dict[str, Tensor]:
     for j in range(window):
         step = (start - j).clamp(min=0)
         shift = torch.stack([torch.zeros(len(start)), mean_x0[step]], dim=1)
-        state, noise = mean_x[step, None] * state + shift, mean_x[step, None] * noise
+        mean, carried = mean_x[step, None] * state + shift, mean_x[step, None] * noise
+        states.append(torch.stack([state, mean], 1))
+        noises.append(torch.stack([noise, carried], 1))
+        state, noise = mean, carried.clone()
         noise[:, j] = 1
-        states.append(state)
-        noises.append(noise)
-    tables = {"draft_state": torch.stack(states, 1), "draft_noise": torch.stack(noises, 1)}
+    tables = {"draft_state": torch.stack(states, 2), "draft_noise": torch.stack(noises, 2)}
     return {name: table.float() for name, table in tables.items()}
 
 
@@ -83,22 +85,20 @@ def draft(
 ) -> Window:  # fmt: skip
     """States of the next L steps if every step predicted the frozen `x0` and `fraction` [N, C].
 
-    `x` [N, C] at `step` [N] int32; `noise` [N, S, C] by step; the last two are `draft_tables`.
+    `x` [N, C] at `step` [N] int32; `noise` [S, N, C] by step; the last two are `draft_tables`.
     """
-    offset = torch.arange(draft_noise.shape[1], dtype=torch.int32, device=x.device)
+    offset = torch.arange(draft_noise.shape[-1], dtype=torch.int32, device=x.device)
     steps = (step[:, None] - offset).clamp(min=0)
-    *_, mean_x0, mean_x, low, high = embedding(steps, schedule).split(1, dim=-1)
-    fraction = fraction[:, None]
-    log_std = fraction * high + (1 - fraction) * low
+    *_, low, high = embedding(steps, schedule).split(1, dim=-1)
+    log_std = low + fraction[:, None] * (high - low)
     std = temperature[:, None, None] * log_std.exp()
     token = torch.arange(len(x), dtype=torch.int32, device=x.device)
-    xi = embedding(token[:, None] * len(schedule) + steps, noise.flatten(0, 1))
-    start = steps[:, 0]
-    ends = torch.stack([x, x0], dim=1)
-    reached = draft_state[start] @ ends + draft_noise[start] @ (std * xi)
-    states = torch.cat([x[:, None], reached[:, :-1]], dim=1)
-    mean = mean_x0 * x0[:, None] + mean_x * states
-    return Window(steps, states, reached, xi, Gaussian(mean, log_std, std))
+    xi = embedding(steps * len(x) + token[:, None], noise.flatten(0, 1))
+    start, added = steps[:, 0], std * xi
+    ends = torch.stack([x, x0], dim=1)[:, None]
+    maps = draft_state[start] @ ends + draft_noise[start] @ added[:, None]
+    states, mean = maps.unbind(1)
+    return Window(steps, states, mean + added, xi, Gaussian(mean, log_std, std))
 
 
 class ReferenceRound:
@@ -125,18 +125,22 @@ class ReferenceRound:
         rejected = (last < t["length"] - 1) & (pick(window.steps, last) > 0)
         repaired, index = self.repair(at, drafted, drawn, t)
         newest = pick(t["slot"], last)
+        # Without a candidate that was kept nothing moves: the round is done again with the next.
+        count = t["candidates"].shape[1]
+        done = ~rejected | (index < count)
+        wide = done[:, None]
         return {
-            "next_x": torch.where(rejected[:, None], repaired, drawn),
-            "next_step": (t["step"] - last - 1).clamp(min=-1).int(),
-            "next_x0": rows["x0"].index_select(0, newest),
-            "next_fraction": rows["fraction"].index_select(0, newest),
+            "next_x": torch.where(wide, torch.where(rejected[:, None], repaired, drawn), t["x"]),
+            "next_step": torch.where(done, t["step"] - last - 1, t["step"]).clamp(min=-1).int(),
+            "next_x0": torch.where(wide, rows["x0"].index_select(0, newest), t["x0"]),
+            "next_fraction": torch.where(
+                wide, rows["fraction"].index_select(0, newest), t["fraction"]
+            ),
             "mean": at.mean,
             "log_std": at.log_std,
-            "sum_log_std": committed_log_std(window.steps, target.log_std, last),
-            "accepted": last.int(),
-            "draws": torch.where(rejected, index + 1, 0).int(),
-            "drafted_mean": drafted.mean,
-            "drafted_log_std": drafted.log_std,
+            "sum_log_std": wide * committed_log_std(window.steps, target.log_std, last),
+            "moved": torch.where(done, last + 1, 0).int(),
+            "drawn": torch.where(rejected, (index + 1).clamp(max=count), 0).int(),
         }
 
     def verify(self, window: Window, t: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,13 +165,19 @@ class ReferenceRound:
     def test(self, window: Window, target: Gaussian, t: dict[str, Tensor]) -> Tensor:
         """Which drafts pass, bool [N, L]: the exact rule."""
         ratio = coupling.log_ratio(target, window.kernel, window.reached, window.noise)
-        return coupling.accept(t["log_accept"], ratio)
+        return coupling.accept(log_accept(window, t), ratio)
 
     def repair(
         self, target: Gaussian, drafted: Gaussian, drawn: Tensor, t: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Replacement [N, C] for refused drafts, and the index of the candidate that it is."""
-        return coupling.residual(target, drafted, t["candidates"], t["log_keep"])
+        return coupling.residual(target, drafted, t["candidates"], t["choices"])
+
+
+def log_accept(window: Window, t: dict[str, Tensor]) -> Tensor:
+    """The logarithms of the uniform numbers that belong to the steps of a window: [N, L]."""
+    token = torch.arange(len(window.steps), device=window.steps.device)[:, None]
+    return t["log_accept"][window.steps.long(), token]
 
 
 def committed_log_std(steps: Tensor, log_std: Tensor, last: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class SpeculationOptions:
     """
 
     window: int = 8
-    candidates: int = 16
+    candidates: int = 8
     row_buckets: tuple[int, ...] = ()
     max_rows: int | None = None
 
@@ -89,22 +89,23 @@ class StepLog:
         self.rounds = self.rows = 0
         self._outcomes: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def add(self, step: np.ndarray, accepted: np.ndarray, draws: np.ndarray, rows: int) -> None:
-        """One round: per token [N] its first step (-1: finished), accepted tests, draws."""
-        self._outcomes.append((step, accepted, draws))
+    def add(self, step: np.ndarray, moved: np.ndarray, drawn: np.ndarray, rows: int) -> None:
+        """One round: per token [N] its first step (-1: finished), steps done, candidates drawn."""
+        self._outcomes.append((step, moved, drawn))
         self.rounds += 1
         self.rows += rows
 
     def stats(self) -> SpeculationStats:
         """Counts over all rounds."""
-        step, accepted, draws = (np.concatenate(v) for v in zip(*self._outcomes, strict=True))
-        step, accepted, draws = (v[step >= 0] for v in (step, accepted, draws))
-        end = step - accepted
-        refused = np.bincount(end[draws > 0], minlength=self.num_steps)
+        step, moved, drawn = (np.concatenate(v) for v in zip(*self._outcomes, strict=True))
+        draws = int(drawn[step >= 0].sum())
+        step, moved, drawn = (v[(step >= 0) & (moved > 0)] for v in (step, moved, drawn))
+        end = step - (moved - 1)
+        refused = np.bincount(end[drawn > 0], minlength=self.num_steps)
         # Accepted are the steps above `end` up to `step`: a difference array, summed downwards.
         starts, ends = (np.bincount(v, minlength=self.num_steps) for v in (step, end))
         passed = np.cumsum((starts - ends)[::-1])[::-1]
         return SpeculationStats(
             tokens=self.tokens, rounds=self.rounds, calls=self.rounds, rows=self.rows,
-            draws=int(draws.sum()), tested=passed + refused, accepted=passed,
+            draws=draws, tested=passed + refused, accepted=passed,
         )  # fmt: skip

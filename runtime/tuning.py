@@ -20,9 +20,8 @@ from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Role
 from cspd.engines.schedule import Schedule, make_schedule
 from cspd.engines.spec import Record
-from cspd.runtime.adaptive import measure_heads
+from cspd.runtime.adaptive import Speculative, measure_heads
 from cspd.runtime.config import RunConfig
-from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Head, HeadSample, Rows
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.speculation import SpeculationOptions, SpeculationStats, SpeculativeSample
@@ -147,13 +146,14 @@ def tuned(pipeline: Pipeline, role: Role, config: RunConfig, *, again: bool = Fa
 class _Counting:
     """A speculative head that adds up what its runs counted."""
 
-    head: SpeculativeHead
+    head: Speculative
     keep: Callable[[SpeculationStats], None]
 
     def __call__(
-        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
-    ) -> SpeculativeSample:
-        sampled = self.head(rows, schedule, noise, purpose)
+        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose = Purpose.DENOISE,
+        *, depth: np.ndarray | None = None,
+    ) -> SpeculativeSample:  # fmt: skip
+        sampled = self.head(rows, schedule, noise, purpose, depth=depth)
         self.keep(sampled.stats)
         return sampled
 
@@ -201,7 +201,7 @@ class Examples:
 
 def measure(pipeline: Pipeline, role: Role, config: RunConfig, key: str) -> HeadCosts:
     """Measure the head of `role` on conditions of an image that the model itself begins."""
-    steps, channels = measured_steps(config), pipeline.bundle.manifest.geometry.token_dim
+    steps = measured_steps(config)
     examples, plain = Examples.of(pipeline, role, config), pipeline.plain_head(role)
     totals = np.zeros((2, steps))
 
@@ -209,9 +209,8 @@ def measure(pipeline: Pipeline, role: Role, config: RunConfig, key: str) -> Head
         totals[:] += stats.tested, stats.accepted
 
     def speculative(window: int) -> _Counting:
-        session = pipeline.session(f"{role}/speculative_round")
-        options = SpeculationOptions(window, max_rows=session.spec.axes["rows"].max)
-        return _Counting(SpeculativeHead(session, options, channels), keep)
+        options = SpeculationOptions(window, max_rows=pipeline.most_rows(role))
+        return _Counting(pipeline.speculative_head(role, options), keep)
 
     schedule = make_schedule(pipeline.bundle.manifest.schedule, steps).to(pipeline.device)
     costs = measure_heads(

@@ -26,6 +26,8 @@ def with_engines(
     engines: dict[str, EngineRecord] = {}
     failures: dict[str, str] = {}
     for label, graph in bundle.manifest.graphs().items():
+        if not graph.spec.engines:
+            continue
         if not more_time():
             failures[label] = "no time left to build it"
             continue

@@ -2,7 +2,8 @@
 
 The shipped pair runs with its own weights. `--preset mar-b` or `mar-h` runs a head of that size
 with random weights and replays the acceptance, by denoising step, that the shipped pair has:
-SYNTHETIC, timing only. All ways are measured in turn in one run; the median of the repeats counts.
+SYNTHETIC, timing only. Ratios are times of a plain way over those of the row; all ways are
+measured in turn in one run; the median of the repeats counts.
 """
 
 from __future__ import annotations
@@ -23,45 +24,49 @@ from torch import Tensor
 
 from cspd.engines.bundle import open_bundle
 from cspd.engines.schedule import Schedule, make_schedule
-from cspd.engines.session import Session
 from cspd.export.presets import PRESETS
+from cspd.runtime.chain_numbers import ChainNumbers
 from cspd.runtime.cli import shipped_bundle
 from cspd.runtime.config import RunConfig, make_config
-from cspd.runtime.coupling import Gaussian
 from cspd.runtime.heads import DEFAULT_WINDOW
-from cspd.runtime.hoisted import HoistedHead
-from cspd.runtime.lossless import Round, SpeculativeHead
+from cspd.runtime.lossless_loop import SpeculativeLoopHead
 from cspd.runtime.member import Head, LoopHead, Rows, StepHead
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.rounds import ReferenceRound, Window
 from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample
 from cspd.runtime.tuning import Examples
 from cspd.tools.synthetic_head import SyntheticHead
 
 STEPS = 100
 RECORDING_TOKENS = 48
-REFERENCE = "PyTorch, step by step"
+CERTAIN = 1e20
+REFERENCE, STEPS_OF_CALLS = "PyTorch, step by step", "plain, one call a step"
+LOOP = "plain, one loop graph"
+BASES = {STEPS_OF_CALLS: "of a call a step", LOOP: "of the loop graph", REFERENCE: "of PyTorch"}
 
 
-class ReplayRound(ReferenceRound):
-    """Accepts with given probabilities by step; everything else is computed as usual."""
+@dataclass(frozen=True)
+class ReplayNumbers(ChainNumbers):
+    """Numbers that accept with given probabilities by step, whatever the network says.
 
-    def __init__(self, denoiser: Session, acceptance: Tensor) -> None:
-        super().__init__(denoiser)
-        self.log_rate = acceptance.log()
+    With them the graphs compute all that they do otherwise. A refused draft takes its first
+    candidate: those of random weights would be refused for ever.
+    """
 
-    def test(self, window: Window, target: Gaussian, t: dict[str, Tensor]) -> Tensor:
-        """Which drafts pass, bool [N, L]."""
-        super().test(window, target, t)
-        return t["log_accept"] < self.log_rate[window.steps.long()]
+    acceptance: Tensor
 
-    def repair(
-        self, target: Gaussian, drafted: Gaussian, drawn: Tensor, t: dict[str, Tensor]
+    def tests(self, images: Tensor, positions: Tensor, num_steps: int) -> Tensor:
+        """Numbers that every draft passes, or none does: [S, N]."""
+        drawn = super().tests(images, positions, num_steps)
+        return torch.where(drawn < self.acceptance.log()[:, None], -CERTAIN, CERTAIN)
+
+    def candidates(
+        self, images: Tensor, positions: Tensor, first: Tensor | int, count: int, channels: int
     ) -> tuple[Tensor, Tensor]:
-        """The target's draw: candidates of random weights would be refused for ever."""
-        _, index = super().repair(target, drafted, drawn, t)
-        return drawn, torch.zeros_like(index)
+        """Candidates that are all kept."""
+        noise, choices = super().candidates(images, positions, first, count, channels)
+        choices[..., 2] = -CERTAIN
+        return noise, choices
 
 
 @dataclass(frozen=True)
@@ -85,12 +90,13 @@ class Timing:
 def pair_setup(pipeline: Pipeline, config: RunConfig, windows: tuple[int, ...]) -> Setup:
     """The target head of the shipped pair on conditions of its own images."""
     examples = Examples.of(pipeline, "target", config)
-    geometry = pipeline.bundle.manifest.geometry
-    ways = {"plain, one loop graph": pipeline.plain_head("target")}
-    session = pipeline.session("target/speculative_round")
+    ways: dict[str, Head] = {
+        STEPS_OF_CALLS: StepHead(pipeline.session("target/denoiser")),
+        LOOP: pipeline.plain_head("target"),
+    }
     for window in windows:
-        options = SpeculationOptions(window, max_rows=session.spec.axes["rows"].max)
-        ways[f"lossless, window {window}"] = SpeculativeHead(session, options, geometry.token_dim)
+        options = SpeculationOptions(window, max_rows=pipeline.most_rows("target"))
+        ways[f"lossless, window {window}"] = pipeline.speculative_head("target", options)
     schedule = make_schedule(pipeline.bundle.manifest.schedule, STEPS)
     return Setup(schedule, examples, ways)
 
@@ -118,26 +124,20 @@ def synthetic_setup(
         one = torch.ones(count)
         return Rows(conditions, 2 * one, one, torch.arange(count), torch.arange(count))
 
-    def speculative(window: int) -> Callable[[Session], Head]:
-        def head(denoiser: Session) -> Head:
-            replay: Round = ReplayRound(denoiser, rates)
-            return SpeculativeHead(replay, SpeculationOptions(window), config.token_dim)
-
-        return head
+    def replay(noise: Noise, purpose: Purpose) -> ReplayNumbers:
+        return ReplayNumbers(noise, purpose, rates)
 
     with tempfile.TemporaryDirectory() as folder:
         head = SyntheticHead(preset, Path(folder), threads)
-        denoiser, hoisted = head.onnx("denoiser"), head.onnx("denoiser_hoisted")
-        modulate = head.onnx("head_modulation")
         ways: dict[str, Head] = {
             REFERENCE: StepHead(head.torch("denoiser")),
-            "plain, one loop graph": LoopHead(head.onnx("denoiser_loop")),
-            "plain, hoisted": HoistedHead(modulate, hoisted, StepHead),
+            STEPS_OF_CALLS: StepHead(head.onnx("denoiser")),
+            LOOP: LoopHead(head.onnx("denoiser_loop")),
         }
+        speculative = head.onnx("speculative_loop")
         for window in windows:
-            ways[f"lossless, window {window}"] = speculative(window)(denoiser)
-            ways[f"lossless, window {window}, hoisted"] = HoistedHead(
-                modulate, hoisted, speculative(window)
+            ways[f"lossless, window {window}"] = SpeculativeLoopHead(
+                speculative, SpeculationOptions(window), numbers=replay
             )
         yield Setup(schedule, rows, ways)
 
@@ -169,17 +169,16 @@ def _summary(timings: list[Timing]) -> Timing:
 
 
 def table(title: str, found: dict[str, Timing]) -> Table:
-    """Times, and ratios to the best plain way of ONNX Runtime and to PyTorch."""
-    plain = min(t.ms for name, t in found.items() if name.startswith("plain"))
-    slowest = found[REFERENCE].ms if REFERENCE in found else None
+    """Times, and ratios to each plain way."""
+    bases = {name: label for name, label in BASES.items() if name in found}
     result = Table(
-        "way", "head calls", "rows per token", "ms", "against best plain", "against PyTorch",
+        "way", "head calls", "rows per token", "ms", *bases.values(),
         title=title, title_justify="left",
     )  # fmt: skip
     for name, timing in found.items():
         counts = (f"{value:.1f}" if value else "-" for value in (timing.calls, timing.rows))
-        ratio = "-" if slowest is None else f"{slowest / timing.ms:.2f}x"
-        result.add_row(name, *counts, f"{timing.ms:.1f}", f"{plain / timing.ms:.2f}x", ratio)
+        ratios = (f"{found[base].ms / timing.ms:.2f}x" for base in bases)
+        result.add_row(name, *counts, f"{timing.ms:.1f}", *ratios)
     return result
 
 

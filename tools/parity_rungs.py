@@ -14,6 +14,7 @@ from torch import Tensor
 from cspd.engines.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
 from cspd.export.graphs import TOLERANCES
+from cspd.export.verify import agreement
 from cspd.runtime import acceptance
 from cspd.runtime.canvas import Canvas
 from cspd.runtime.config import RunConfig
@@ -74,9 +75,7 @@ def output_rows(
 ) -> Iterator[Row]:
     """A row per output. Where a whole number differs, floats of that row are not compared."""
     whole = [t.name for t in spec.outputs if t.dtype != "float32"]
-    agree = torch.ones(len(next(iter(expected.values()))), dtype=torch.bool)
-    for name in whole:
-        agree &= got[name] == expected[name]
+    agree = agreement(spec, got, expected)
     if whole:
         share = 1 - float(agree.double().mean())
         yield Row(rung, subject, "decisions", case, share, MAX_FLIPS, unit="share differing")

@@ -12,10 +12,8 @@ from torch import nn
 from cspd.engines.ort_session import ort_session
 from cspd.engines.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
-from cspd.export.graphs import (
-    DenoiserGraph,
-    denoiser_spec,
-)
+from cspd.export.build_graph import export_any
+from cspd.export.graphs import DenoiserGraph, denoiser_spec
 from cspd.export.loop_graph import DenoiserLoopGraph, denoiser_loop_spec
 from cspd.export.mar import DiffusionLoss
 from cspd.export.modulation import (
@@ -24,10 +22,10 @@ from cspd.export.modulation import (
     hoisted_spec,
     modulation_spec,
 )
-from cspd.export.onnx_export import export_graph, save_graph
+from cspd.export.onnx_export import save_graph
 from cspd.export.presets import PRESETS
 from cspd.export.random_weights import random_state
-from cspd.export.scan_loop import export_loop
+from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
 
 MAX_ROWS = 1024
 WEIGHTS = "weights.safetensors"
@@ -58,6 +56,7 @@ class SyntheticHead:
             "denoiser_loop": (DenoiserLoopGraph, denoiser_loop_spec),
             "head_modulation": (HeadModulationGraph, modulation_spec),
             "denoiser_hoisted": (HoistedDenoiserGraph, hoisted_spec),
+            "speculative_loop": (SpeculativeLoopGraph, speculative_loop_spec),
         }
         module, spec = makers[name]
         return module(self.module), spec(PRESETS[self.preset], MAX_ROWS)
@@ -67,11 +66,7 @@ class SyntheticHead:
         path = self.folder / f"{name}.onnx"
         if not path.exists():
             module, spec = self.graph(name)
-            if isinstance(module, DenoiserLoopGraph):
-                model = export_loop(module, spec)
-            else:
-                model = export_graph(module, spec)
-            save_graph(model, path, self.folder / WEIGHTS)
+            save_graph(export_any(module, spec), path, self.folder / WEIGHTS)
         return path
 
     def onnx(self, name: str) -> Session:

@@ -11,7 +11,8 @@ from cspd.export.graphs import DenoiserGraph, denoiser_spec
 from cspd.export.mar import DiffusionLoss
 from cspd.export.onnx_export import export_graph
 from cspd.export.presets import MarConfig
-from cspd.export.round_graph import CANDIDATES, SpeculativeRoundGraph, round_spec
+from cspd.export.round_graph import SpeculativeRoundGraph, round_spec
+from cspd.export.round_parts import CANDIDATES
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Rows
 from cspd.runtime.noise import Noise
@@ -21,7 +22,7 @@ from cspd.runtime.speculation import SpeculationOptions
 CONFIG = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2)
 SCHEDULE = make_schedule(ScheduleSpec(clip_timesteps=950), 20)
 CPU = torch.device("cpu")
-DISCRETE = ("next_step", "accepted", "draws")
+DISCRETE = ("next_step", "moved", "drawn")
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +120,18 @@ def test_a_run_through_onnx_runtime_is_the_run_of_the_reference(reference, expor
     torch.testing.assert_close(runs[0].sample, runs[1].sample, rtol=1e-3, atol=1e-3)
 
 
-def test_search_without_an_end_is_reported(reference, exported):
+def test_a_search_without_an_end_changes_nothing(reference, exported):
     calls, _ = recorded_inputs(reference, window=6)
-    # Numbers near 0 keep no candidate: all that were refused must say so.
+    # A uniform number of 2 keeps no candidate.
     for inputs in calls:
-        refused = reference(**inputs)["draws"] > 0
-        none = inputs | {"log_keep": torch.full_like(inputs["log_keep"], -1e9)}
+        refused = reference(**inputs)["drawn"] > 0
+        none = inputs | {"choices": torch.full_like(inputs["choices"], 2.0)}
         for session in (reference, exported):
-            assert torch.equal(session(**none)["draws"], refused.int() * (CANDIDATES + 1))
+            out = session(**none)
+            assert torch.equal(out["drawn"], refused.int() * CANDIDATES)
+            assert torch.equal(out["moved"] == 0, refused)
+            for name in ("x", "x0", "fraction", "step"):
+                assert torch.equal(out[f"next_{name}"][refused], inputs[name][refused])
 
 
 def test_no_loop_and_no_branch(model):

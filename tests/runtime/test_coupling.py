@@ -6,6 +6,7 @@ on fixed seeds, so that each either always passes or always fails on one machine
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,11 +40,12 @@ def couple(target, drafted, rows, seed=0):
         part = [
             Gaussian(*(v.expand(rows, -1)[at] for v in vars(g).values())) for g in (target, drafted)
         ]
-        candidates = torch.randn(len(at), 64, channels, generator=generator)
-        log_keep = torch.rand(len(at), 64, generator=generator).log()
-        found, index = coupling.residual(*part, candidates, log_keep)
-        solved = at[index < 64]
-        values[solved] = found[index < 64]
+        candidates = torch.randn(len(at), 8, channels, generator=generator)
+        choices = torch.rand(len(at), 8, 3, generator=generator)
+        choices[..., 1] = -2 * choices[..., 1].log()
+        found, index = coupling.residual(*part, candidates, choices)
+        solved = at[index < 8]
+        values[solved] = found[index < 8]
         missing[solved] = False
     return values, kept
 
@@ -113,7 +115,7 @@ def test_broken_draft_is_refused_and_replaced_by_the_target(broken):
     ratio = coupling.log_ratio(target, drafted, drafted.at(noise), noise)
     assert not coupling.accept(torch.tensor([-1e30]), ratio).any()
     values, index = coupling.residual(
-        target, drafted, torch.ones(1, 3, 2), torch.full((1, 3), -1.0)
+        target, drafted, torch.ones(1, 3, 2), torch.full((1, 3, 3), 0.5)
     )
     assert index.item() == 0 and torch.equal(values, torch.ones(1, 2))
 
@@ -121,18 +123,101 @@ def test_broken_draft_is_refused_and_replaced_by_the_target(broken):
 def test_broken_target_shows_in_the_sample_at_once():
     target, drafted = kernel([math.nan], [0.0]), kernel([0.0], [0.0])
     values, index = coupling.residual(
-        target, drafted, torch.ones(1, 3, 1), torch.full((1, 3), -1.0)
+        target, drafted, torch.ones(1, 3, 1), torch.full((1, 3, 3), 0.5)
     )
     assert index.item() == 0 and values.isnan().all()
 
 
 def test_residual_reports_the_first_kept_candidate_or_none():
-    target, drafted = kernel([0.0], [0.0], rows=3), kernel([1.0], [0.0], rows=3)
-    # (p - q)+ lives below 1/2. Uniform numbers near 1 keep whatever has p > q.
-    candidates = torch.tensor([[2.0, -3.0, -4.0], [-3.0, 2.0, 2.0], [1.0, 2.0, 3.0]])[..., None]
-    values, index = coupling.residual(target, drafted, candidates, torch.full((3, 3), -1e-6))
+    # So far apart that candidates are draws from the target; (p - q)+ lives below 3.
+    target, drafted = kernel([0.0], [0.0], rows=3), kernel([6.0], [0.0], rows=3)
+    candidates = torch.tensor([[4.0, -3.0, -4.0], [-3.0, 4.0, 4.0], [4.0, 5.0, 6.0]])[..., None]
+    choices = torch.full((3, 3, 3), 0.5)
+    values, index = coupling.residual(target, drafted, candidates, choices)
     assert index.tolist() == [1, 0, 3]
     assert values[:2, 0].tolist() == [-3.0, -3.0]
+
+
+def residual_cdf(shift, ratio):
+    """Distribution function of (p - q)+ of N(0, 1) and N(shift, ratio^2), by quadrature."""
+    grid = np.linspace(-12, 12, 240_001)
+    mass = np.maximum(stats.norm.pdf(grid) - stats.norm.pdf(grid, shift, ratio), 0).cumsum()
+    return lambda x: np.interp(x, grid, mass / mass[-1])
+
+
+def draw_residual(shift, ratio):
+    """Draws of the residual law of N(0, 1) and N(shift, ratio^2), and the index of each."""
+    target, drafted = kernel([0.0], [0.0], rows=DRAWS), kernel([shift], [math.log(ratio)])
+    drafted = Gaussian(*(value.expand(DRAWS, -1) for value in vars(drafted).values()))
+    generator = torch.Generator().manual_seed(4)
+    choices = torch.rand(DRAWS, 32, 3, generator=generator)
+    choices[..., 1] = -2 * choices[..., 1].log()
+    noise = torch.randn(DRAWS, 32, 1, generator=generator)
+    values, index = coupling.residual(target, drafted, noise, choices)
+    return values[:, 0].numpy(), index
+
+
+@pytest.mark.parametrize("shift", [0.01, 0.3, 1.5])
+@pytest.mark.parametrize("ratio", [0.7, 0.99, 1.01, 1.5])
+def test_residual_law_and_its_cost(shift, ratio):
+    # The residual alone, which a test of the whole coupling sees only as often as it refuses.
+    values, index = draw_residual(shift, ratio)
+    assert (index < 32).all()
+    assert stats.kstest(values, residual_cdf(shift, ratio)).pvalue > LEVEL / 12
+    # However close the kernels are: draws from the target would take 250 at a shift of 0.01.
+    assert (index + 1).double().mean() < 4
+
+
+def change_weights(method, change):
+    def mutant(envelope, *args):
+        weights = change(envelope.weights.clone())
+        return method(replace(envelope, weights=weights), *args)
+
+    return mutant
+
+
+def without(column):
+    def change(weights):
+        weights[:, column] = 0
+        return weights
+
+    return change
+
+
+MUTANTS = {
+    "no constant": ("draw", without(0)),
+    "no linear term": ("draw", without(1)),
+    "no squares": ("draw", without(2)),
+    "bound too low": ("keep", lambda weights: 0.5 * weights),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_of_the_bound_is_caught(monkeypatch, name):
+    method, change = MUTANTS[name]
+    original = getattr(coupling.Envelope, method)
+    monkeypatch.setattr(coupling.Envelope, method, change_weights(original, change))
+    # Wider than the draft, so that all three terms matter; narrower, for the constant.
+    worst = min(
+        stats.kstest(draw_residual(shift, ratio)[0], residual_cdf(shift, ratio)).pvalue
+        for shift, ratio in ((0.3, 0.9), (0.3, 1.2))
+    )
+    assert worst < 1e-6
+
+
+def test_bound_is_above_the_residual_law():
+    generator = torch.Generator().manual_seed(5)
+    mean, log_std, other_mean, other_log_std = 0.2 * torch.randn(4, 300, 6, generator=generator)
+    one = torch.ones(300)
+    target, drafted = (
+        Gaussian.kernel(mean, log_std, one),
+        Gaussian.kernel(other_mean, other_log_std, one),
+    )
+    envelope = coupling.Envelope.of(target, drafted)
+    noise = 2 * torch.randn(300, 200, 6, generator=generator)
+    assert 10 < (envelope.weights[:, 0] < 1).sum()
+    # A uniform number of 1 is refused everywhere: nothing sticks out of the bound.
+    assert not envelope.keep(noise, torch.full((300, 200), 1.0001)).any()
 
 
 @pytest.mark.parametrize("shift", [0.1, 1.0, 3.0])

@@ -22,7 +22,8 @@ from cspd.export.graphs import DenoiserGraph, denoiser_spec
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig
 from cspd.runtime import coupling, rounds
-from cspd.runtime.lossless import SpeculativeHead, _Run
+from cspd.runtime.chain_numbers import ChainNumbers
+from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Rows
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.rounds import ReferenceRound, draft_tables
@@ -160,10 +161,12 @@ def test_draft_table_unrolls_the_recurrence():
     scaled = noise * torch.linspace(0.5, 2, window)[:, None]
     tables = draft_tables(SCHEDULE, window)
     state, added = tables["draft_state"][start].double(), tables["draft_noise"][start].double()
-    reached = state @ torch.stack([x, x0]) + added @ scaled
+    states, means = state @ torch.stack([x, x0]) + added @ scaled
     for j in range(window):
-        x = table[start - j, 3] * x0 + table[start - j, 4] * x + scaled[j]
-        torch.testing.assert_close(x, reached[j], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(x, states[j], rtol=1e-5, atol=1e-5)
+        mean = table[start - j, 3] * x0 + table[start - j, 4] * x
+        torch.testing.assert_close(mean, means[j], rtol=1e-5, atol=1e-5)
+        x = mean + scaled[j]
 
 
 class PointDenoiser(MixtureDenoiser):
@@ -270,7 +273,7 @@ class OneStepOff(MixtureDenoiser):
         return super().__call__(step=(step - 1).clamp(min=0), **inputs)
 
 
-def draw_from_target(target, drafted, noise, log_uniform):
+def draw_from_target(target, drafted, noise, choices):
     return target.at(noise[:, 0]), torch.zeros(len(noise), dtype=torch.int64)
 
 
@@ -294,34 +297,39 @@ def without_determinant(log_ratio):
     return mutant
 
 
-def one_number_for_all_tests(numbers):
-    def mutant(*args):
-        candidates, log_keep, log_accept = numbers(*args)
-        return candidates, log_keep, log_accept[..., :1].expand_as(log_accept)
+class OneNumberForAllTests(ChainNumbers):
+    def tests(self, *args):
+        return super().tests(*args)[:1].expand(SCHEDULE.num_steps, -1).contiguous()
 
-    return mutant
+
+def keep_all(envelope, noise, uniform):
+    return torch.ones(noise.shape[:2], dtype=torch.bool)
 
 
 MUTANTS = {
-    "resample from the target": ("residual", lambda _: draw_from_target),
-    "standard deviations swapped": ("log_ratio", swapped),
-    "no log determinant": ("log_ratio", without_determinant),
+    "resample from the target": (coupling, "residual", lambda _: draw_from_target),
+    "standard deviations swapped": (coupling, "log_ratio", swapped),
+    "no log determinant": (coupling, "log_ratio", without_determinant),
+    "every candidate of the bound kept": (coupling.Envelope, "keep", lambda _: keep_all),
 }
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_of_the_coupling_is_caught(monkeypatch, sequential, name):
     spoil(monkeypatch)
-    function, mutate = MUTANTS[name]
-    monkeypatch.setattr(coupling, function, mutate(getattr(coupling, function)))
+    owner, function, mutate = MUTANTS[name]
+    monkeypatch.setattr(owner, function, mutate(getattr(owner, function)))
     sampled, _ = speculate(tokens(TOKENS), 15, window=SCHEDULE.num_steps)
     assert marginal_p_value(sampled, sequential) < MUTANT_LEVEL
 
 
 def test_reused_uniform_numbers_are_caught(monkeypatch, sequential):
     spoil(monkeypatch)
-    monkeypatch.setattr(_Run, "_numbers", one_number_for_all_tests(_Run._numbers))
-    sampled, _ = speculate(tokens(TOKENS), 15, window=SCHEDULE.num_steps)
+    options = SpeculationOptions(window=SCHEDULE.num_steps)
+    recording = RecordingRound(MixtureDenoiser(), TOKENS)
+    head = SpeculativeHead(recording, options, CHANNELS, OneNumberForAllTests)
+    final = head(tokens(TOKENS), SCHEDULE, Noise(15)).sample
+    sampled = Sampled(final, recording.middle)
     assert marginal_p_value(sampled, sequential) < MUTANT_LEVEL
 
 

@@ -48,7 +48,8 @@ def one_step(shift, count):
     drafted = Gaussian(zero + shift, zero, one)
     steps = torch.ones(count, 1, dtype=torch.int32)
     window = Window(steps, zero, drafted.at(noise), noise, drafted)
-    return window, Gaussian(zero, zero, one), torch.rand(count, 1, generator=generator).log()
+    log_accept = torch.rand(1, count, generator=generator).log().expand(2, -1)
+    return window, Gaussian(zero, zero, one), log_accept
 
 
 @pytest.mark.parametrize("shift", [0.5, 2.0])

@@ -14,7 +14,7 @@ from cspd.runtime.cli import main, shipped_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.heads import MixedHead
 from cspd.runtime.law import certificate, law
-from cspd.runtime.lossless import SpeculativeHead
+from cspd.runtime.lossless_loop import SpeculativeLoopHead
 from cspd.runtime.member import LoopHead
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.relax import SameNoiseRound, TotalVariationRound
@@ -104,7 +104,7 @@ def test_auto_takes_the_cheaper_way_and_writes_it_down(pipeline):
     keep(pipeline, 100.0, 0.1, settings)
     resolved, why = pipeline.resolve(settings)
     head = pipeline.head("target", resolved)
-    assert isinstance(head, SpeculativeHead) and head.options.window == resolved.heads[0].window
+    assert isinstance(head, SpeculativeLoopHead) and head.options.window == resolved.heads[0].window
     # What was chosen is not chosen again.
     assert pipeline.resolve(resolved) == (resolved, {})
 
@@ -118,7 +118,7 @@ def test_mixed_head_draws_what_either_way_would(pipeline):
     images = [image for images, _ in pipeline.generate(mixed) for image in images]
     assert len(images) == 2
     calls = pipeline.calls
-    assert calls["target/speculative_round"].calls > 0 and calls["target/denoiser_loop"].calls > 0
+    assert calls["target/speculative_loop"].calls > 0 and calls["target/denoiser_loop"].calls > 0
 
 
 def test_run_says_what_was_chosen_and_replays(pipeline, tmp_path, capsys):
@@ -150,7 +150,7 @@ def test_heads_of_both_models_speculate(pipeline, method):
     assert len([image for images, _ in pipeline.generate(settings) for image in images]) == 2
     roles = ("target", "draft") if method == "cspd" else ("target",)
     for role in roles:
-        assert pipeline.calls[f"{role}/speculative_round"].calls > 0
+        assert pipeline.calls[f"{role}/speculative_loop"].calls > 0
     assert not any("denoiser_loop" in label for label in pipeline.calls)
 
 

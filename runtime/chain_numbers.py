@@ -1,0 +1,56 @@
+"""The random numbers of speculative denoising chains, each used at most once.
+
+A step is tested at most once and candidates are taken in order, so that tests are numbered by their
+step and candidates by how many came before: how far a round speculates changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cspd.runtime.noise import Noise, Purpose
+
+
+@dataclass(frozen=True)
+class ChainNumbers:
+    """Numbers of the chains that `purpose` keys, for tokens given by `images`, `positions` [N]."""
+
+    noise: Noise
+    purpose: Purpose
+
+    def chain(
+        self, images: Tensor, positions: Tensor, num_steps: int, channels: int
+    ) -> tuple[Tensor, Tensor]:
+        """Start [N, C] and noise [S, N, C] of the chains; step 0, the last, adds none."""
+        start, noise = self.noise.chain(self.purpose, images, positions, num_steps, channels)
+        noise[0] = 0
+        return start, noise
+
+    def tests(self, images: Tensor, positions: Tensor, num_steps: int) -> Tensor:
+        """Logarithms of uniform numbers, which drafts are tested with, by step: [S, N]."""
+        zero = torch.zeros_like(images)
+        uniform = self.noise.uniform(Purpose.SPECULATE_TEST, images, positions, zero, num_steps)
+        return uniform.log().T.contiguous()
+
+    def candidates(
+        self, images: Tensor, positions: Tensor, first: Tensor | int, count: int, channels: int
+    ) -> tuple[Tensor, Tensor]:
+        """`count` candidates from number `first` [N] on: noise [N, K, C] and choices [N, K, 3].
+
+        As `coupling.residual` takes them.
+        """
+        first = torch.as_tensor(first, device=images.device).expand(len(images))
+        keys = first[:, None] + torch.arange(count, device=images.device)
+        where = images[:, None], positions[:, None], keys
+        normal = self.noise.normal(Purpose.SPECULATE, *where, channels)
+        choices = self.noise.uniform(Purpose.SPECULATE_CHOICE, *where, 3)
+        choices[..., 1] = -2 * choices[..., 1].log()
+        return normal, choices
+
+
+# How a head gets its numbers; benchmarks replay recorded acceptance with others.
+MakeNumbers = Callable[[Noise, Purpose], ChainNumbers]
