@@ -46,8 +46,7 @@ class ChainNumbers:
         first = torch.as_tensor(first, device=images.device).expand(len(images))
         keys = first[:, None] + torch.arange(count, device=images.device)
         where = images[:, None], positions[:, None], keys
-        normal = self.noise.normal(Purpose.SPECULATE, *where, channels)
-        choices = self.noise.uniform(Purpose.SPECULATE_CHOICE, *where, 3)
+        normal, choices = self.noise.normal_and_uniform(Purpose.SPECULATE, *where, channels, 3)
         choices[..., 1] = -2 * choices[..., 1].log()
         return normal, choices
 

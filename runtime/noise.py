@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from enum import IntEnum
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,11 +30,10 @@ class Purpose(IntEnum):
     ACCEPT = 3
     RESAMPLE = 4
     RESAMPLE_ACCEPT = 5
-    # Speculative denoising: candidates of the residual law and what chooses among them, both keyed
-    # by the candidate's number within its token; the tests of drafts, one number per step.
+    # Speculative denoising: candidates of the residual law, keyed by their number within a token;
+    # the tests of drafts, one number per step.
     SPECULATE = 6
-    SPECULATE_CHOICE = 7
-    SPECULATE_TEST = 8
+    SPECULATE_TEST = 7
 
 
 class Noise:
@@ -50,19 +51,24 @@ class Noise:
     ) -> Tensor:
         """Standard normal numbers [..., channels] float32 for index tensors [...]."""
         words = self._words(purpose, images, positions, steps, -(-channels // 4))
-        # Box-Muller on pairs of words; the radius comes from a number in (0, 1].
-        radius = (-2 * ((words[..., 0::2].double() + 0.5) / 2**32).log()).sqrt()
-        angle = words[..., 1::2].double() * (2 * math.pi / 2**32)
-        normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)
-        return normal[..., :channels].float()
+        return _normal(words)[..., :channels]
 
     def uniform(
         self, purpose: Purpose, images: Tensor, positions: Tensor, steps: Tensor, count: int = 1
     ) -> Tensor:
         """Uniform numbers [..., count] float32 in (0, 1), both ends excluded."""
-        words = self._words(purpose, images, positions, steps, -(-count // 4))[..., :count]
-        # 23 bits and a half: exact in float32, so that neither 0 nor 1 can come from rounding.
-        return ((words >> 9).double() + 0.5).mul(2.0**-23).float()
+        words = self._words(purpose, images, positions, steps, -(-count // 4))
+        return _uniform(words[..., :count])
+
+    def normal_and_uniform(
+        self, purpose: Purpose, images: Tensor, positions: Tensor, steps: Tensor, channels: int,
+        count: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Normal numbers [..., channels] and uniform ones [..., count], none used twice."""
+        blocks = -(-channels // 4)
+        words = self._words(purpose, images, positions, steps, blocks + -(-count // 4))
+        normal, uniform = words[..., : 4 * blocks], words[..., 4 * blocks :]
+        return _normal(normal)[..., :channels], _uniform(uniform[..., :count])
 
     def chain(
         self, purpose: Purpose, images: Tensor, positions: Tensor, num_steps: int, channels: int
@@ -115,16 +121,40 @@ class RowNoise(Noise):
         return _philox(counter, (low[..., None], high[..., None])).flatten(-2)
 
 
+def _normal(words: Tensor) -> Tensor:
+    """Normal numbers float32 from random words, by Box-Muller on pairs of them."""
+    # The radius comes from a number in (0, 1].
+    radius = (-2 * ((words[..., 0::2].double() + 0.5) / 2**32).log()).sqrt()
+    angle = words[..., 1::2].double() * (2 * math.pi / 2**32)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1).float()
+
+
+def _uniform(words: Tensor) -> Tensor:
+    """Uniform numbers float32 from random words."""
+    # 23 bits and a half: exact in float32, so that neither 0 nor 1 can come from rounding.
+    return ((words >> 9).double() + 0.5).mul(2.0**-23).float()
+
+
 def _philox(
     counter: tuple[Tensor, ...] | list[Tensor], key: tuple[int | Tensor, int | Tensor]
 ) -> Tensor:
-    """Philox 4x32-10 on four int64 tensors of 32-bit words; returns [..., 4]."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
+    """Philox 4x32-10 on four int64 tensors of 32-bit words; returns [..., 4].
+
+    On the CPU in NumPy, whose hundred small operations cost a third of those of PyTorch.
+    """
+    if counter[0].device.type != "cpu":
+        return torch.stack(_rounds(*counter, *key), dim=-1)
+    values = [v if isinstance(v, int) else v.numpy().astype(np.uint64) for v in (*counter, *key)]
+    words = np.broadcast_arrays(*_rounds(*values))
+    return torch.from_numpy(np.stack(words, axis=-1).view(np.int64))
+
+
+def _rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> list[Any]:
+    """The ten rounds on words in 64 bits, signed or not."""
     for _ in range(_ROUNDS):
         low, high = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        # The product wraps in int64; shift and mask recover its upper word all the same.
+        # A signed product wraps; shift and mask recover its upper word all the same.
         c0, c1 = (high >> 32 & _WORD) ^ c1 ^ k0, high & _WORD
         c2, c3 = (low >> 32 & _WORD) ^ c3 ^ k1, low & _WORD
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return torch.stack([c0, c1, c2, c3], dim=-1)
+    return [c0, c1, c2, c3]
