@@ -144,13 +144,17 @@ def _philox(
     """
     if counter[0].device.type != "cpu":
         return torch.stack(_rounds(*counter, *key), dim=-1)
-    values = [v if isinstance(v, int) else v.numpy().astype(np.uint64) for v in (*counter, *key)]
+    values: list[Any] = [
+        value if isinstance(value, int) else value.numpy().astype(np.uint64)
+        for value in (*counter, *key)
+    ]
     words = np.broadcast_arrays(*_rounds(*values))
     return torch.from_numpy(np.stack(words, axis=-1).view(np.int64))
 
 
-def _rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> list[Any]:
-    """The ten rounds on words in 64 bits, signed or not."""
+def _rounds(*words: Any) -> list[Any]:
+    """The ten rounds on four counter words and two of the key, in 64 bits, signed or not."""
+    c0, c1, c2, c3, k0, k1 = words
     for _ in range(_ROUNDS):
         low, high = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         # A signed product wraps; shift and mask recover its upper word all the same.
