@@ -12,6 +12,9 @@ from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.session import Session
 
+# Backends that run engines, which hold no graph with `GraphSpec.engines` off.
+ENGINES = ("tensorrt", "tensorrt-rtx")
+
 
 class OpenSession(Protocol):
     """Opens the session of one graph of a bundle."""

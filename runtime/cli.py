@@ -105,11 +105,20 @@ SAMPLING = (
         "--head", type=click.Choice(get_args(HeadMode)),
         help="Denoising: step by step, speculatively, or what is faster.  [default: by method]",
     ),
-    click.option("--window", type=int, help="lossless: denoising steps verified per call."),
+    click.option(
+        "--window", type=int,
+        help="lossless: denoising steps verified per call.  [default: by measured costs, 1 is "
+        "stepping]",
+    ),
     click.option(
         "--relax", help='lossless, loosened: "tv=0.05" or "sigma=0.5" (approximate).'
     ),
     click.option("--batch-size", type=int, help="Images computed together."),
+    click.option(
+        "--modulation-memory", type=int,
+        help="MiB for what the head computes ahead of its steps; calls are cut to it.  "
+        "[default: 512]",
+    ),
     click.option(
         "--reproducible/--no-reproducible", default=None,
         help="Pad batches so that an image never depends on its batch.  [default: on]",

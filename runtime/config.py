@@ -57,6 +57,8 @@ class RunConfig(Record):
     # Images that are computed together. With `reproducible`, batches are padded to this size, so
     # that an image is the same to the last bit whatever it is generated with.
     batch_size: int = Field(8, ge=1, le=4096)
+    # MiB that the head's modulations of all denoising steps may take, computed ahead of them.
+    modulation_memory: int = Field(512, ge=1, le=1 << 20)
     reproducible: bool = True
     backend: str = "onnxruntime"
 
@@ -83,9 +85,11 @@ class RunConfig(Record):
 
     @property
     def head_mode(self) -> HeadMode:
-        """How the heads sample."""
+        """How the heads sample: "lossless" only with a window, or relaxed; else by costs."""
         own: dict[str, HeadMode] = {"lossless": "lossless", "auto": "auto"}
-        return self.head or own.get(self.method, "plain")
+        mode = self.head or own.get(self.method, "plain")
+        by_costs = mode == "lossless" and self.window is None and self.relax is None
+        return "auto" if by_costs else mode
 
     def choice(self, role: Role) -> HeadChoice | None:
         """What was chosen for the head of `role`, if anything."""

@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 
-from cspd.engines.backends import open_session
+from cspd.engines.backends import ENGINES, open_session
 from cspd.engines.bundle import Bundle
 from cspd.engines.cuda_graph import Graphs, GraphStats
 from cspd.engines.manifest import Role
@@ -31,7 +32,7 @@ from cspd.runtime.heads import (
 )
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.lossless_loop import SpeculativeLoopHead
-from cspd.runtime.member import Head, LoopHead, Member, StepHead
+from cspd.runtime.member import DEFAULT_MEMORY, Head, LoopHead, Member, StepHead
 from cspd.runtime.noise import Noise, RowNoise
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.sampler import Sampler, decode_alone, ignore_progress
@@ -43,7 +44,6 @@ from cspd.runtime.window import WindowChooser
 
 # Batches are padded to one of these when byte-identity across batch sizes is not asked for.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-ENGINES = ("tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,9 @@ class Pipeline:
 
     def head(self, role: Role, config: RunConfig) -> Head:
         """How `role` samples tokens from their conditions."""
+        plain = partial(self.plain_head, role, config.modulation_memory << 20)
         if config.head_mode == "plain":
-            return self.plain_head(role)
+            return plain()
         widest = most_tokens(role, config, self.bundle.manifest.geometry.num_tokens)
         if config.head_mode == "auto" and config.choice(role) is None and not config.reproducible:
             return self._adaptive(role, config, widest)
@@ -129,17 +130,17 @@ class Pipeline:
         if config.head_mode == "auto":
             choice = config.choice(role) or self.explain(role, config).choice
         if choice.up_to == 0:
-            return self.plain_head(role)
+            return plain()
         choice = choice.model_copy(update={"up_to": min(choice.up_to, widest)})
         speculative = self._speculative(role, config, choice)
         if choice.up_to == widest:
             return speculative
-        return MixedHead(self.plain_head(role), speculative, choice.up_to)
+        return MixedHead(plain(), speculative, choice.up_to)
 
-    def plain_head(self, role: Role) -> Head:
-        """Every denoising step a call, or the whole loop one."""
+    def plain_head(self, role: Role, memory: int = DEFAULT_MEMORY) -> Head:
+        """Every denoising step a call, or the whole loop one with `memory` bytes ahead of it."""
         if self._loops_inside(f"{role}/denoiser_loop"):
-            return LoopHead(self.session(f"{role}/denoiser_loop"))
+            return LoopHead(self.session(f"{role}/denoiser_loop"), memory)
         first = None
         if f"{role}/denoiser_first" in self.bundle.manifest.graphs():
             first = self.session(f"{role}/denoiser_first")
@@ -179,7 +180,8 @@ class Pipeline:
             self._choosers[role, config] = tuned(self, role, config).chooser()
         chooser = self._choosers[role, config]
         choice = HeadChoice(role=role, window=chooser.max_window, up_to=widest)
-        return AdaptiveHead(self.plain_head(role), self._speculative(role, config, choice), chooser)
+        plain = self.plain_head(role, config.modulation_memory << 20)
+        return AdaptiveHead(plain, self._speculative(role, config, choice), chooser)
 
     def _speculative(self, role: Role, config: RunConfig, choice: HeadChoice) -> Speculative:
         """The head in speculative rounds, exact or relaxed."""
@@ -188,12 +190,16 @@ class Pipeline:
             options = speculation(denoiser.spec.axes["rows"].max, config, choice)
             return SpeculativeHead(round_of(denoiser, config), options, self._channels)
         limit = self.most_rows(role)
-        return self.speculative_head(role, speculation(limit, config, choice))
+        options = speculation(limit, config, choice)
+        return self.speculative_head(role, options, config.modulation_memory << 20)
 
-    def speculative_head(self, role: Role, options: SpeculationOptions) -> Speculative:
+    def speculative_head(
+        self, role: Role, options: SpeculationOptions, memory: int = DEFAULT_MEMORY
+    ) -> Speculative:
         """The exact head in rounds: all in one call where the backend can loop."""
         if self._loops_inside(f"{role}/speculative_loop"):
-            return SpeculativeLoopHead(self.session(f"{role}/speculative_loop"), options)
+            loop = self.session(f"{role}/speculative_loop")
+            return SpeculativeLoopHead(loop, options, memory=memory)
         session = self.session(f"{role}/speculative_round")
         return SpeculativeHead(session, options, self._channels)
 

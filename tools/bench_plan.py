@@ -14,6 +14,7 @@ from typing import Any
 from cspd.engines.manifest import Manifest
 from cspd.engines.spec import Record
 from cspd.runtime.config import RunConfig, make_config
+from cspd.runtime.heads import DEFAULT_WINDOW
 from cspd.runtime.plan import MaskPlan
 
 GAMMAS = (4, 8, 16, 32)
@@ -149,8 +150,9 @@ class _Planner:
         for part in (1, 2, 4, 8):
             self.add("pareto", "target", quality=True, num_iter=max(1, self.full // part))
         if "speculative_round" in self.manifest.models["target"].graphs:
-            self.add("readme", "lossless", quality=True)
-            self.add("pareto", "lossless", quality=True)
+            # Speculation as such: without a window, costs may choose stepping.
+            for table in ("readme", "pareto"):
+                self.add(table, "lossless", quality=True, window=DEFAULT_WINDOW)
         if self.paired:
             self.add("readme", "draft", quality=True)
             self.add("pareto", "draft", quality=True)

@@ -32,6 +32,7 @@ from cspd.engines.session import Session
 from cspd.engines.trt_options import BuildOptions
 from cspd.engines.trt_session import TrtSession
 from cspd.runtime.config import make_config
+from cspd.runtime.heads import DEFAULT_WINDOW
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.run import measure
 from cspd.runtime.stopping import StopWish
@@ -120,6 +121,8 @@ def benchmark(bundle: Bundle, backend: str, device: str, deadline: Deadline) -> 
             results["methods"][method] = "no time left"
             continue
         values = {**bundle.manifest.defaults, "method": method, "backend": backend}
+        if method == "lossless":
+            values["window"] = DEFAULT_WINDOW
         config = make_config(**values, labels=labels, num_images=BATCH, batch_size=BATCH)
         cold, warm = (measure(pipeline, config, StopWish(), True).tally for _ in range(2))
         results["methods"][method] = {

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cspd.engines.backends import BACKENDS, open_session
+from cspd.engines.backends import BACKENDS, ENGINES, open_session
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Role
@@ -24,9 +24,12 @@ from cspd.export.networks import FIRST, ROUND
 from cspd.export.presets import MarConfig
 from cspd.export.verify import realistic_inputs
 from cspd.runtime.config import RunConfig
+from cspd.runtime.heads import DEFAULT_WINDOW
+from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Rows
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.speculation import SpeculationOptions
 from cspd.runtime.steps import HeadSteps
 from cspd.tools.parity_measure import Skipped
 from cspd.tools.probe import ProbePipeline, Recorder, call, record_inputs
@@ -35,7 +38,7 @@ Inputs = dict[str, Tensor]
 Case = tuple[str, Inputs]
 StepSession = Callable[[int], Session]  # the session that takes a denoising step
 # Graphs whose inputs are related to each other, so that only recorded ones make sense.
-RELATED_INPUTS = (ROUND, "denoiser_hoisted")
+RELATED_INPUTS = (ROUND, "speculative_loop")
 RECORDED = 3  # recorded calls compared per graph: the first, one in the middle, the last
 
 
@@ -101,15 +104,24 @@ class Ladder:
         return calls
 
     def _record_rounds(self, role: Role, step: Inputs) -> dict[str, list[Inputs]]:
-        """Inputs of speculative rounds of `role`, which samples the tokens of one recorded step."""
+        """Inputs of speculation of `role`, which samples the tokens of one recorded step.
+
+        Once in single rounds, and once in the loop where the bundle has one.
+        """
         recorder, count = Recorder(), len(step["x"])
         pipeline = ProbePipeline(self.bundle, "torch", wrap=recorder.wrap)
-        head = pipeline.head(role, self.config.model_copy(update={"method": "lossless"}))
+        options = SpeculationOptions(DEFAULT_WINDOW, max_rows=pipeline.most_rows(role))
+        session = pipeline.session(f"{role}/{ROUND}")
+        channels = self.bundle.manifest.geometry.token_dim
+        heads = (
+            SpeculativeHead(session, options, channels), pipeline.speculative_head(role, options),
+        )  # fmt: skip
         rows = Rows(
             step["conditions"], step["guidance"], torch.full((count,), self.config.temperature),
             torch.zeros(count, dtype=torch.int64), torch.arange(count),
         )  # fmt: skip
-        head(rows, self.schedule, Noise(self.config.seed), Purpose.DENOISE)
+        for head in heads:
+            head(rows, self.schedule, Noise(self.config.seed), Purpose.DENOISE)
         return {label: _spread(calls) for label, calls in recorder.calls.items()}
 
     @cached_property
@@ -128,7 +140,12 @@ class Ladder:
         """Sessions of every graph, or the reason why the candidate cannot run."""
         if candidate.device == "cuda" and not torch.cuda.is_available():
             return "this machine has no CUDA device"
-        labels, backend, device = self.bundle.manifest.graphs(), candidate.backend, candidate.device
+        backend, device = candidate.backend, candidate.device
+        labels = [
+            label
+            for label, graph in self.bundle.manifest.graphs().items()
+            if graph.spec.engines or backend not in ENGINES
+        ]
         try:
             return {
                 name: open_session(self.bundle, name, backend, device=device) for name in labels

@@ -12,9 +12,10 @@ from cspd.engines.errors import CspdError
 from cspd.engines.spec import Record
 from cspd.runtime.cli import configure
 from cspd.runtime.config import MAX_SEED, RunConfig, check_config
+from cspd.runtime.heads import DEFAULT_WINDOW
 
 MAX_IMAGES = 16
-# Without "auto", whose choices are measured and would differ from machine to machine.
+# Without "auto", whose choices are measured: see `configuration`.
 Served = Literal["target", "cspd", "lossless", "draft"]
 # Fields of a request that are no sampling option of `RunConfig`.
 NOT_SAMPLING = {"label", "n"}
@@ -178,6 +179,9 @@ def configuration(request: ImageRequest, bundle: Bundle, settings: Settings) -> 
         "batch_size": settings.batch_size,
         "backend": settings.backend,
     }
+    if request.method == "lossless":
+        # Choices by measured costs would differ from machine to machine.
+        sampling.setdefault("window", DEFAULT_WINDOW)
     config = configure(bundle, str(label), sampling)
     check_config(config, bundle.manifest)
     if config.method not in methods_of(bundle):

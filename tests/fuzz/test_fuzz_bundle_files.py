@@ -23,7 +23,7 @@ FILES = sorted(SHIPPED.manifest.files)
 CONTENT = {name: SHIPPED.file(name).read_bytes() for name in FILES}
 GRAPHS = {graph.file: label for label, graph in SHIPPED.manifest.graphs().items()}
 QUICK = ["--num-images", "1", "--num-iter", "2", "--head-steps", "3", "--threads", "1", "--quiet",
-         "--batch-size", "1"]  # fmt: skip
+         "--batch-size", "1", "--window", "4"]  # fmt: skip
 
 
 def replace(bundle, name: str, content: bytes, *, vouched: bool) -> None:
@@ -41,7 +41,7 @@ def user(name: str) -> tuple[str, str]:
     """Method and backend whose run reads the file `name`."""
     role, _, file = name.partition("/")
     method = "draft" if role == "draft" else "target"
-    if file == "speculative_round.onnx":
+    if file == "speculative_loop.onnx":
         method = "lossless"
     return method, "torch" if file == "denoiser.onnx" else "onnxruntime"
 
