@@ -14,6 +14,7 @@ from running_server import KEY, MAX_QUEUE
 
 from cspd.engines.bundle import open_bundle
 from cspd.runtime.cli import configure, main, shipped_bundle
+from cspd.runtime.heads import DEFAULT_WINDOW
 from cspd.runtime.images import encode_png
 from cspd.runtime.outputs import image_metadata
 from cspd.runtime.pipeline import Pipeline
@@ -32,6 +33,8 @@ def offline():
     def png(label: int, **options) -> bytes:
         key = (label, *sorted(options.items()))
         if key not in made:
+            if options.get("method") == "lossless":
+                options["window"] = DEFAULT_WINDOW  # the server speculates with a fixed window
             config = configure(bundle, str(label), {**QUICK, "num_images": 1, **options})
             ((images, _),) = pipeline.generate(config)
             metadata = image_metadata(config, bundle, images[0])
