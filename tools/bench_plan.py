@@ -153,6 +153,7 @@ class _Planner:
             # Speculation as such: without a window, costs may choose stepping.
             for table in ("readme", "pareto"):
                 self.add(table, "lossless", quality=True, window=DEFAULT_WINDOW)
+            self.add("readme", "lossless", quality=True)
         if self.paired:
             self.add("readme", "draft", quality=True)
             self.add("pareto", "draft", quality=True)

@@ -144,7 +144,7 @@ class Results:
 def _order(item: Summary) -> tuple[Any, ...]:
     """Targets with the most steps first, then the draft, then the methods; options ascending."""
     config = item.point.config
-    rank = ("target", "draft", "cspd", "lossless").index(config.method)
+    rank = ("target", "draft", "cspd", "lossless", "auto").index(config.method)
     swept = (config.batch_size, config.gamma, config.align, config.prefill, config.cfg)
     return rank, -config.num_iter, *swept, config.temperature
 

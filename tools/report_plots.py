@@ -24,7 +24,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 SIZE = (5.4, 3.4)  # inches; small, so that letters stay readable on a phone
 # Okabe and Ito: told apart by everyone, in print too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-METHOD_COLOURS = dict(zip(("target", "cspd", "draft", "lossless"), COLOURS, strict=False))
+METHODS = ("target", "cspd", "draft", "lossless", "auto")
+METHOD_COLOURS = dict(zip(METHODS, COLOURS, strict=False))
 STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
@@ -63,7 +64,7 @@ def pareto(results: Results) -> Figure | None:
     figure, axes = new_figure(
         "Quality against time", "seconds per image", f"Frechet distance, n = {count:.0f}"
     )
-    for method in ("target", "draft", "cspd", "lossless"):
+    for method in METHODS:
         items = [item for item in scored if item.point.config.method == method]
         items.sort(key=lambda item: item.seconds)
         if items:

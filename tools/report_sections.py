@@ -117,8 +117,9 @@ def bench_cards(source: Source) -> list[Card]:
         elif item is cspd:
             cards.append(Card(f"{ratio:.2f}x", f"speed of cspd, gamma {config.gamma}"))
             cards.append(Card(percent(item.acceptance), "of judged tokens accepted"))
-        elif config.method == "lossless":
-            cards.append(Card(f"{ratio:.2f}x", "speed of lossless, law exact"))
+        elif config.method == "lossless" and config.window:
+            label = f"speed of lossless, window {config.window}, law exact"
+            cards.append(Card(f"{ratio:.2f}x", label))
     return [*cards[:1], *([equal] if equal else []), *cards[1:]]
 
 
