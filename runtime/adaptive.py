@@ -65,10 +65,14 @@ class AdaptiveHead:
 
 
 def measure_heads(
-    plain: Head, speculative: Callable[[int], Speculative], example: Callable[[int], Rows],
-    schedule: Schedule, noise: Noise, key: str, clock: Callable[[], float] = time.perf_counter,
+    plain: Head, speculative: Callable[[int, int | None], Speculative],
+    example: Callable[[int], Rows], schedule: Schedule, noise: Noise, key: str,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> CostRecord:  # fmt: skip
-    """Costs of both heads on `example(tokens)` rows; `speculative(window)` makes the second."""
+    """Costs of both heads on `example(tokens)` rows.
+
+    `speculative(window, rows)` makes the second; its calls have `rows` rows each, if that is given.
+    """
 
     def step(tokens: int) -> float:
         rows, start = example(tokens), clock()
@@ -76,8 +80,13 @@ def measure_heads(
         return 1000 * (clock() - start)
 
     def speculate(tokens: int, window: int) -> tuple[float, float]:
-        rows, head, start = example(tokens), speculative(window), clock()
+        rows, head, start = example(tokens), speculative(window, None), clock()
         stats = head(rows, schedule, noise, Purpose.DENOISE).stats
         return stats.rows / stats.calls, 1000 * (clock() - start) / stats.calls
 
-    return measure_costs(step, speculate, key=key, num_steps=schedule.num_steps)
+    def whole(tokens: int, window: int) -> float:
+        rows, head, start = example(tokens), speculative(window, tokens * window), clock()
+        head(rows, schedule, noise, Purpose.DENOISE)
+        return 1000 * (clock() - start)
+
+    return measure_costs(step, speculate, whole, key=key, num_steps=schedule.num_steps)

@@ -56,7 +56,7 @@ def choose(
     plain = {n: float(cost_at(chooser.costs.plain, n)) for n in sizes}
     spent = sum(plain[n] for n in counts)
     best, least = HeadChoice(role=role, window=1, up_to=0), spent
-    windows = [w for w in ((window,) if window else WINDOWS) if 1 < w <= chooser.max_window]
+    windows = [w for w in _windows(chooser, window, fixed) if 1 < w <= chooser.max_window]
     for candidate in windows:
         cost = {
             n: _round_costs(chooser, n, candidate, fixed)
@@ -74,8 +74,19 @@ def choose(
     return Explained(best, _reason(best, sizes, spent, least))
 
 
+def _windows(chooser: WindowChooser, window: int | None, fixed: bool) -> Iterable[int]:
+    """Windows to choose from: the user's own; those measured whole; or any."""
+    if window:
+        return (window,)
+    measured = [w for w in WINDOWS if chooser.costs.chains(w)]
+    return measured if fixed and measured else WINDOWS
+
+
 def _round_costs(chooser: WindowChooser, tokens: int, window: int, fixed: bool) -> float:
-    """Expected milliseconds of speculating for `tokens` tokens."""
+    """Expected milliseconds of speculating for `tokens` tokens: measured, else predicted."""
+    chains = chooser.costs.chains(window)
+    if fixed and chains:
+        return float(cost_at(chains, tokens))
     depth = np.arange(1, len(chooser.prior) + 1).clip(max=window)
     full = tokens * window
 

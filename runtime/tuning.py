@@ -60,7 +60,7 @@ def facts(pipeline: Pipeline, role: Role, config: RunConfig) -> dict[str, str]:
         "bundle": pipeline.bundle.sha256, "backend": pipeline.backend, "device": pipeline.device,
         "threads": str(pipeline.threads or os.cpu_count()), "role": role,
         "guided": str(config.cfg != 1), "head_steps": str(measured_steps(config)),
-        "machine": _machine(), "tool": importlib.metadata.version("cspd"),
+        "machine": _machine(), "tool": importlib.metadata.version("cspd"), "measured": "whole",
     }  # fmt: skip
     for name in LIBRARIES:
         try:
@@ -208,8 +208,10 @@ def measure(pipeline: Pipeline, role: Role, config: RunConfig, key: str) -> Head
     def keep(stats: SpeculationStats) -> None:
         totals[:] += stats.tested, stats.accepted
 
-    def speculative(window: int) -> _Counting:
-        options = SpeculationOptions(window, max_rows=pipeline.most_rows(role))
+    def speculative(window: int, rows: int | None) -> _Counting:
+        most = pipeline.most_rows(role)
+        buckets = () if rows is None else (max(window, min(most, rows)),)
+        options = SpeculationOptions(window, row_buckets=buckets, max_rows=most)
         return _Counting(pipeline.speculative_head(role, options), keep)
 
     schedule = make_schedule(pipeline.bundle.manifest.schedule, steps).to(pipeline.device)

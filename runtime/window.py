@@ -27,6 +27,7 @@ REACH = (
     0.7,
 )  # least probabilities of being reached that rows are tried at
 WINDOWS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+WHOLE_WINDOWS = (8, 16)  # of which whole chains are measured
 PRIOR_WEIGHT = 8.0  # tests that the prior acceptance counts for, per step
 SLOW_MS = 2000.0  # a run of this length is measured once
 MARGIN = 0.97  # speculation must promise to take less than this share of plain stepping
@@ -36,7 +37,9 @@ CORRECTION_RATE = 0.3
 class CostRecord(Record):
     """Measured milliseconds: `plain` (tokens, whole chain), `rounds` (rows of a call, one round).
 
-    `num_steps` of the chain; `key` identifies bundle, backend and machine (see `cost_key`).
+    `whole` (window, tokens, whole chain) has what a chain takes that evaluates all rows of every
+    window, as reproducible runs do. `num_steps` of the chain; `key` identifies bundle, backend and
+    machine (see `cost_key`).
     """
 
     schema_version: int = 1
@@ -44,6 +47,11 @@ class CostRecord(Record):
     num_steps: int
     plain: tuple[tuple[float, float], ...]
     rounds: tuple[tuple[float, float], ...]
+    whole: tuple[tuple[int, float, float], ...] = ()
+
+    def chains(self, window: int) -> tuple[tuple[float, float], ...]:
+        """Measured (tokens, milliseconds) of whole chains with `window`; empty if none were."""
+        return tuple((tokens, spent) for w, tokens, spent in self.whole if w == window)
 
     def require(self, key: str) -> CostRecord:
         """This record, or a CspdError if it was measured for something else."""
@@ -61,19 +69,22 @@ def cost_key(facts: Mapping[str, str]) -> str:
 
 
 def measure_costs(
-    plain: Callable[[int], float], rounds: Callable[[int, int], tuple[float, float]], *,
-    key: str, num_steps: int, tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
-    windows: tuple[int, ...] = (4, 16), repeats: int = 5,
+    plain: Callable[[int], float], rounds: Callable[[int, int], tuple[float, float]],
+    whole: Callable[[int, int], float], *, key: str, num_steps: int,
+    tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32), windows: tuple[int, ...] = (4, 16),
+    repeats: int = 5,
 ) -> CostRecord:  # fmt: skip
     """Measure both ways end to end, noise and host included; the least of `repeats` runs counts.
 
     `plain(tokens)` steps through a chain and returns its milliseconds; `rounds(tokens, window)`
-    speculates and returns (mean rows per call, milliseconds per round). The first pass over
-    everything warms up and counts only where it took long; the passes spread a load that comes and
-    goes over all sizes.
+    speculates and returns (mean rows per call, milliseconds per round); `whole(tokens, window)`
+    speculates with all rows of its windows and returns the milliseconds of the chain. The first
+    pass over everything warms up and counts only where it took long; the passes spread a load that
+    comes and goes over all sizes.
     """
     chains: dict[int, float] = {}
     calls: dict[tuple[int, int], tuple[float, float]] = {}
+    wholes: dict[tuple[int, int], float] = {}
     for repeat in range(repeats + 1):
         for count in tokens:
             if repeat == 0 or chains[count] < SLOW_MS:
@@ -83,11 +94,16 @@ def measure_costs(
                 if known is None or known[1] * num_steps / window < SLOW_MS:
                     size, spent = rounds(count, window)
                     calls[count, window] = size, _least(spent, known and known[1], repeat)
+            for window in WHOLE_WINDOWS:
+                before = wholes.get((window, count))
+                if before is None or before < SLOW_MS:
+                    wholes[window, count] = _least(whole(count, window), before, repeat)
     return CostRecord(
         key=key,
         num_steps=num_steps,
         plain=tuple((float(count), spent) for count, spent in chains.items()),
         rounds=tuple(sorted(calls.values())),
+        whole=tuple((window, float(count), ms) for (window, count), ms in wholes.items()),
     )
 
 

@@ -22,8 +22,8 @@ def plain(rows, schedule, noise, purpose):
     return HeadSample(out.final, out.final, out.final, out.sum_log_std)
 
 
-def speculative(window=8):
-    options = SpeculationOptions(window=window)
+def speculative(window=8, rows=None):
+    options = SpeculationOptions(window, row_buckets=(rows,) if rows else ())
     return SpeculativeHead(ReferenceRound(MixtureDenoiser()), options, CHANNELS)
 
 
@@ -65,3 +65,4 @@ def test_costs_are_measured_on_the_heads_themselves():
     assert costs.num_steps == STEPS and len(costs.rounds) == 12
     assert all(1000 / STEPS <= ms <= 1000 for _, ms in costs.rounds)
     assert costs.rounds[0][0] >= 1 and costs.rounds[-1][0] > 32
+    assert costs.chains(8) == costs.chains(16) == costs.plain and costs.chains(4) == ()

@@ -55,6 +55,21 @@ def test_never_more_than_plain_stepping_by_its_own_prediction(costs, tokens):
             assert predict(TYPICAL, depth, n, lambda rows, c=cost: c) < 0.97 * plain[n]
 
 
+def test_whole_chains_that_were_measured_count_more_than_predictions():
+    """Rounds look free, whole chains are dearer than stepping for all but one token."""
+    whole = tuple(
+        (w, n, 10.0 if (w, n) == (16, 1.0) else 39.0) for w in (8, 16) for n in (1.0, 8.0)
+    )
+    costs = FREE.costs.model_copy(update={"whole": whole})
+    measured = WindowChooser(costs, TYPICAL)
+    assert decide(measured, [8]).choice.up_to == 0
+    found = decide(measured, [1, 8]).choice
+    assert (found.window, found.up_to) == (16, 1)
+    # Runs that drop finished rows go by prediction; so does a window that was not measured.
+    assert decide(measured, [8], fixed=False).choice.up_to == 8
+    assert decide(measured, [8], window=12).choice.window == 12
+
+
 def test_own_window_is_kept():
     assert decide(FREE, [1], window=5).choice.window == 5
 

@@ -127,10 +127,12 @@ def test_observed_acceptance_replaces_the_prior():
 def test_measurement_takes_the_least_of_the_repeats():
     chains = iter([0.5, 0.5, 3.0, 6.0, 2.0, 8.0])  # two sizes a pass, the first pass warms up
     calls = iter([(8, 0.1), (8, 0.1), (8, 1.5), (8, 1.5), (8, 1.0), (8, 1.0)])
+    wholes = iter([0.1] * 4 + [5.0] * 4 + [4.0] * 4)
     costs = measure_costs(
-        lambda _: next(chains), lambda *_: next(calls), key="k", num_steps=STEPS, tokens=(1, 4),
-        windows=(4,), repeats=2,
+        lambda _: next(chains), lambda *_: next(calls), lambda *_: next(wholes), key="k",
+        num_steps=STEPS, tokens=(1, 4), windows=(4,), repeats=2,
     )  # fmt: skip
+    assert costs.chains(8) == costs.chains(16) == ((1.0, 4.0), (4.0, 4.0))
     assert costs.plain == ((1.0, 2.0), (4.0, 6.0)) and costs.rounds == ((8.0, 1.0), (8.0, 1.0))
     assert CostRecord.model_validate_json(costs.model_dump_json()) == costs
 
