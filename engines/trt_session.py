@@ -50,7 +50,7 @@ def open_tensorrt_session(bundle: Bundle, label: str, *, device: str, threads: i
 
 
 class TrtSession:
-    """One engine with its own output buffers, sized for the largest shapes of its profile.
+    """One engine with its own output buffers, which grow to the largest shapes that it was given.
 
     Inputs are read where they lie and must be on `device`. Outputs are views of buffers that the
     next call overwrites; a call is put on torch's current stream and returns before it has run.
@@ -64,15 +64,12 @@ class TrtSession:
         device: torch.device,
         streams: Streams | None = None,
     ) -> None:
-        """Allocate the buffers; BundleError if the engine has another contract or profile."""
+        """Make a context; BundleError if the engine has another contract or profile."""
         self.spec, self.device, self.loaded = spec, device, loaded
-        self._context = context = loaded.new_context()
+        self._context = loaded.new_context()
         self._streams = TorchStreams() if streams is None else streams
         _check_engine(spec, loaded.engine)
-        largest = spec.sizes("max")
-        self._buffers = {t.name: self._allocate(t, largest) for t in spec.outputs}
-        for name, buffer in self._buffers.items():
-            self._accept(context.set_tensor_address(name, buffer.data_ptr()), f"address of {name}")
+        self._buffers: dict[str, Tensor] = {}
         # TensorRT wants an address even for an empty tensor, and a different one for each.
         self._placeholders = {
             t.name: torch.empty(PLACEHOLDER_BYTES, dtype=torch.uint8, device=device)
@@ -84,6 +81,8 @@ class TrtSession:
         """Queue one run. CspdError if a tensor leaves the profile or lies on another device."""
         sizes = self.spec.bind(tensors)
         self._bind(tensors)
+        for output in self.spec.outputs:
+            self._make_room(output, torch.Size(output.sizes(sizes)).numel())
         stream = self._streams.current(self.device)
         self._accept(self._context.execute_async_v3(stream), "run")
         return {t.name: self._view(t, sizes) for t in self.spec.outputs}
@@ -132,9 +131,20 @@ class TrtSession:
                 "run cspd-run doctor, and rebuild the engine with cspd-export build"
             )
 
-    def _allocate(self, tensor: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
-        count = torch.Size(tensor.sizes(sizes)).numel()
-        return torch.empty(max(count, 1), dtype=DTYPES[tensor.dtype], device=self.device)
+    def _make_room(self, tensor: TensorSpec, count: int) -> None:
+        """Give an output a buffer for `count` numbers, unless it has one.
+
+        Not for the largest shape of the profile: a fork that a CUDA graph holds sees one shape, and
+        a table of modulations may take a gigabyte.
+        """
+        held = self._buffers.get(tensor.name)
+        if held is None or held.numel() < count:
+            buffer = torch.empty(max(count, 1), dtype=DTYPES[tensor.dtype], device=self.device)
+            self._buffers[tensor.name] = buffer
+            self._accept(
+                self._context.set_tensor_address(tensor.name, buffer.data_ptr()),
+                f"address of {tensor.name}",
+            )
 
     def _view(self, tensor: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
         shape = torch.Size(tensor.sizes(sizes))

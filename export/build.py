@@ -197,8 +197,10 @@ def _build_model(
     _write_weights(model, folder / WEIGHTS, options.storage)
     first = f"{role}/{WEIGHTS if options.precision == 'fp32' else FIRST_WEIGHTS}"
     limits = (options.max_batch, options.max_rows)
-    graphs = model_graphs(model, *limits, options.precision, exact.diffloss)
-    references = {**graphs, **model_graphs(exact, *limits)}
+    # Only engines use them: elsewhere the loop graphs compute modulations ahead of their steps.
+    hoisted = bool(options.engines)
+    graphs = model_graphs(model, *limits, options.precision, exact.diffloss, hoisted=hoisted)
+    references = {**graphs, **model_graphs(exact, *limits, hoisted=hoisted)}
     return ModelRecord(
         preset=source.preset,
         config=asdict(source.config),

@@ -2,7 +2,8 @@
 
 All shifts, scales and gates follow from the condition and the time step alone, and they are most of
 the head's weights: 3 of 5 matrices per block. `head_modulation` computes them for every token and
-step in one large product; `denoiser_hoisted` then only looks them up. Exact up to rounding.
+step in one large product; `denoiser_hoisted` then only looks them up, and so does
+`speculative_round_hoisted` in `hoisted_round`. Exact up to rounding.
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ from torch.nn.functional import embedding
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.export.graphs import GRAPH_TOLERANCE, MAX_STEPS, guided_kernel
+from cspd.export.diffusion_head import DiffusionHead
+from cspd.export.graphs import GRAPH_TOLERANCE, guided_kernel
 from cspd.export.loop_graph import modulation_width
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig
+
+# TensorRT keeps memory for the largest shapes of a profile, which is why a table is limited: to 22
+# tokens of mar-h with guidance. Longer schedules and more tokens take the graphs with conditions.
+MAX_TABLE_BYTES = 1 << 30
+TABLE_STEPS = 100
 
 
 def modulation_bytes(config: MarConfig, num_steps: int, branches: int) -> int:
@@ -50,13 +57,19 @@ class HoistedDenoiserGraph(nn.Module):
         schedule: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """See `hoisted_spec` for shapes; returns mean, log_std, x0, fraction, each [R, C]."""
-        tokens, steps, branches, width = modulation.shape
-        table = modulation.reshape(tokens * steps, branches * width)
-        looked_up = embedding(token * steps + step, table).unflatten(1, (branches, width))
-        noise, variance = self.diffloss.net.denoise(
-            x.expand(branches, -1, -1), looked_up.transpose(0, 1)
-        )
-        return guided_kernel(noise, variance, x, guidance, embedding(step, schedule))
+        return denoise_hoisted(self.diffloss.net, x, step, token, modulation, guidance, schedule)
+
+
+def denoise_hoisted(
+    head: DiffusionHead, x: Tensor, step: Tensor, token: Tensor, modulation: Tensor,
+    guidance: Tensor, schedule: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `graphs.denoise_rows`, with the modulations looked up in the table of `hoisted_spec`."""
+    tokens, steps, branches, width = modulation.shape
+    table = modulation.reshape(tokens * steps, branches * width)
+    looked_up = embedding(token * steps + step, table).unflatten(1, (branches, width))
+    noise, variance = head.denoise(x.expand(branches, -1, -1), looked_up.transpose(0, 1))
+    return guided_kernel(noise, variance, x, guidance, embedding(step, schedule))
 
 
 def modulation_spec(config: MarConfig, max_rows: int) -> GraphSpec:
@@ -74,7 +87,8 @@ def modulation_spec(config: MarConfig, max_rows: int) -> GraphSpec:
                 tolerance=GRAPH_TOLERANCE,
             ),
         ),
-        axes=_axes(max_rows),
+        axes=table_axes(config, max_rows, "tokens"),
+        scratch=modulation_width(config),
     )
 
 
@@ -96,13 +110,19 @@ def hoisted_spec(config: MarConfig, max_rows: int) -> GraphSpec:
             TensorSpec(name=name, shape=row, tolerance=GRAPH_TOLERANCE)
             for name in ("mean", "log_std", "x0", "fraction")
         ),
-        axes={"rows": Axis(min=1, opt=min(64, max_rows), max=max_rows), **_axes(max_rows)},
+        axes={
+            "rows": Axis(min=1, opt=min(64, max_rows), max=max_rows),
+            **table_axes(config, max_rows, "tokens"),
+        },
     )
 
 
-def _axes(max_rows: int) -> dict[str, Axis]:
+def table_axes(config: MarConfig, max_rows: int, tokens: str) -> dict[str, Axis]:
+    """Ranges of a table of modulations whose axis of the tokens is called `tokens`."""
+    limit = max(1, MAX_TABLE_BYTES // modulation_bytes(config, TABLE_STEPS, branches=2))
+    limit = min(limit, max_rows)
     return {
-        "tokens": Axis(min=1, opt=min(8, max_rows), max=max_rows),
-        "steps": Axis(min=2, opt=100, max=MAX_STEPS),
+        tokens: Axis(min=1, opt=min(8, limit), max=limit),
+        "steps": Axis(min=2, opt=TABLE_STEPS, max=TABLE_STEPS),
         "branches": Axis(min=1, opt=2, max=2),
     }

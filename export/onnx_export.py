@@ -25,7 +25,7 @@ from cspd.engines.spec import GraphSpec, TensorSpec
 
 OPSET = 20
 # Sizes used for tracing: distinct, and never 0 or 1, which the exporter would bake in.
-TRACE_SIZES = (3, 5, 7, 11, 13)
+TRACE_SIZES = (3, 5, 7, 11, 13, 17)
 SAFETENSORS_DTYPES = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16,
 }  # fmt: skip

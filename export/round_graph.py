@@ -6,6 +6,9 @@ refusal in some hundred, stays where it is, and the round is done again with the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
@@ -15,11 +18,13 @@ from cspd.engines.spec import Axis, GraphSpec, TensorSpec
 from cspd.export.graphs import GRAPH_TOLERANCE, MAX_STEPS, denoise_rows
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig
-from cspd.export.round_parts import CANDIDATES, Chain, Kernel, State, advance
+from cspd.export.round_parts import CANDIDATES, Chain, Kernel, State, Verify, advance
 
 MAX_WINDOW = 32
 FLOATS = ("next_x", "next_x0", "next_fraction", "mean", "log_std", "sum_log_std")
 INTEGERS = ("next_step", "moved", "drawn")
+# From states [R, C] and their steps [R]: mean, log_std, x0 and fraction there, each [R, C].
+Look = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class SpeculativeRoundGraph(nn.Module):
@@ -39,33 +44,55 @@ class SpeculativeRoundGraph(nn.Module):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """The outputs of `round_spec`, in its order."""
 
-        def verify(states: Tensor, steps: Tensor, columns: tuple[Tensor, ...]) -> Kernel:
-            seen = denoise_rows(
-                self.diffloss.net,
-                embedding(row, states.flatten(0, 1)),
-                steps.flatten().index_select(0, row),
-                row_token,
-                conditions,
-                guidance.index_select(0, row_token),
-                schedule,
-            )
-            return Kernel(*embedding(slot, torch.cat(seen, dim=-1)).chunk(4, dim=-1))
+        def look(states: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
+            weight = guidance.index_select(0, row_token)
+            head = self.diffloss.net
+            return denoise_rows(head, states, steps, row_token, conditions, weight, schedule)
 
-        start = step[:, None].clamp(min=0)
-        state = State(x[:, None], start, x0[:, None], fraction[:, None])
         chain = Chain(temperature, noise, log_accept, schedule, draft_state, draft_noise)
-        last_row = (length[:, None] - 1).clamp(min=0)
-        after = advance(state, last_row, chain, candidates, choices, verify)
-        wide = after.done[..., None]
-        moved = torch.where(after.done, after.moved, 0)
-        return (
-            torch.where(wide, after.x, state.x)[:, 0],
-            torch.where(wide, after.x0, state.x0)[:, 0],
-            torch.where(wide, after.fraction, state.fraction)[:, 0],
-            after.mean[:, 0], after.log_std[:, 0], (wide * after.sum_log_std)[:, 0],
-            (step[:, None] - moved).clamp(min=-1)[:, 0].int(), moved[:, 0].int(),
-            after.drawn[:, 0].int(),
-        )  # fmt: skip
+        start = Start(x, step, x0, fraction)
+        return play_round(start, length, chain, candidates, choices, on_rows(look, row, slot))
+
+
+class Start(NamedTuple):
+    """Tokens before a round, as they come in: see `round_spec`."""
+
+    x: Tensor
+    step: Tensor
+    x0: Tensor
+    fraction: Tensor
+
+
+def on_rows(look: Look, row: Tensor, slot: Tensor) -> Verify:
+    """The target's view of all drafted states from `look` at those of the evaluated rows."""
+
+    def verify(states: Tensor, steps: Tensor, columns: tuple[Tensor, ...]) -> Kernel:
+        at = steps.flatten().index_select(0, row)
+        seen = torch.cat(look(embedding(row, states.flatten(0, 1)), at), dim=-1)
+        return Kernel(*embedding(slot, seen).chunk(4, dim=-1))
+
+    return verify
+
+
+def play_round(
+    start: Start, length: Tensor, chain: Chain, candidates: Tensor, choices: Tensor,
+    verify: Verify,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The outputs of `round_spec`, in its order; `length` [N] rows are evaluated for a token."""
+    x, step, x0, fraction = start
+    state = State(x[:, None], step[:, None].clamp(min=0), x0[:, None], fraction[:, None])
+    last_row = (length[:, None] - 1).clamp(min=0)
+    after = advance(state, last_row, chain, candidates, choices, verify)
+    wide = after.done[..., None]
+    moved = torch.where(after.done, after.moved, 0)
+    return (
+        torch.where(wide, after.x, state.x)[:, 0],
+        torch.where(wide, after.x0, state.x0)[:, 0],
+        torch.where(wide, after.fraction, state.fraction)[:, 0],
+        after.mean[:, 0], after.log_std[:, 0], (wide * after.sum_log_std)[:, 0],
+        (step[:, None] - moved).clamp(min=-1)[:, 0].int(), moved[:, 0].int(),
+        after.drawn[:, 0].int(),
+    )  # fmt: skip
 
 
 def round_spec(config: MarConfig, max_rows: int) -> GraphSpec:

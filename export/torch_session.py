@@ -45,7 +45,7 @@ def graph_module(bundle: Bundle, label: str) -> nn.Module:
         exact = DiffusionLoss(config)
         first = load_file(bundle.file(record.first_weights))
         exact.load_state_dict({n.removeprefix("diffloss."): t for n, t in first.items()})
-    return model_graphs(model, 1, 1, record.precision, exact)[name][0]
+    return model_graphs(model, 1, 1, record.precision, exact, hoisted=True)[name][0]
 
 
 def decoder_module(bundle: Bundle) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cspd.engines.cuda_graph import CapturedLoop, Graphs
 from cspd.engines.session import ForkableSession, TimedSession
-from cspd.runtime.member import Loop, step_loop
+from cspd.runtime.member import Loop, step_limit, step_loop
 
 # Axis of the rows in each input of a loop; the schedule has none.
 ROW_AXES = {"noise0": 0, "noise": 1, "conditions": 1, "guidance": 0, "temperature": 0}
@@ -21,19 +21,20 @@ MAX_GRAPHS = 24
 
 @dataclass(frozen=True)
 class CapturedSteps:
-    """The loop over `session` and `first` (see StepHead), as a CUDA graph per row bucket.
+    """The loop over three sessions (see StepHead), as a CUDA graph per row bucket.
 
     Takes and returns what `denoiser_loop` does; the results are the caller's own.
     """
 
     session: TimedSession
     first: TimedSession | None
+    modulate: TimedSession | None
     loop: CapturedLoop
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Run the loop on the smallest bucket that holds the rows."""
         start, rows = time.perf_counter(), len(tensors["noise0"])
-        width = bucket(rows, self.session.spec.axes["rows"].max)
+        width = bucket(rows, step_limit(self.session))
         # The last row once more where there are too few: any numbers do that are finite.
         index = torch.arange(width, device=tensors["noise0"].device).clamp(max=rows - 1)
         padded = {
@@ -49,33 +50,39 @@ class CapturedSteps:
         if self.first is not None:
             self.first.stats.calls += 1
             steps -= 1
+        if self.modulate is not None:
+            self.modulate.stats.calls += 1
         self.session.stats.calls += steps
         self.session.stats.seconds += seconds
 
 
 def captured_steps(
-    session: TimedSession, first: TimedSession | None, *, on_fallback: Callable[[str], None],
-    graphs: Graphs | None,
+    session: TimedSession, first: TimedSession | None, modulate: TimedSession | None, *,
+    on_fallback: Callable[[str], None], graphs: Graphs | None,
 ) -> CapturedSteps | None:  # fmt: skip
-    """The captured loop over `session` and `first`; None if they are not of an engine."""
-    steps, exact = session.session, first.session if first else None
-    if not isinstance(steps, ForkableSession):
-        return None
-    if exact is not None and not isinstance(exact, ForkableSession):
-        return None
+    """The captured loop over the sessions; None if they are not of an engine."""
+    engines: list[ForkableSession | None] = []
+    for timed in (session, first, modulate):
+        engine = timed.session if timed else None
+        if not (engine is None or isinstance(engine, ForkableSession)):
+            return None
+        engines.append(engine)
+    steps, *rest = engines
+    assert steps is not None
 
     def make_run() -> Loop:
-        return step_loop(steps.fork(), exact.fork() if exact else None)
+        return step_loop(steps.fork(), *(engine.fork() if engine else None for engine in rest))
 
     def refusal() -> str | None:
-        return steps.capture_refusal() or (exact.capture_refusal() if exact else None)
+        reasons = (engine.capture_refusal() for engine in engines if engine)
+        return next(filter(None, reasons), None)
 
     loop = CapturedLoop(
         make_run, on_fallback=on_fallback, refusal=refusal, graphs=graphs, max_graphs=MAX_GRAPHS
     )
-    return CapturedSteps(session, first, loop)
+    return CapturedSteps(session, first, modulate, loop)
 
 
 def bucket(rows: int, limit: int) -> int:
-    """The smallest power of two that is not below `rows`, at most `limit`."""
-    return min(1 << (rows - 1).bit_length(), limit)
+    """The smallest power of two that is not below `rows`; `limit` if that is nearer."""
+    return max(rows, min(1 << (rows - 1).bit_length(), limit))

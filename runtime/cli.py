@@ -116,7 +116,8 @@ SAMPLING = (
     click.option("--batch-size", type=int, help="Images computed together."),
     click.option(
         "--modulation-memory", type=int,
-        help="MiB for what the head computes ahead of its steps; calls are cut to it.  "
+        help="MiB for what the head computes ahead of its steps; loops are cut to it, and engines "
+        "compute it ahead if it fits.  "
         "[default: 512]",
     ),
     click.option(

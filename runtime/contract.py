@@ -16,14 +16,18 @@ class Needs(NamedTuple):
     outputs: tuple[str, ...]
 
 
-STEP = Needs(("rows",), ("mean", "log_std"))
+STEP = Needs(("rows", "tokens"), ("mean", "log_std"))
+ROUND = Needs(("rows",), ("next_x", "next_step", "moved", "drawn"))
 NEEDS = {
     "backbone": Needs(("batch",), ("z",)),
     "denoiser": STEP,
     "denoiser_first": STEP,
     "denoiser_loop": Needs(("rows",), ("sample", "mean", "log_std", "sum_log_std")),
-    "speculative_round": Needs(("rows",), ("next_x", "next_step", "moved", "drawn")),
+    "speculative_round": ROUND,
     "speculative_loop": Needs(("tokens", "window"), ("next_x", "next_step", "moved", "drawn")),
+    "head_modulation": Needs(("tokens", "steps"), ("modulation",)),
+    "denoiser_hoisted": STEP,
+    "speculative_round_hoisted": ROUND,
     "decoder": Needs(("batch",), ("images",)),
 }
 
@@ -43,6 +47,7 @@ def _shapes(geometry: Geometry) -> dict[str, dict[str, tuple[int | str, ...]]]:
     return {
         "backbone": {"tokens": ("batch", grid * grid, channels)},
         "denoiser": {"x": ("rows", channels)},
+        "denoiser_hoisted": {"x": ("rows", channels)},
         "denoiser_loop": {"noise0": ("rows", channels)},
         "decoder": {
             "latents": ("batch", channels, grid, grid),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cspd.engines.schedule import Schedule
+from cspd.engines.session import Session
 from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
 from cspd.runtime.member import Rows, part_of
 from cspd.runtime.noise import Noise, Purpose
@@ -27,7 +28,7 @@ from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample, Step
 
 POOL = 32  # candidates of a token that are drawn at once; a refusal takes two or three
 STATE_INPUTS = (
-    "x", "step", "x0", "fraction", "conditions", "guidance", "temperature", "noise", "log_accept",
+    "x", "step", "x0", "fraction", "guidance", "temperature", "noise", "log_accept",
 )  # fmt: skip
 COUNTS = ("next_step", "moved", "drawn")
 ADVANCED = ("x", "step", "x0", "fraction")
@@ -46,14 +47,18 @@ class Round(Protocol):
 
 
 class SpeculativeHead:
-    """Samples tokens in rounds of `round_session`, in place of stepping through the chain."""
+    """Samples tokens in rounds of `round_session`, in place of stepping through the chain.
+
+    `modulate`, where given, is a session of `head_modulation`: it computes the modulations of a
+    chunk once, and `round_session` is one of `speculative_round_hoisted`.
+    """
 
     def __init__(
         self, round_session: Round, options: SpeculationOptions, channels: int,
-        numbers: MakeNumbers = ChainNumbers,
+        numbers: MakeNumbers = ChainNumbers, modulate: Session | None = None,
     ) -> None:  # fmt: skip
         self.session, self.options, self.channels = round_session, options, channels
-        self.numbers = numbers
+        self.numbers, self.modulate = numbers, modulate
         self._tables: dict[bytes, dict[str, Tensor]] = {}
 
     @torch.inference_mode()
@@ -102,15 +107,17 @@ class _Run:
 
     def __init__(self, head: SpeculativeHead, chain: Chain) -> None:
         self.session, self.options, self.channels = head.session, head.options, head.channels
+        self.modulate = head.modulate
         self.chain, self.device = chain, chain.numbers.noise.device
         self.table = chain.schedule.table.to(self.device)
         self.drafts = {name: table.to(self.device) for name, table in chain.drafts.items()}
         self.cut: dict[int, dict[str, Tensor]] = {}
         self.drawn = 0  # candidates per token so far
+        self.modulation: Tensor | None = None
 
     def sample(self, tokens: Rows) -> SpeculativeSample:
         log = StepLog(len(tokens.images), self.chain.schedule.num_steps)
-        state = self._start(tokens)
+        state = self._hoist(self._start(tokens))
         results = {name: torch.empty_like(state["x"][: log.tokens]) for name in RESULTS}
         missing = log.tokens
         step, used = (state[name].numpy(force=True) for name in ("step", "used"))
@@ -152,6 +159,24 @@ class _Run:
         }  # fmt: skip
         return _compact(state, np.arange(count), self.options.padded_tokens(count))
 
+    def _hoist(self, state: State) -> State:
+        """`state` without conditions if the modulations that follow from them are computed now.
+
+        A token's number in `state` is then its row of the table, which is never cut.
+        """
+        if self.modulate is None:
+            return state
+        conditions = state["conditions"]
+        outputs = self.modulate(conditions=conditions, schedule=self.table)
+        self.modulation = outputs["modulation"]
+        return {name: value for name, value in state.items() if name != "conditions"}
+
+    def _condition(self, state: State) -> dict[str, Tensor]:
+        """What the tokens of a round are conditioned on."""
+        if self.modulation is None:
+            return {"conditions": state["conditions"]}
+        return {"modulation": self.modulation, "origin": state["index"].int()}
+
     def _supply(self, state: State, used: int) -> State:
         """`state` with enough candidates for a round of tokens that have used up to `used`."""
         if used + self.options.candidates <= self.drawn:
@@ -182,6 +207,7 @@ class _Run:
         }
         return self.session(
             **{name: state[name] for name in STATE_INPUTS},
+            **self._condition(state),
             **supply,
             schedule=self.table,
             **self._drafts(rows["slot"].shape[1]),

@@ -85,35 +85,49 @@ class LoopHead:
 
 def tokens_within(session: Session, memory: int, schedule: Schedule, rows: Rows) -> int:
     """Most tokens of one call of a loop, by its largest row count and `memory` bytes."""
-    spec = session.spec
-    token_bytes = 4 * spec.scratch * schedule.num_steps * len(rows.conditions)
-    limit = spec.axes["rows" if "rows" in spec.axes else "tokens"].max
+    axes, token_bytes = session.spec.axes, ahead_of_steps(session, schedule, rows)
+    limit = axes["rows" if "rows" in axes else "tokens"].max
     return min(limit, max(1, memory // max(token_bytes, 1)))
+
+
+def ahead_of_steps(session: Session, schedule: Schedule, rows: Rows) -> int:
+    """Bytes of what `session` computes of one token of `rows` once for all steps."""
+    return 4 * session.spec.scratch * schedule.num_steps * len(rows.conditions)
 
 
 @dataclass(frozen=True)
 class StepHead:
     """Plain sampling with one session call per denoising step, for engines without loops.
 
-    `first`, where given, runs the first step in its place: a head in float32. `captured`, where
-    given, is the loop over both that runs instead of it, as a CUDA graph.
+    `first`, where given, runs the first step in its place: a head in float32. `modulate`, where
+    given, computes the modulations ahead of the steps, and `session` takes them for the conditions.
+    `captured`, where given, is the loop over all of them that runs instead, as a CUDA graph.
     """
 
     session: Session
     first: Session | None = None
     captured: Loop | None = None
+    modulate: Session | None = None
 
     def __call__(
         self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
     ) -> HeadSample:
         """Sample every row, in as many loops as the session's largest row count asks for."""
-        loop = self.captured or step_loop(self.session, self.first)
-        limit = self.session.spec.axes["rows"].max
+        loop = self.captured or step_loop(self.session, self.first, self.modulate)
+        limit = step_limit(self.session)
         return _sample(loop, self.session, limit, rows, schedule, noise, purpose)
 
 
-def step_loop(session: Session, first: Session | None) -> Loop:
-    """The denoising loop over the steps of `session`; `first`, if given, takes the first one."""
+def step_limit(session: Session) -> int:
+    """Most tokens of one call of a denoising step, each of which has one row."""
+    return min(session.spec.axes[name].max for name in ("rows", "tokens"))
+
+
+def step_loop(session: Session, first: Session | None, modulate: Session | None = None) -> Loop:
+    """The denoising loop over the steps of `session`; `first`, if given, takes the first one.
+
+    With `modulate` (head_modulation), `session` takes its table in place of the conditions.
+    """
 
     def run(
         *, noise0: Tensor, noise: Tensor, conditions: Tensor, guidance: Tensor,
@@ -122,15 +136,22 @@ def step_loop(session: Session, first: Session | None) -> Loop:
         x, last = noise0, len(schedule) - 1
         token = torch.arange(len(x), dtype=torch.int32, device=x.device)
         sum_log_std = torch.zeros_like(x)
+        seen = whole = {"conditions": conditions}
         outputs: dict[str, Tensor] = {}
+        if modulate is not None:
+            table = modulate(conditions=conditions, schedule=schedule)["modulation"]
+            seen = {"modulation": table}
         for step in range(last, -1, -1):
-            outputs = (first if first is not None and step == last else session)(
+            denoise, condition = session, seen
+            if first is not None and step == last:
+                denoise, condition = first, whole
+            outputs = denoise(
                 x=x,
                 step=torch.full_like(token, step),
                 token=token,
-                conditions=conditions,
                 guidance=guidance,
                 schedule=schedule,
+                **condition,
             )
             x = outputs["mean"]
             if step > 0:

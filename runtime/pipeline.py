@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 
-from cspd.engines.backends import ENGINES, open_session
+from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
 from cspd.engines.cuda_graph import Graphs, GraphStats
 from cspd.engines.manifest import Role
@@ -19,7 +19,6 @@ from cspd.engines.schedule import make_schedule
 from cspd.engines.session import CallStats, EngineSession, TimedSession
 from cspd.runtime.adaptive import AdaptiveHead, Speculative
 from cspd.runtime.canvas import Batch, Canvas
-from cspd.runtime.captured import CapturedSteps, captured_steps
 from cspd.runtime.choose import Explained, choose, tokens_together
 from cspd.runtime.config import HeadChoice, RunConfig, check_config
 from cspd.runtime.cspd import CspdOptions, decode_cspd
@@ -31,9 +30,9 @@ from cspd.runtime.heads import (
     speculation,
 )
 from cspd.runtime.lossless import SpeculativeHead
-from cspd.runtime.lossless_loop import SpeculativeLoopHead
-from cspd.runtime.member import DEFAULT_MEMORY, Head, LoopHead, Member, StepHead
+from cspd.runtime.member import DEFAULT_MEMORY, Head, Member
 from cspd.runtime.noise import Noise, RowNoise
+from cspd.runtime.open_heads import OpenHeads
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.sampler import Sampler, decode_alone, ignore_progress
 from cspd.runtime.speculation import SpeculationOptions
@@ -78,7 +77,6 @@ class Pipeline:
     # What a run should know: engines that could be better, loops that no CUDA graph holds.
     notes: list[str] = field(default_factory=list)
     _sessions: dict[str, TimedSession] = field(default_factory=dict)
-    _loops: dict[str, CapturedSteps | None] = field(default_factory=dict)
     _choosers: dict[tuple[str, RunConfig], WindowChooser] = field(default_factory=dict)
 
     def session(self, label: str) -> TimedSession:
@@ -99,8 +97,12 @@ class Pipeline:
 
     @property
     def captures(self) -> dict[str, GraphStats]:
-        """How the captured loop of each model ran, by role; empty without engines."""
-        return {role: steps.loop.stats for role, steps in self._loops.items() if steps}
+        """How the captured loops of each model ran, see `OpenHeads`; empty without engines."""
+        return {name: steps.loop.stats for name, steps in self._heads.loops.items() if steps}
+
+    @cached_property
+    def _heads(self) -> OpenHeads:
+        return OpenHeads(self.bundle, self.backend, self.session, self.graphs, self.notes.append)
 
     def open(self, config: RunConfig) -> None:
         """Open every session that `config` needs."""
@@ -138,18 +140,8 @@ class Pipeline:
         return MixedHead(plain(), speculative, choice.up_to)
 
     def plain_head(self, role: Role, memory: int = DEFAULT_MEMORY) -> Head:
-        """Every denoising step a call, or the whole loop one with `memory` bytes ahead of it."""
-        if self._loops_inside(f"{role}/denoiser_loop"):
-            return LoopHead(self.session(f"{role}/denoiser_loop"), memory)
-        first = None
-        if f"{role}/denoiser_first" in self.bundle.manifest.graphs():
-            first = self.session(f"{role}/denoiser_first")
-        session = self.session(f"{role}/denoiser")
-        if role not in self._loops:
-            self._loops[role] = captured_steps(
-                session, first, on_fallback=self.notes.append, graphs=self.graphs
-            )
-        return StepHead(session, first, self._loops[role])
+        """Every denoising step a call, or the whole loop one; `memory` bytes ahead of the steps."""
+        return self._heads.plain(role, memory)
 
     def resolve(self, config: RunConfig) -> tuple[RunConfig, dict[Role, Explained]]:
         """`config` with the choices of "auto" written down, and why they were made.
@@ -196,20 +188,12 @@ class Pipeline:
     def speculative_head(
         self, role: Role, options: SpeculationOptions, memory: int = DEFAULT_MEMORY
     ) -> Speculative:
-        """The exact head in rounds: all in one call where the backend can loop."""
-        if self._loops_inside(f"{role}/speculative_loop"):
-            loop = self.session(f"{role}/speculative_loop")
-            return SpeculativeLoopHead(loop, options, memory=memory)
-        session = self.session(f"{role}/speculative_round")
-        return SpeculativeHead(session, options, self._channels)
+        """The exact head in rounds, with `memory` bytes for what it computes ahead of them."""
+        return self._heads.speculative(role, options, memory)
 
     def most_rows(self, role: Role) -> int:
         """Rows that fit into one call of speculation."""
         return self.bundle.graph(f"{role}/speculative_round").spec.axes["rows"].max
-
-    def _loops_inside(self, label: str) -> bool:
-        """Whether the bundle has the loop `label`, and the backend runs such graphs."""
-        return label in self.bundle.manifest.graphs() and self.backend not in ENGINES
 
     @property
     def _channels(self) -> int:

@@ -47,6 +47,10 @@ class SpeculationOptions:
         sizes = (rows // self.window for rows in self.row_buckets)
         return min((size for size in sizes if size >= tokens), default=tokens)
 
+    def call_tokens(self, tokens: int) -> int:
+        """Tokens of the first call, padding included, when `tokens` are to be sampled."""
+        return self.padded_tokens(min(tokens, self.max_tokens or tokens))
+
     def padded_rows(self, rows: int) -> int:
         """Rows of the call that carries `rows`."""
         return min((size for size in self.row_buckets if size >= rows), default=rows)

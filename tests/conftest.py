@@ -42,3 +42,14 @@ def tiny_bundle(built_tiny):
     from cspd.engines.bundle import open_bundle
 
     return open_bundle(built_tiny[0])
+
+
+@pytest.fixture(scope="session")
+def hoisted_bundle(tmp_path_factory):
+    """The opened bundle of the tiny target in fp16 with engines, and so with hoisted graphs."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    from hoisted_bundle import build_hoisted
+
+    from cspd.engines.bundle import open_bundle
+
+    return open_bundle(build_hoisted(tmp_path_factory.mktemp("hoisted") / "bundle"))

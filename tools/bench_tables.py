@@ -194,9 +194,9 @@ def sweep_table(results: Results, tag: str, title: str, option: str) -> Table:
 # Columns of the table of times, and the graphs behind each.
 PARTS = {
     "target transformer": ("target/backbone",),
-    "target head": ("target/denoiser", "target/speculative"),
+    "target head": ("target/denoiser", "target/speculative", "target/head_modulation"),
     "draft transformer": ("draft/backbone",),
-    "draft head": ("draft/denoiser", "draft/speculative"),
+    "draft head": ("draft/denoiser", "draft/speculative", "draft/head_modulation"),
     "pixels": ("decoder",),
 }
 

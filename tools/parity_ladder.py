@@ -20,7 +20,8 @@ from cspd.engines.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
 from cspd.export.assemble import assemble_mar
 from cspd.export.graphs import DenoiserGraph
-from cspd.export.networks import FIRST, ROUND
+from cspd.export.modulation import HoistedDenoiserGraph
+from cspd.export.networks import FIRST, HOISTED, HOISTED_ROUND, MODULATION, ROUND
 from cspd.export.presets import MarConfig
 from cspd.export.verify import realistic_inputs
 from cspd.runtime.config import RunConfig
@@ -31,6 +32,7 @@ from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.speculation import SpeculationOptions
 from cspd.runtime.steps import HeadSteps
+from cspd.tools.parity_hoisted import few_rows, on_table
 from cspd.tools.parity_measure import Skipped
 from cspd.tools.probe import ProbePipeline, Recorder, call, record_inputs
 
@@ -38,7 +40,7 @@ Inputs = dict[str, Tensor]
 Case = tuple[str, Inputs]
 StepSession = Callable[[int], Session]  # the session that takes a denoising step
 # Graphs whose inputs are related to each other, so that only recorded ones make sense.
-RELATED_INPUTS = (ROUND, "speculative_loop")
+RELATED_INPUTS = (ROUND, HOISTED_ROUND, "speculative_loop")
 RECORDED = 3  # recorded calls compared per graph: the first, one in the middle, the last
 
 
@@ -101,7 +103,27 @@ class Ladder:
                 calls[f"{role}/denoiser"] = _spread(steps)
             if ROUND in model.graphs:
                 calls |= self._record_rounds(role, calls[f"{role}/denoiser"][-1])
+            if MODULATION in model.graphs:
+                calls |= self._hoisted(role, calls[f"{role}/denoiser"])
         return calls
+
+    def _hoisted(self, role: Role, steps: list[Inputs]) -> dict[str, list[Inputs]]:
+        """Inputs of the hoisted graphs of `role` for the tokens of recorded `steps`.
+
+        None if a table of modulations cannot hold the schedule.
+        """
+        modulate = self.reference(f"{role}/{MODULATION}")
+        if self.schedule.num_steps > modulate.spec.axes["steps"].max:
+            return {}
+        steps = [few_rows(inputs) for inputs in steps]
+        rounds = self._record_rounds(role, steps[-1])[f"{role}/{ROUND}"]
+        whole = {HOISTED: steps, HOISTED_ROUND: rounds}
+        found = {
+            f"{role}/{name}": [on_table(modulate, inputs) for inputs in calls]
+            for name, calls in whole.items()
+        }
+        asked = [{name: c[name] for name in ("conditions", "schedule")} for c in steps]
+        return {**found, f"{role}/{MODULATION}": asked}
 
     def _record_rounds(self, role: Role, step: Inputs) -> dict[str, list[Inputs]]:
         """Inputs of speculation of `role`, which samples the tokens of one recorded step.
@@ -162,7 +184,7 @@ class Ladder:
         """PyTorch in float32 with the weights of the bundle."""
         role, _, name = label.partition("/")
         model = self.bundle.manifest.models.get(role)  # type: ignore[call-overload]
-        exact = ("backbone", "denoiser", FIRST)
+        exact = ("backbone", "denoiser", FIRST, HOISTED)
         if model is None or model.precision == "fp32" or name not in exact:
             return open_session(self.bundle, label, "torch", device=self.device)
         spec = self.bundle.graph(label).spec
@@ -175,7 +197,8 @@ class Ladder:
         state = load_file(self.bundle.file(model.weights))
         network = assemble_mar(MarConfig(**model.config), state, precision)
         step = DenoiserGraph(network.diffloss)
-        return {"backbone": network, "denoiser": step, FIRST: step}
+        hoisted = HoistedDenoiserGraph(network.diffloss)
+        return {"backbone": network, "denoiser": step, FIRST: step, HOISTED: hoisted}
 
     def reference_pipeline(self) -> Pipeline:
         """A pipeline that runs the reference."""

@@ -1,5 +1,7 @@
 """Hoisted modulations give the denoiser that computes them itself, in PyTorch and through ONNX."""
 
+import math
+
 import onnx_ir as ir
 import pytest
 import torch
@@ -8,8 +10,11 @@ from cspd.engines.ort_session import ort_session
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.session import TorchSession
 from cspd.export.graphs import DenoiserGraph, denoiser_spec
+from cspd.export.hoisted_round import hoisted_round_spec
 from cspd.export.mar import DiffusionLoss
 from cspd.export.modulation import (
+    MAX_TABLE_BYTES,
+    TABLE_STEPS,
     HeadModulationGraph,
     HoistedDenoiserGraph,
     hoisted_spec,
@@ -17,7 +22,7 @@ from cspd.export.modulation import (
     modulation_spec,
 )
 from cspd.export.onnx_export import export_graph
-from cspd.export.presets import MarConfig
+from cspd.export.presets import PRESETS, MarConfig
 
 CONFIG = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2)
 SCHEDULE = make_schedule(ScheduleSpec(), 12)  # with the ill-conditioned first step
@@ -88,3 +93,18 @@ def test_hoisted_denoiser_holds_no_modulation_weights(head):
     hoisted = sizes(HoistedDenoiserGraph(head), hoisted_spec(CONFIG, 64))
     width, depth = CONFIG.head_width, CONFIG.head_depth
     assert with_conditions - hoisted > (3 * depth + 2) * width * width
+
+
+def test_a_table_stays_below_its_limit():
+    """Of every published model, and of one whose tables are small."""
+    for config in (*PRESETS.values(), CONFIG):
+        axes = modulation_spec(config, 1024).axes
+        size = axes["tokens"].max * modulation_bytes(
+            config, axes["steps"].max, axes["branches"].max
+        )
+        one_more = size + modulation_bytes(config, TABLE_STEPS, 2)
+        assert size <= MAX_TABLE_BYTES
+        assert axes["tokens"].max == 1024 or one_more > MAX_TABLE_BYTES
+        for spec in (hoisted_spec(config, 1024), hoisted_round_spec(config, 1024)):
+            shapes = {t.name: t.sizes(spec.sizes("max")) for t in spec.inputs}
+            assert 4 * math.prod(shapes["modulation"]) == size

@@ -8,7 +8,9 @@ from cspd.engines.ort_session import ort_session
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.session import TorchSession
 from cspd.export.graphs import DenoiserGraph, denoiser_spec
+from cspd.export.hoisted_round import HoistedRoundGraph, hoisted_round_spec
 from cspd.export.mar import DiffusionLoss
+from cspd.export.modulation import HeadModulationGraph, modulation_spec
 from cspd.export.onnx_export import export_graph
 from cspd.export.presets import MarConfig
 from cspd.export.round_graph import SpeculativeRoundGraph, round_spec
@@ -134,6 +136,46 @@ def test_a_search_without_an_end_changes_nothing(reference, exported):
                 assert torch.equal(out[f"next_{name}"][refused], inputs[name][refused])
 
 
-def test_no_loop_and_no_branch(model):
-    kinds = {node.op_type for node in model.graph}
+def test_no_loop_and_no_branch(model, hoisted_model):
+    kinds = {node.op_type for graph in (model.graph, hoisted_model.graph) for node in graph}
     assert not kinds & {"Loop", "If", "Scan", "NonZero", "Random"}
+
+
+@pytest.fixture(scope="module")
+def hoisted_model(head):
+    return export_graph(HoistedRoundGraph(head), hoisted_round_spec(CONFIG, 512))
+
+
+@pytest.fixture(scope="module")
+def hoisted(head, hoisted_model, tmp_path_factory):
+    """The hoisted round in PyTorch and in ONNX Runtime."""
+    path, spec = tmp_path_factory.mktemp("hoisted") / "round.onnx", hoisted_round_spec(CONFIG, 512)
+    ir.save(hoisted_model, path)
+    in_pytorch = TorchSession(spec, HoistedRoundGraph(head), CPU)
+    return {"pytorch": in_pytorch, "onnx": ort_session(str(path), spec, threads=1)}
+
+
+@pytest.mark.parametrize("backend", ["pytorch", "onnx"])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_hoisted_round_is_the_round_up_to_rounding(head, reference, hoisted, backend, branches):
+    """With a table of more tokens than the call has, in another order."""
+    modulate = TorchSession(modulation_spec(CONFIG, 512), HeadModulationGraph(head), CPU)
+    whole = TorchSession(round_spec(CONFIG, 512), SpeculativeRoundGraph(head), CPU)
+    calls, result = recorded_inputs(reference, branches=branches, window=6)
+    session = hoisted[backend]
+    for inputs in calls:
+        expected = whole(**inputs)
+        inputs = dict(inputs)
+        conditions = inputs.pop("conditions")
+        others = torch.full_like(conditions[:, :2], 9.0)
+        table = torch.cat([others, conditions.flip(1)], dim=1)
+        origin = torch.arange(table.shape[1] - 1, 1, -1, dtype=torch.int32)
+        modulation = modulate(conditions=table, schedule=SCHEDULE.table)["modulation"]
+        got = session(**inputs, modulation=modulation, origin=origin)
+        for spec in session.spec.outputs:
+            if spec.name in DISCRETE:
+                assert torch.equal(got[spec.name], expected[spec.name]), spec.name
+            else:
+                error = (got[spec.name] - expected[spec.name]).norm()
+                assert error <= spec.tolerance * expected[spec.name].norm(), spec.name
+    assert 0 < result.stats.accepted.sum() < result.stats.tested.sum()

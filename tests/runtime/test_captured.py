@@ -31,6 +31,7 @@ SETTINGS = {
     "labels": (3, 417), "num_images": 3, "batch_size": 2, "num_iter": 4, "head_steps": 5,
     "cfg": 2.0, "backend": "tensorrt-rtx",
 }  # fmt: skip
+ENGINES_OF_STEPS = ("denoiser", "denoiser_first", "denoiser_hoisted", "head_modulation")
 NOTE = "target/denoiser: runs, but slower than it could"
 
 
@@ -43,12 +44,12 @@ class EngineGraph:
 
 
 @pytest.fixture
-def engines(tiny_bundle, monkeypatch) -> dict[str, FakeEngine]:
-    """Stand-ins for the denoisers of the tiny bundle, by label, as the pipeline opens them."""
+def engines(monkeypatch) -> dict[str, FakeEngine]:
+    """Stand-ins for the graphs of plain sampling, by label, as the pipeline opens them."""
     opened: dict[str, FakeEngine] = {}
 
     def open_fake(bundle, label, backend, *, device, threads):
-        if not label.endswith("/denoiser"):
+        if label.rpartition("/")[2] not in ENGINES_OF_STEPS:
             return open_session(bundle, label, "onnxruntime", threads=1)
         graph = EngineGraph(bundle.graph_file(label), bundle.graph(label).spec)
         opened[label] = engine = FakeEngine(graph)
@@ -90,6 +91,49 @@ def test_replayed_loops_make_the_images_of_the_loop_graph(tiny_bundle, engines, 
     steps = pipeline.captures["target"]
     calls = SETTINGS["head_steps"] * (steps.eager + steps.replayed)
     assert pipeline.calls["target/denoiser"].calls == calls
+
+
+def test_hoisted_loops_make_the_images_of_the_other_graphs(hoisted_bundle, engines):
+    """In fp16, with the first step in float32."""
+    config = make_config(**SETTINGS, method="target")
+    pipeline = Pipeline(hoisted_bundle, "tensorrt-rtx", graphs=FakeGraphs())
+    made = pixels(pipeline, config)
+    loops = pipeline.captures["target hoisted"]
+    assert loops.captured == loops.eager and loops.replayed >= loops.captured > 0
+    assert loops.fallbacks == []
+    # One table a loop, one first step; nothing is left to the step with conditions.
+    count, calls = loops.eager + loops.replayed, pipeline.calls
+    assert calls["target/head_modulation"].calls == calls["target/denoiser_first"].calls == count
+    assert calls["target/denoiser_hoisted"].calls == (SETTINGS["head_steps"] - 1) * count
+    assert calls["target/denoiser"].calls == 0
+    for name in ("denoiser_hoisted", "head_modulation"):
+        assert len(engines[f"target/{name}"].contexts) - 1 == loops.captured
+    expected = pixels(Pipeline(hoisted_bundle, threads=1), config)
+    # The modulations of the other graph are rounded to half precision.
+    assert (made - expected).abs().float().mean() < 1 and expected.float().std() > 20
+
+
+def test_without_memory_for_a_table_nothing_is_hoisted(hoisted_bundle, engines):
+    """All 16 tokens of an image with 100 steps and guidance need 3 MiB."""
+    pipeline = Pipeline(hoisted_bundle, "tensorrt-rtx", graphs=FakeGraphs())
+    values = {**SETTINGS, "num_images": 1, "batch_size": 1, "num_iter": 1, "head_steps": 100}
+    pixels(pipeline, make_config(**values, method="target", modulation_memory=1))
+    assert pipeline.captures["target hoisted"].eager == 0
+    assert pipeline.captures["target"].eager == 1
+
+
+def test_speculation_is_hoisted_too(hoisted_bundle, engines):
+    config = make_config(**SETTINGS, method="lossless", window=3)
+    pipeline = Pipeline(hoisted_bundle, "tensorrt-rtx")
+    made = pixels(pipeline, config)
+    calls = {label: stats.calls for label, stats in pipeline.calls.items() if stats.calls}
+    names = {"backbone", "head_modulation", "speculative_round_hoisted"}
+    assert calls.keys() == {f"target/{name}" for name in names} | {"decoder"}
+    # One table per autoregressive step of each batch, which all tokens share.
+    assert calls["target/head_modulation"] == 2 * SETTINGS["num_iter"]
+    assert calls["target/speculative_round_hoisted"] > calls["target/head_modulation"]
+    expected = pixels(Pipeline(hoisted_bundle, threads=1), config)
+    assert (made - expected).abs().max() <= 1
 
 
 def test_each_context_sees_one_shape(tiny_bundle, engines):

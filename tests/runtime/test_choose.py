@@ -57,9 +57,7 @@ def test_never_more_than_plain_stepping_by_its_own_prediction(costs, tokens):
 
 def test_whole_chains_that_were_measured_count_more_than_predictions():
     """Rounds look free, whole chains are dearer than stepping for all but one token."""
-    whole = tuple(
-        (w, n, 10.0 if (w, n) == (16, 1.0) else 39.0) for w in (8, 16) for n in (1.0, 8.0)
-    )
+    whole = ((8, 1.0, 39.0), (8, 8.0, 39.0), (16, 1.0, 10.0), (16, 8.0, 39.0))
     costs = FREE.costs.model_copy(update={"whole": whole})
     measured = WindowChooser(costs, TYPICAL)
     assert decide(measured, [8]).choice.up_to == 0

@@ -1,0 +1,85 @@
+"""The heads of a bundle's models on one backend: which graphs, and which way through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from cspd.engines.backends import ENGINES
+from cspd.engines.bundle import Bundle
+from cspd.engines.cuda_graph import Graphs
+from cspd.engines.session import TimedSession
+from cspd.runtime.adaptive import Speculative
+from cspd.runtime.captured import CapturedSteps, bucket, captured_steps
+from cspd.runtime.hoisted import Room, SpeculativeWithinMemory, WithinMemory
+from cspd.runtime.lossless import SpeculativeHead
+from cspd.runtime.lossless_loop import SpeculativeLoopHead
+from cspd.runtime.member import Head, LoopHead, StepHead, step_limit
+from cspd.runtime.speculation import SpeculationOptions
+
+
+@dataclass
+class OpenHeads:
+    """Heads of `bundle`; `session(label)` opens its graphs on `backend`.
+
+    Captured loops are kept: by role, and hoisted ones by the role and "hoisted". `graphs` records
+    them, `note` hears of what no CUDA graph holds.
+    """
+
+    bundle: Bundle
+    backend: str
+    session: Callable[[str], TimedSession]
+    graphs: Graphs | None
+    note: Callable[[str], None]
+    loops: dict[str, CapturedSteps | None] = field(default_factory=dict)
+
+    def plain(self, role: str, memory: int) -> Head:
+        """Every denoising step a call, or the whole loop one; `memory` bytes ahead of the steps."""
+        if self._loops_inside(f"{role}/denoiser_loop"):
+            return LoopHead(self.session(f"{role}/denoiser_loop"), memory)
+        whole = self._step_head(role, f"{role}/denoiser", None)
+        modulate = self._modulate(role)
+        if modulate is None:
+            return whole
+        hoisted = self._step_head(f"{role} hoisted", f"{role}/denoiser_hoisted", modulate)
+        padded = partial(bucket, limit=step_limit(hoisted.session))
+        return WithinMemory(hoisted, whole, Room(modulate, memory, padded))
+
+    def speculative(self, role: str, options: SpeculationOptions, memory: int) -> Speculative:
+        """The exact head in rounds: all in one call where the backend can loop."""
+        if self._loops_inside(f"{role}/speculative_loop"):
+            loop = self.session(f"{role}/speculative_loop")
+            return SpeculativeLoopHead(loop, options, memory=memory)
+        channels = self.bundle.manifest.geometry.token_dim
+        rounds = self.session(f"{role}/speculative_round")
+        whole = SpeculativeHead(rounds, options, channels)
+        modulate = self._modulate(role)
+        if modulate is None:
+            return whole
+        rounds = self.session(f"{role}/speculative_round_hoisted")
+        hoisted = SpeculativeHead(rounds, options, channels, modulate=modulate)
+        return SpeculativeWithinMemory(hoisted, whole, Room(modulate, memory, options.call_tokens))
+
+    def _step_head(self, name: str, label: str, modulate: TimedSession | None) -> StepHead:
+        """Steps of graph `label`, as a captured loop `name` if it is an engine's."""
+        role, first = label.partition("/")[0], None
+        if f"{role}/denoiser_first" in self.bundle.manifest.graphs():
+            first = self.session(f"{role}/denoiser_first")
+        session = self.session(label)
+        if name not in self.loops:
+            self.loops[name] = captured_steps(
+                session, first, modulate, on_fallback=self.note, graphs=self.graphs
+            )
+        return StepHead(session, first, self.loops[name], modulate)
+
+    def _modulate(self, role: str) -> TimedSession | None:
+        """What computes modulations ahead of the steps of engines; None if the bundle does not."""
+        label = f"{role}/head_modulation"
+        if self.backend not in ENGINES or label not in self.bundle.manifest.graphs():
+            return None
+        return self.session(label)
+
+    def _loops_inside(self, label: str) -> bool:
+        """Whether the bundle has the loop `label`, and the backend runs such graphs."""
+        return label in self.bundle.manifest.graphs() and self.backend not in ENGINES
