@@ -62,6 +62,8 @@ class BuildOptions:
     # Number format of the weights on disk when it differs from that of the computation.
     storage: Literal["fp16"] | None = None
     engines: tuple[EngineOptions, ...] = ()
+    # Beside engines, also the graphs that look modulations up.
+    hoisted: bool = True
 
     def __post_init__(self) -> None:
         for name, low, high in (("max_batch", 1, 4096), ("max_rows", 1, 1 << 20)):
@@ -198,7 +200,7 @@ def _build_model(
     first = f"{role}/{WEIGHTS if options.precision == 'fp32' else FIRST_WEIGHTS}"
     limits = (options.max_batch, options.max_rows)
     # Only engines use them: elsewhere the loop graphs compute modulations ahead of their steps.
-    hoisted = bool(options.engines)
+    hoisted = options.hoisted and bool(options.engines)
     graphs = model_graphs(model, *limits, options.precision, exact.diffloss, hoisted=hoisted)
     references = {**graphs, **model_graphs(exact, *limits, hoisted=hoisted)}
     return ModelRecord(

@@ -19,7 +19,7 @@ def engine_plan() -> BundlePlan:
     plan = tiny_plan()
     # Level 0 builds quickest.
     engines = (EngineOptions(optimization_level=0),)
-    return replace(plan, options=replace(plan.options, engines=engines))
+    return replace(plan, options=replace(plan.options, engines=engines, hoisted=False))
 
 
 def build_with_engines(out: Path, log: Path) -> None:
