@@ -110,10 +110,10 @@ class Ladder:
     def _hoisted(self, role: Role, steps: list[Inputs]) -> dict[str, list[Inputs]]:
         """Inputs of the hoisted graphs of `role` for the tokens of recorded `steps`.
 
-        None if a table of modulations cannot hold the schedule.
+        Empty if they do not take the schedule.
         """
         modulate = self.reference(f"{role}/{MODULATION}")
-        if self.schedule.num_steps > modulate.spec.axes["steps"].max:
+        if not self.takes_schedule(modulate.spec):
             return {}
         steps = [few_rows(inputs) for inputs in steps]
         rounds = self._record_rounds(role, steps[-1])[f"{role}/{ROUND}"]
@@ -241,10 +241,14 @@ class Ladder:
         outputs = self.bundle.graph(label).spec.outputs
         return max(output.tolerance or 0.0 for output in outputs)
 
+    def takes_schedule(self, spec: GraphSpec) -> bool:
+        """Whether the graph is for as many denoising steps: tables of modulations are limited."""
+        return "steps" not in spec.axes or self.schedule.num_steps <= spec.axes["steps"].max
+
     def random_cases(self, label: str) -> Iterator[Case]:
         """Random inputs at the smallest, an odd, the usual and the largest sizes in the budget."""
         spec = self.bundle.graph(label).spec
-        if spec.name in RELATED_INPUTS:
+        if spec.name in RELATED_INPUTS or not self.takes_schedule(spec):
             return
         odd = {name: min(max(axis.min, 3), axis.max) for name, axis in spec.axes.items()}
         sizes = {which: spec.sizes(which) for which in ("min", "opt", "max")} | {"odd": odd}

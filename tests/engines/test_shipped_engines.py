@@ -16,7 +16,7 @@ from cspd.engines.spec import GraphSpec
 from cspd.engines.trt_build import build_engine
 from cspd.engines.trt_options import BuildOptions, profile_shapes
 from cspd.export.assemble import assemble_mar
-from cspd.export.networks import EXACT, model_graphs
+from cspd.export.networks import EXACT, HOISTED, HOISTED_ROUND, MODULATION, model_graphs
 from cspd.export.onnx_export import export_graph, save_graph
 from cspd.export.presets import MarConfig
 from cspd.runtime.cli import shipped_bundle
@@ -46,7 +46,7 @@ def graphs_of(role: str, precision: str):
     config, limits = MarConfig(**record.config), (64, 4096)
     exact = assemble_mar(config, state, "fp32")
     model = assemble_mar(config, state, precision)
-    return model, model_graphs(model, *limits, precision, exact.diffloss)
+    return model, model_graphs(model, *limits, precision, exact.diffloss, hoisted=True)
 
 
 @pytest.fixture(scope="module")
@@ -108,16 +108,27 @@ def matrices(role: str, name: str) -> list[torch.Tensor]:
     return [p for p in parameters if name == "denoiser" or id(p) not in head]
 
 
+@pytest.mark.parametrize("name", [MODULATION, HOISTED, HOISTED_ROUND])
+def test_hoisted_graphs_of_an_fp16_bundle_build(name, tmp_path):
+    """No shipped bundle has them: a bundle has them if it was built with engines."""
+    module, spec = graphs_of("target", "fp16")[1][name]
+    save_file(module.state_dict(), tmp_path / "weights.safetensors")
+    path = tmp_path / f"{name}.onnx"
+    save_graph(export_graph(module, spec), path, tmp_path / "weights.safetensors")
+    check_engine(path, spec, tmp_path / "engine")
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_the_other_graphs_of_an_fp16_bundle_are_the_shipped_ones(role):
     """They compute in float32: first step and speculative round are built above already."""
     _, graphs = graphs_of(role, "fp16")
-    assert set(graphs) == {*REDUCED, *EXACT}
-    twins = {"denoiser_first": "denoiser", "speculative_round": "speculative_round"}
+    assert set(graphs) == {*REDUCED, *EXACT, HOISTED}
     for name in EXACT:
-        module, spec = graphs[name]
-        assert {p.dtype for p in module.parameters()} == {torch.float32}
-        shipped = BUNDLE.graph(f"{role}/{twins[name]}").spec
+        assert {p.dtype for p in graphs[name][0].parameters()} == {torch.float32}
+    twins = {"denoiser_first": "denoiser", "speculative_round": "speculative_round"}
+    for name, twin in twins.items():
+        _, spec = graphs[name]
+        shipped = BUNDLE.graph(f"{role}/{twin}").spec
         assert spec.model_copy(update={"name": shipped.name}) == shipped
 
 
