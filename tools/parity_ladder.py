@@ -181,10 +181,10 @@ class Ladder:
             yield candidate.name, Pipeline(self.bundle, candidate.backend, candidate.device)
 
     def reference(self, label: str) -> Session:
-        """PyTorch in float32 with the weights of the bundle."""
+        """PyTorch in float32 with the weights that the graph has in the bundle."""
         role, _, name = label.partition("/")
         model = self.bundle.manifest.models.get(role)  # type: ignore[call-overload]
-        exact = ("backbone", "denoiser", FIRST, HOISTED)
+        exact = ("backbone", "denoiser", HOISTED)
         if model is None or model.precision == "fp32" or name not in exact:
             return open_session(self.bundle, label, "torch", device=self.device)
         spec = self.bundle.graph(label).spec
@@ -192,13 +192,13 @@ class Ladder:
         return TorchSession(spec, module, torch.device(self.device))
 
     def modules(self, role: str, precision: str) -> dict[str, nn.Module]:
-        """The transformer and the denoising step of `role`, computing in `precision`."""
+        """The transformer and the denoising steps of `role`, computing in `precision`."""
         model = self.bundle.manifest.models[role]  # type: ignore[index]
         state = load_file(self.bundle.file(model.weights))
         network = assemble_mar(MarConfig(**model.config), state, precision)
-        step = DenoiserGraph(network.diffloss)
-        hoisted = HoistedDenoiserGraph(network.diffloss)
-        return {"backbone": network, "denoiser": step, FIRST: step, HOISTED: hoisted}
+        head = network.diffloss
+        steps = {"denoiser": DenoiserGraph(head), HOISTED: HoistedDenoiserGraph(head)}
+        return {"backbone": network, **steps}
 
     def reference_pipeline(self) -> Pipeline:
         """A pipeline that runs the reference."""
