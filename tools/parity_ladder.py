@@ -110,10 +110,10 @@ class Ladder:
     def _hoisted(self, role: Role, steps: list[Inputs]) -> dict[str, list[Inputs]]:
         """Inputs of the hoisted graphs of `role` for the tokens of recorded `steps`.
 
-        None if a table of modulations cannot hold the schedule.
+        Empty if they do not take the schedule.
         """
         modulate = self.reference(f"{role}/{MODULATION}")
-        if self.schedule.num_steps > modulate.spec.axes["steps"].max:
+        if not self.takes_schedule(modulate.spec):
             return {}
         steps = [few_rows(inputs) for inputs in steps]
         rounds = self._record_rounds(role, steps[-1])[f"{role}/{ROUND}"]
@@ -181,10 +181,10 @@ class Ladder:
             yield candidate.name, Pipeline(self.bundle, candidate.backend, candidate.device)
 
     def reference(self, label: str) -> Session:
-        """PyTorch in float32 with the weights of the bundle."""
+        """PyTorch in float32 with the weights that the graph has in the bundle."""
         role, _, name = label.partition("/")
         model = self.bundle.manifest.models.get(role)  # type: ignore[call-overload]
-        exact = ("backbone", "denoiser", FIRST, HOISTED)
+        exact = ("backbone", "denoiser", HOISTED)
         if model is None or model.precision == "fp32" or name not in exact:
             return open_session(self.bundle, label, "torch", device=self.device)
         spec = self.bundle.graph(label).spec
@@ -192,13 +192,13 @@ class Ladder:
         return TorchSession(spec, module, torch.device(self.device))
 
     def modules(self, role: str, precision: str) -> dict[str, nn.Module]:
-        """The transformer and the denoising step of `role`, computing in `precision`."""
+        """The transformer and the denoising steps of `role`, computing in `precision`."""
         model = self.bundle.manifest.models[role]  # type: ignore[index]
         state = load_file(self.bundle.file(model.weights))
         network = assemble_mar(MarConfig(**model.config), state, precision)
-        step = DenoiserGraph(network.diffloss)
-        hoisted = HoistedDenoiserGraph(network.diffloss)
-        return {"backbone": network, "denoiser": step, FIRST: step, HOISTED: hoisted}
+        head = network.diffloss
+        steps = {"denoiser": DenoiserGraph(head), HOISTED: HoistedDenoiserGraph(head)}
+        return {"backbone": network, **steps}
 
     def reference_pipeline(self) -> Pipeline:
         """A pipeline that runs the reference."""
@@ -241,10 +241,14 @@ class Ladder:
         outputs = self.bundle.graph(label).spec.outputs
         return max(output.tolerance or 0.0 for output in outputs)
 
+    def takes_schedule(self, spec: GraphSpec) -> bool:
+        """Whether the graph is for as many denoising steps: tables of modulations are limited."""
+        return "steps" not in spec.axes or self.schedule.num_steps <= spec.axes["steps"].max
+
     def random_cases(self, label: str) -> Iterator[Case]:
         """Random inputs at the smallest, an odd, the usual and the largest sizes in the budget."""
         spec = self.bundle.graph(label).spec
-        if spec.name in RELATED_INPUTS:
+        if spec.name in RELATED_INPUTS or not self.takes_schedule(spec):
             return
         odd = {name: min(max(axis.min, 3), axis.max) for name, axis in spec.axes.items()}
         sizes = {which: spec.sizes(which) for which in ("min", "opt", "max")} | {"odd": odd}

@@ -205,3 +205,16 @@ def test_rounds_account_for_every_token(sound):
     (_, statistics), *_ = pipeline.generate(config)
     assert judged.tolist() == [length - statistics.prefilled // config.num_images] * 2
     assert accepted == statistics.verdicts.accepted
+
+
+def test_hoisted_graphs_are_compared_on_related_inputs(hoisted_bundle):
+    """All on recorded inputs; on random ones, too, where those need not fit each other."""
+    ladder = parity.make_ladder(hoisted_bundle, backends=("onnxruntime",), **SMALL)
+    rows, _ = parity.climb(ladder, ["graphs"])
+    assert not parity.failures(rows)
+    for name in ("head_modulation", "denoiser_hoisted", "speculative_round_hoisted"):
+        cases = {r.case.split()[0] for r in rows if r.subject == f"target/{name} as exported"}
+        assert "recorded" in cases
+        assert (len(cases) == 1) == (name == "speculative_round_hoisted")
+    for inputs in ladder.recorded["target/speculative_round_hoisted"]:
+        assert inputs["modulation"].shape[0] == len(inputs["origin"]) <= 4
