@@ -95,6 +95,12 @@ def require_exporter() -> None:
     "--version-compatible", is_flag=True, help="tensorrt: engines for newer versions too."
 )
 @click.option("--hardware-compatible", is_flag=True, help="tensorrt: engines for Ampere and later.")
+@click.option(
+    "--hoisted/--no-hoisted",
+    default=True,
+    show_default=True,
+    help="With engines: graphs that take the head's modulations from a table.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle in --out.")
 def build(
@@ -102,7 +108,7 @@ def build(
     vae: Path | None, random_weights: bool, allow_non_ema: bool, precision: Precision,
     max_batch: int,
     max_rows: int, clip_timesteps: int | None, backends: tuple[str, ...], out: Path,
-    overwrite: bool, **engine: Any,
+    overwrite: bool, hoisted: bool, **engine: Any,
 ) -> None:  # fmt: skip
     """Export a pair of MAR models and its decoder as one verified bundle."""
     require_exporter()
@@ -117,7 +123,7 @@ def build(
         presets["draft"] = draft
     plan = mar_plan(
         presets, {"target": target_weights, "draft": draft_weights}, vae,
-        BuildOptions(max_batch, max_rows, precision, engines=engines),
+        BuildOptions(max_batch, max_rows, precision, engines=engines, hoisted=hoisted),
         random_weights=random_weights,
         allow_non_ema=allow_non_ema, clip_timesteps=clip_timesteps, warn=note,
     )  # fmt: skip

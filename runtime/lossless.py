@@ -23,7 +23,7 @@ from cspd.engines.session import Session
 from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
 from cspd.runtime.member import Rows, part_of
 from cspd.runtime.noise import Noise, Purpose
-from cspd.runtime.rounds import draft_tables, rows_of
+from cspd.runtime.rounds import DraftTables, depths_of, rows_of
 from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample, StepLog
 
 POOL = 32  # candidates of a token that are drawn at once; a refusal takes two or three
@@ -59,7 +59,7 @@ class SpeculativeHead:
     ) -> None:  # fmt: skip
         self.session, self.options, self.channels = round_session, options, channels
         self.numbers, self.modulate = numbers, modulate
-        self._tables: dict[bytes, dict[str, Tensor]] = {}
+        self._drafts = DraftTables(options.window)
 
     @torch.inference_mode()
     def __call__(
@@ -71,19 +71,12 @@ class SpeculativeHead:
         `depth` [S] int64: how many rows to evaluate for a token at each step, at least 1; by
         default as many as the window and the chain hold. The law of the samples is the same.
         """
-        longest = np.arange(1, schedule.num_steps + 1).clip(max=self.options.window)
-        depth = longest if depth is None else np.minimum(depth, longest)
+        depth = depths_of(self.options.window, schedule.num_steps, depth)
         chain = Chain(schedule, self.numbers(noise, purpose), depth, self._drafts(schedule))
         limit = self.options.max_tokens or len(rows.images)
         starts = range(0, len(rows.images), limit)
         chunks = [_Run(self, chain).sample(part_of(rows, i, i + limit)) for i in starts]
         return join(chunks)
-
-    def _drafts(self, schedule: Schedule) -> dict[str, Tensor]:
-        key = schedule.betas.tobytes()
-        if key not in self._tables:
-            self._tables[key] = draft_tables(schedule, self.options.window)
-        return self._tables[key]
 
 
 def join(chunks: list[SpeculativeSample]) -> SpeculativeSample:
@@ -110,7 +103,7 @@ class _Run:
         self.modulate = head.modulate
         self.chain, self.device = chain, chain.numbers.noise.device
         self.table = chain.schedule.table.to(self.device)
-        self.drafts = {name: table.to(self.device) for name, table in chain.drafts.items()}
+        self.drafts = chain.drafts
         self.cut: dict[int, dict[str, Tensor]] = {}
         self.drawn = 0  # candidates per token so far
         self.modulation: Tensor | None = None

@@ -18,7 +18,7 @@ from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
 from cspd.runtime.lossless import RESULTS, join
 from cspd.runtime.member import DEFAULT_MEMORY, Rows, part_of, tokens_within
 from cspd.runtime.noise import Noise, Purpose
-from cspd.runtime.rounds import draft_tables
+from cspd.runtime.rounds import DraftTables, depths_of
 from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample, StepLog
 
 POOL = 64  # candidates of a token in one call; a chain of 100 steps takes about 15
@@ -38,7 +38,7 @@ class SpeculativeLoopHead:
         numbers: MakeNumbers = ChainNumbers,
     ) -> None:  # fmt: skip
         self.session, self.options, self.memory, self.numbers = session, options, memory, numbers
-        self._tables: dict[bytes, State] = {}
+        self._drafts = DraftTables(options.window)
 
     @torch.inference_mode()
     def __call__(
@@ -52,21 +52,13 @@ class SpeculativeLoopHead:
         }  # fmt: skip
         limit = tokens_within(self.session, self.memory, schedule, rows)
         limit = min(limit, self.options.max_tokens or limit)
-        chain = _Chain(self, self.numbers(noise, purpose), constant)
+        chain = _Chain(self, self.numbers(noise, purpose), constant, limit)
         starts = range(0, len(rows.images), limit)
         return join([chain.sample(part_of(rows, i, i + limit)) for i in starts])
 
-    def _drafts(self, schedule: Schedule) -> State:
-        key = schedule.betas.tobytes()
-        if key not in self._tables:
-            self._tables[key] = draft_tables(schedule, self.options.window)
-        device = schedule.table.device
-        return {name: table.to(device) for name, table in self._tables[key].items()}
-
     def _last_rows(self, num_steps: int, depth: np.ndarray | None) -> Tensor:
         """The last row of a window by step; if calls have one shape, always that of the window."""
-        longest = np.arange(1, num_steps + 1).clip(max=self.options.window)
-        depth = longest if depth is None else np.minimum(depth, longest)
+        depth = depths_of(self.options.window, num_steps, depth)
         if self.options.row_buckets:
             depth = np.full(num_steps, self.options.window)
         return torch.from_numpy(depth.astype(np.int32) - 1).to(self.session.device)
@@ -74,16 +66,17 @@ class SpeculativeLoopHead:
 
 @dataclass(frozen=True)
 class _Chain:
-    """The sampling of tokens that share their calls."""
+    """The sampling of tokens that share their calls, of at most `limit` tokens each."""
 
     head: SpeculativeLoopHead
     numbers: ChainNumbers
     constant: State
+    limit: int
 
     def sample(self, tokens: Rows) -> SpeculativeSample:
         """Call the loop until every token is done: once, but for a token in many thousand."""
         count, steps = len(tokens.images), len(self.constant["schedule"])
-        padded = self.head.options.padded_tokens(count)
+        padded = min(self.head.options.padded_tokens(count), self.limit)
         tokens = tokens.take(torch.arange(padded).clamp(max=count - 1))
         log, state, shared = StepLog(count, steps), *self._start(tokens, count)
         results = {name: torch.zeros_like(state["x"]) for name in RESULTS}

@@ -9,6 +9,7 @@ from functools import partial
 from cspd.engines.backends import ENGINES
 from cspd.engines.bundle import Bundle
 from cspd.engines.cuda_graph import Graphs
+from cspd.engines.errors import CspdError
 from cspd.engines.session import TimedSession
 from cspd.runtime.adaptive import Speculative
 from cspd.runtime.captured import CapturedSteps, bucket, captured_steps
@@ -48,6 +49,9 @@ class OpenHeads:
 
     def speculative(self, role: str, options: SpeculationOptions, memory: int) -> Speculative:
         """The exact head in rounds: all in one call where the backend can loop."""
+        most = self.bundle.graph(f"{role}/speculative_round").spec.axes["window"].max
+        if options.window > most:
+            raise CspdError(f"--window is {options.window}, the bundle was built for 1..{most}")
         if self._loops_inside(f"{role}/speculative_loop"):
             loop = self.session(f"{role}/speculative_loop")
             return SpeculativeLoopHead(loop, options, memory=memory)

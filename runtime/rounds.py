@@ -61,6 +61,27 @@ def draft_tables(schedule: Schedule, window: int) -> dict[str, Tensor]:
     return {name: table.float() for name, table in tables.items()}
 
 
+class DraftTables:
+    """The `draft_tables` of a window, computed once per schedule."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self._known: dict[bytes, dict[str, Tensor]] = {}
+
+    def __call__(self, schedule: Schedule) -> dict[str, Tensor]:
+        """The tables, where the schedule lies."""
+        key = schedule.betas.tobytes()
+        if key not in self._known:
+            self._known[key] = draft_tables(schedule, self.window)
+        return {name: t.to(schedule.table.device) for name, t in self._known[key].items()}
+
+
+def depths_of(window: int, num_steps: int, depth: np.ndarray | None) -> np.ndarray:
+    """Rows of a token by step [S]: `depth`, or as many as the window and the chain hold."""
+    longest = np.arange(1, num_steps + 1).clip(max=window)
+    return longest if depth is None else np.minimum(depth, longest)
+
+
 def rows_of(length: np.ndarray, window: int, count: int) -> dict[str, Tensor]:
     """Which (token, drafted state) pairs a round evaluates, as inputs of the round (all int32).
 

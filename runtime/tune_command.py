@@ -1,4 +1,4 @@
-"""`cspd-run tune`: measure once what head calls cost here, for `--method auto`."""
+"""`cspd-run tune`: measure once what the heads cost here, for `--method lossless`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from rich.table import Table
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import open_bundle
+from cspd.runtime.choose import choose
 from cspd.runtime.config import RunConfig
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.tuning import HeadCosts, tuned
+from cspd.runtime.window import WHOLE_WINDOWS, cost_at
+
+MAX_ROWS = 1 << 30  # the table shows what is cheapest, whatever fits into one call
 
 
 def tune(pipeline: Pipeline, config: RunConfig) -> list[HeadCosts]:
@@ -26,17 +30,21 @@ def tune(pipeline: Pipeline, config: RunConfig) -> list[HeadCosts]:
 
 
 def cost_table(found: HeadCosts) -> Table:
-    """A line per number of tokens: plain stepping, and the best that speculation promises."""
+    """A line per number of tokens: what was measured, and what a reproducible run then does."""
     guided = "with guidance" if found.guided else "without guidance"
+    title = f"{found.role} head, {found.costs.num_steps} steps, {guided}, ms"
+    windows = (f"window {window}" for window in WHOLE_WINDOWS)
     table = Table(
-        "tokens together", "plain stepping, ms", "choice", "expected, ms",
-        title=f"{found.role} head, {found.costs.num_steps} steps, {guided}", title_justify="left",
-    )  # fmt: skip
+        "tokens together", "stepping", *windows, "choice", title=title, title_justify="left"
+    )
     chooser = found.chooser()
     for tokens, plain in found.costs.plain:
-        best = chooser.choose(int(tokens))
-        way = "plain" if best.depth is None else f"up to {int(best.depth.max())} rows a token"
-        table.add_row(f"{tokens:g}", f"{plain:.2f}", way, f"{best.expected_ms:.2f}")
+        choice = choose(
+            found.role, chooser, [int(tokens)], fixed=True, max_rows=MAX_ROWS, window=None
+        ).choice
+        chains = (cost_at(found.costs.chains(window), tokens) for window in WHOLE_WINDOWS)
+        way = f"window {choice.window}" if choice.up_to else "stepping"
+        table.add_row(f"{tokens:g}", f"{plain:.2f}", *(f"{ms:.2f}" for ms in chains), way)
     return table
 
 
@@ -53,7 +61,7 @@ def cost_table(found: HeadCosts) -> Table:
 def command(
     bundle: Path | None, backend: str, device: str, threads: int, as_json: bool, **sampling: Any
 ) -> None:
-    """Measure what head calls of BUNDLE cost on this machine, by default of the shipped pair.
+    """Measure what the heads of BUNDLE cost on this machine, by default of the shipped pair.
 
     Costs are kept beside the bundle, or in the user's cache folder where that is not possible, and
     hold for this bundle, backend, machine and these versions only.

@@ -61,6 +61,7 @@ def facts(pipeline: Pipeline, role: Role, config: RunConfig) -> dict[str, str]:
         "threads": str(pipeline.threads or os.cpu_count()), "role": role,
         "guided": str(config.cfg != 1), "head_steps": str(measured_steps(config)),
         "machine": _machine(), "tool": importlib.metadata.version("cspd"), "measured": "whole",
+        "modulation_memory": str(config.modulation_memory),
     }  # fmt: skip
     for name in LIBRARIES:
         try:
@@ -202,7 +203,8 @@ class Examples:
 def measure(pipeline: Pipeline, role: Role, config: RunConfig, key: str) -> HeadCosts:
     """Measure the head of `role` on conditions of an image that the model itself begins."""
     steps = measured_steps(config)
-    examples, plain = Examples.of(pipeline, role, config), pipeline.plain_head(role)
+    memory = config.modulation_memory << 20
+    examples, plain = Examples.of(pipeline, role, config), pipeline.plain_head(role, memory)
     totals = np.zeros((2, steps))
 
     def keep(stats: SpeculationStats) -> None:
@@ -212,7 +214,7 @@ def measure(pipeline: Pipeline, role: Role, config: RunConfig, key: str) -> Head
         most = pipeline.most_rows(role)
         buckets = () if rows is None else (max(window, min(most, rows)),)
         options = SpeculationOptions(window, row_buckets=buckets, max_rows=most)
-        return _Counting(pipeline.speculative_head(role, options), keep)
+        return _Counting(pipeline.speculative_head(role, options, memory), keep)
 
     schedule = make_schedule(pipeline.bundle.manifest.schedule, steps).to(pipeline.device)
     costs = measure_heads(

@@ -3,13 +3,13 @@
 import onnx_ir as ir
 import pytest
 import torch
+from quiet_head import quiet_head
 
 from cspd.engines.ort_session import ort_session
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.session import TorchSession
 from cspd.export.graphs import DenoiserGraph, denoiser_spec
 from cspd.export.hoisted_round import HoistedRoundGraph, hoisted_round_spec
-from cspd.export.mar import DiffusionLoss
 from cspd.export.modulation import HeadModulationGraph, modulation_spec
 from cspd.export.onnx_export import export_graph
 from cspd.export.presets import MarConfig
@@ -29,12 +29,7 @@ DISCRETE = ("next_step", "moved", "drawn")
 
 @pytest.fixture(scope="module")
 def head():
-    torch.manual_seed(1)
-    head = DiffusionLoss(CONFIG)
-    with torch.no_grad():
-        # As small as in a trained head, so that drafts are often, but not always, accepted.
-        head.net.final_layer.linear.weight.mul_(0.3)
-    return head.eval()
+    return quiet_head(CONFIG)
 
 
 @pytest.fixture(scope="module")

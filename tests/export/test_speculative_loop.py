@@ -3,11 +3,11 @@
 import onnx_ir as ir
 import pytest
 import torch
+from quiet_head import quiet_head
 from test_round_graph import CONFIG, CPU, SCHEDULE, tokens
 
 from cspd.engines.ort_session import ort_session
 from cspd.engines.session import TorchSession
-from cspd.export.mar import DiffusionLoss
 from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
 from cspd.export.while_loop import export_speculative_loop
 from cspd.runtime import lossless_loop
@@ -21,12 +21,7 @@ INTEGERS = ("next_step", "moved", "drawn")
 
 @pytest.fixture(scope="module")
 def graph():
-    torch.manual_seed(1)
-    head = DiffusionLoss(CONFIG)
-    with torch.no_grad():
-        # As small as in a trained head, so that drafts are often, but not always, accepted.
-        head.net.final_layer.linear.weight.mul_(0.3)
-    return SpeculativeLoopGraph(head.eval())
+    return SpeculativeLoopGraph(quiet_head(CONFIG))
 
 
 @pytest.fixture(scope="module")

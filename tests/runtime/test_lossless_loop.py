@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from quiet_head import quiet_head
 from test_lossless import CHANNELS, SCHEDULE, network_tokens, part_of
 
 from cspd.engines.session import TorchSession
 from cspd.export.graphs import DenoiserGraph, denoiser_spec
-from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig
 from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
 from cspd.runtime import lossless_loop
@@ -33,11 +33,7 @@ class Counting:
 
 @pytest.fixture(scope="module")
 def diffloss():
-    torch.manual_seed(0)
-    head = DiffusionLoss(CONFIG)
-    with torch.no_grad():
-        head.net.final_layer.linear.weight.mul_(0.3)
-    return head
+    return quiet_head(CONFIG, seed=0)
 
 
 @pytest.fixture
@@ -89,6 +85,14 @@ def test_calls_are_cut_to_the_memory_of_the_modulations(loop):
     assert loop.sizes == [10, 3, 3, 3, 1]
     torch.testing.assert_close(cut.sample, whole.sample)
     assert cut.stats.calls > cut.stats.rounds
+
+
+def test_padding_stays_within_the_memory(loop):
+    options, rows = SpeculationOptions(window=4, row_buckets=(40,)), network_tokens(7)
+    token = 4 * loop.spec.scratch * SCHEDULE.num_steps * 2
+    SpeculativeLoopHead(loop, options, memory=3 * token)(rows, SCHEDULE, Noise(2))
+    # All calls have one shape, the largest that fits.
+    assert loop.sizes == [3, 3, 3]
 
 
 def test_with_one_bucket_a_token_does_not_depend_on_its_batch(loop):

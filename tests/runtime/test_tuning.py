@@ -18,6 +18,7 @@ from cspd.runtime.lossless_loop import SpeculativeLoopHead
 from cspd.runtime.member import LoopHead
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.relax import SameNoiseRound, TotalVariationRound
+from cspd.runtime.tune_command import cost_table
 from cspd.runtime.window import CostRecord
 
 BASE = {"num_iter": 6, "head_steps": 10, "cfg": 3.0, "batch_size": 2, "labels": (3, 417)}
@@ -224,3 +225,21 @@ def test_tune_command(pipeline, tmp_path):
     found = json.loads(result.stdout)
     assert [record["role"] for record in found] == ["draft", "target"]
     assert len(list((tmp_path / "bundle.tuned").iterdir())) == 2
+
+
+def test_tune_table_shows_what_was_measured_and_what_follows():
+    whole = ((8, 1.0, 5.0), (16, 1.0, 3.0), (8, 32.0, 50.0), (16, 32.0, 60.0))
+    costs = CostRecord(
+        key="k", num_steps=10, plain=((1.0, 4.0), (32.0, 40.0)), rounds=((1.0, 0.1),), whole=whole
+    )
+    found = tuning.HeadCosts(role="target", guided=True, costs=costs, acceptance=(0.9,) * 10)
+    columns = [list(column.cells) for column in cost_table(found).columns]
+    assert columns == [
+        ["1", "32"], ["4.00", "40.00"], ["5.00", "50.00"], ["3.00", "60.00"],
+        ["window 16", "stepping"],
+    ]  # fmt: skip
+
+
+def test_a_window_that_no_graph_takes_is_refused_in_the_words_of_the_user(pipeline):
+    with pytest.raises(CspdError, match=r"--window is 40, the bundle was built for 1\.\.32"):
+        list(pipeline.generate(config(method="lossless", window=40)))
