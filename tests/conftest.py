@@ -1,7 +1,6 @@
 """Shared fixtures: golden vectors, the tiny model, and its exported bundle (built once a run)."""
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -49,8 +48,6 @@ def tiny_bundle(built_tiny):
 def hoisted_bundle(tmp_path_factory):
     """The opened bundle of the tiny target in fp16 with engines, and so with hoisted graphs."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    if not os.environ.get("CSPD_SLOW_TESTS"):
-        pytest.skip("takes a minute to build; set CSPD_SLOW_TESTS=1")
     from hoisted_bundle import build_hoisted
 
     from cspd.engines.bundle import open_bundle
