@@ -108,8 +108,10 @@ def advance(
     exponent = 0.5 * (xi * xi - score * score)
     ratio = (exponent + (drafted_log_std - target.log_std)).sum(-1, keepdim=True)
     # Step 0 adds no noise: a Dirac, which no draft can meet.
-    final = (count(len(chain.schedule), state.x) == 0)[:, None]
-    log_accept = torch.where(final, math.inf, chain.log_accept).flatten()[:, None]
+    # Joined, not selected by step: that would tie two axes, which the exporter then traces twice.
+    log_accept = torch.cat(
+        [torch.full_like(chain.log_accept[:1], math.inf), chain.log_accept[1:]]
+    ).flatten()[:, None]
     passed = embedding(numbers, log_accept) < ratio
     last = torch.where(passed, window, offset[:, None]).amin(1).minimum(last_row)
     committed = (offset <= last.minimum(state.step - 1))[..., None]
