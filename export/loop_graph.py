@@ -11,6 +11,7 @@ from torch.nn.functional import embedding, linear, silu
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import GraphSpec, TensorSpec
+from cspd.export.diffusion_head import DiffusionHead
 from cspd.export.graphs import guided_kernel, head_axes, head_outputs
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig
@@ -43,22 +44,22 @@ class LoopPrelude(nn.Module):
         # The last step adds no noise: its mean is the sample.
         added = torch.cat([torch.zeros_like(noise[:1]), noise[1:]]) * temperature[:, None]
         steps = added, *step_coefficients(schedule, channels)
-        return *indices, weight, *steps, *self.modulations(conditions, schedule)
+        return *indices, weight, *steps, *modulations(self.diffloss.net, conditions, schedule)
 
-    def modulations(self, conditions: Tensor, schedule: Tensor) -> list[Tensor]:
-        """Shift, 1 + scale and gate of every block, shift and 1 + scale of the last layer."""
-        head = self.diffloss.net
-        width = head.cond_embed.out_features
-        time = head.time_embed(schedule[:, 0])[:, None]
-        active = silu(time + head.cond_embed(conditions).flatten(0, 1)).flatten(0, 1)
-        active = active.to(head.cond_embed.weight.dtype)
-        parts = []
-        for whole in head.modulation_layers:
-            pieces = zip(whole.weight.split(width), whole.bias.split(width), strict=True)
-            for kind, (matrix, bias) in enumerate(pieces):
-                # Whole matrices of few columns: cutting the products up would copy all of them.
-                parts.append(linear(active, matrix, bias + 1 if kind == 1 else bias).float())
-        return [part.unflatten(0, (schedule.shape[0], -1)) for part in parts]
+
+def modulations(head: DiffusionHead, conditions: Tensor, schedule: Tensor) -> list[Tensor]:
+    """Shift, 1 + scale and gate of every block, shift and 1 + scale of the last layer."""
+    width = head.cond_embed.out_features
+    time = head.time_embed(schedule[:, 0])[:, None]
+    active = silu(time + head.cond_embed(conditions).flatten(0, 1)).flatten(0, 1)
+    active = active.to(head.cond_embed.weight.dtype)
+    parts = []
+    for whole in head.modulation_layers:
+        pieces = zip(whole.weight.split(width), whole.bias.split(width), strict=True)
+        for kind, (matrix, bias) in enumerate(pieces):
+            # Whole matrices of few columns: cutting the products up would copy all of them.
+            parts.append(linear(active, matrix, bias + 1 if kind == 1 else bias).float())
+    return [part.unflatten(0, (schedule.shape[0], -1)) for part in parts]
 
 
 def step_coefficients(schedule: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,6 +26,7 @@ from cspd.engines.spec import GraphSpec, TensorSpec
 OPSET = 20
 # Sizes used for tracing: distinct, and never 0 or 1, which the exporter would bake in.
 TRACE_SIZES = (3, 5, 7, 11, 13, 17)
+MAX_CONSTANT = 4096  # bytes; what is larger is a weight, and those live in the weights file
 SAFETENSORS_DTYPES = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16,
 }  # fmt: skip
@@ -134,7 +135,7 @@ def save_graph(model: ir.Model, path: Path, weights: Path | None) -> None:
     for value in list(graph.initializers.values()):
         external = stored.get(str(value.name))
         if external is None:
-            if value.const_value is not None and value.const_value.nbytes > 1 << 20:
+            if value.const_value is not None and value.const_value.nbytes > MAX_CONSTANT:
                 raise CspdError(f"{graph.name}: weight {value.name} is not in the weights file")
             continue
         if external.dtype == value.dtype:

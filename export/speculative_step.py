@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from cspd.export.loop_graph import LoopPrelude
+from cspd.export.loop_graph import modulations
 from cspd.export.mar import DiffusionLoss
 from cspd.export.round_parts import CANDIDATES, Chain, Kernel, State, advance, count
 
@@ -26,7 +26,6 @@ class SpeculativeStep(nn.Module):
     def __init__(self, diffloss: DiffusionLoss) -> None:
         super().__init__()
         self.diffloss = diffloss
-        self.prelude = LoopPrelude(diffloss)
 
     def forward(
         self, x: Tensor, left: Tensor, x0: Tensor, fraction: Tensor, mean: Tensor,
@@ -95,7 +94,7 @@ class SpeculativeStep(nn.Module):
     def _head(self, x: Tensor, at: Tensor, conditions: Tensor, schedule: Tensor) -> Tensor:
         """Outputs of the head for rows `x`, modulated as row `at` of the flattened tables says."""
         head = self.diffloss.net
-        tables = [t.flatten(0, 1) for t in self.prelude.modulations(conditions, schedule)]
+        tables = [t.flatten(0, 1) for t in modulations(head, conditions, schedule)]
         hidden = head.input_proj(x)
         for block in head.blocks:
             shift, scale, gate = (embedding(at, table) for table in tables[:3])
