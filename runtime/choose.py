@@ -6,7 +6,8 @@ and recorded. Others let `AdaptiveHead` choose per call and learn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +20,11 @@ from cspd.runtime.window import MARGIN, WINDOWS, WindowChooser, cost_at, predict
 
 @dataclass(frozen=True)
 class Explained:
-    """A choice, and why it was made."""
+    """A choice, why it was made, and the milliseconds per image batch that it promises."""
 
     choice: HeadChoice
     reason: str
+    expected: float
 
 
 def tokens_together(role: Role, config: RunConfig, num_tokens: int) -> list[int]:
@@ -71,7 +73,32 @@ def choose(
         total = sum(cost[n] if n <= up_to else plain[n] for n in counts)
         if up_to and total < least:
             best, least = HeadChoice(role=role, window=candidate, up_to=up_to), total
-    return Explained(best, _reason(best, sizes, spent, least))
+    return Explained(best, _reason(best, sizes, spent, least), least)
+
+
+def expected_ms(
+    chooser: WindowChooser, choice: HeadChoice, tokens: Iterable[int], *, fixed: bool
+) -> float:
+    """Milliseconds per image batch that `choice` promises for calls of `tokens`."""
+
+    def cost(count: int) -> float:
+        if count <= choice.up_to:
+            return _round_costs(chooser, count, choice.window, fixed)
+        return float(cost_at(chooser.costs.plain, count))
+
+    return sum(calls * cost(count) for count, calls in Counter(tokens).items())
+
+
+def choose_table(ways: Mapping[bool, Explained]) -> Explained:
+    """The cheapest of `ways`: with a table of modulations (True) and, if possible, without."""
+    table = min(ways, key=lambda way: ways[way].expected)
+    best = ways[table]
+    if len(ways) == 1:
+        return best
+    words = "looked up in a table" if table else "computed anew in every call"
+    spent = f"{ways[True].expected:.0f} ms with a table, {ways[False].expected:.0f} ms without"
+    choice = best.choice.model_copy(update={"table": table})
+    return Explained(choice, f"{best.reason}; modulations {words}: {spent}", best.expected)
 
 
 def _windows(chooser: WindowChooser, window: int | None, fixed: bool) -> Iterable[int]:

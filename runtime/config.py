@@ -21,11 +21,15 @@ MAX_SEED = 2**64 - 1
 
 
 class HeadChoice(Record):
-    """The head of `role` speculates with `window` rows a token for up to `up_to` tokens."""
+    """The head of `role` speculates with `window` rows a token for up to `up_to` tokens.
+
+    `table`: engines look modulations up in a table, while it fits into the memory for it.
+    """
 
     role: Role
     window: int = Field(ge=1, le=64)
     up_to: int = Field(ge=0)
+    table: bool = True
 
 
 class RunConfig(Record):
@@ -52,7 +56,7 @@ class RunConfig(Record):
     head: HeadMode | None = None
     window: int | None = Field(None, ge=1, le=64)
     relax: str | None = None
-    # What "auto" chose for each model; without it, it chooses from measured costs.
+    # What was chosen for each model from measured costs. Without it, "auto" chooses.
     heads: tuple[HeadChoice, ...] = ()
     # Images that are computed together. With `reproducible`, batches are padded to this size, so
     # that an image is the same to the last bit whatever it is generated with.

@@ -35,12 +35,18 @@ class OpenHeads:
     note: Callable[[str], None]
     loops: dict[str, CapturedSteps | None] = field(default_factory=dict)
 
+    def has_tables(self, role: str) -> bool:
+        """Whether the heads of `role` can look modulations up, and can do without."""
+        return (
+            self.backend in ENGINES and f"{role}/head_modulation" in self.bundle.manifest.graphs()
+        )
+
     def plain(self, role: str, memory: int) -> Head:
         """Every denoising step a call, or the whole loop one; `memory` bytes ahead of the steps."""
         if self._loops_inside(f"{role}/denoiser_loop"):
             return LoopHead(self.session(f"{role}/denoiser_loop"), memory)
         whole = self._step_head(role, f"{role}/denoiser", None)
-        modulate = self._modulate(role)
+        modulate = self._modulate(role, memory)
         if modulate is None:
             return whole
         hoisted = self._step_head(f"{role} hoisted", f"{role}/denoiser_hoisted", modulate)
@@ -58,7 +64,7 @@ class OpenHeads:
         channels = self.bundle.manifest.geometry.token_dim
         rounds = self.session(f"{role}/speculative_round")
         whole = SpeculativeHead(rounds, options, channels)
-        modulate = self._modulate(role)
+        modulate = self._modulate(role, memory)
         if modulate is None:
             return whole
         rounds = self.session(f"{role}/speculative_round_hoisted")
@@ -77,12 +83,10 @@ class OpenHeads:
             )
         return StepHead(session, first, self.loops[name], modulate)
 
-    def _modulate(self, role: str) -> TimedSession | None:
-        """What computes modulations ahead of the steps of engines; None if the bundle does not."""
-        label = f"{role}/head_modulation"
-        if self.backend not in ENGINES or label not in self.bundle.manifest.graphs():
-            return None
-        return self.session(label)
+    def _modulate(self, role: str, memory: int) -> TimedSession | None:
+        """What fills a table of modulations; None if there is none, or no `memory` for it."""
+        possible = memory > 0 and self.has_tables(role)
+        return self.session(f"{role}/head_modulation") if possible else None
 
     def _loops_inside(self, label: str) -> bool:
         """Whether the bundle has the loop `label`, and the backend runs such graphs."""

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,29 +17,20 @@ from cspd.engines.cuda_graph import Graphs, GraphStats
 from cspd.engines.manifest import Role
 from cspd.engines.schedule import make_schedule
 from cspd.engines.session import CallStats, EngineSession, TimedSession
-from cspd.runtime.adaptive import AdaptiveHead, Speculative
+from cspd.runtime.adaptive import Speculative
 from cspd.runtime.canvas import Batch, Canvas
-from cspd.runtime.choose import Explained, choose, tokens_together
-from cspd.runtime.config import HeadChoice, RunConfig, check_config
+from cspd.runtime.choose import Explained
+from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.cspd import CspdOptions, decode_cspd
-from cspd.runtime.heads import (
-    DEFAULT_WINDOW,
-    MixedHead,
-    most_tokens,
-    round_of,
-    speculation,
-)
-from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import DEFAULT_MEMORY, Head, Member
 from cspd.runtime.noise import Noise, RowNoise
 from cspd.runtime.open_heads import OpenHeads
 from cspd.runtime.plan import MaskPlan
+from cspd.runtime.run_heads import RunHeads
 from cspd.runtime.sampler import Sampler, decode_alone, ignore_progress
 from cspd.runtime.speculation import SpeculationOptions
 from cspd.runtime.stats import Statistics, Verdicts
 from cspd.runtime.steps import Annealing, HeadSteps
-from cspd.runtime.tuning import tuned
-from cspd.runtime.window import WindowChooser
 
 # Batches are padded to one of these when byte-identity across batch sizes is not asked for.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -77,7 +68,6 @@ class Pipeline:
     # What a run should know: engines that could be better, loops that no CUDA graph holds.
     notes: list[str] = field(default_factory=list)
     _sessions: dict[str, TimedSession] = field(default_factory=dict)
-    _choosers: dict[tuple[str, RunConfig], WindowChooser] = field(default_factory=dict)
 
     def session(self, label: str) -> TimedSession:
         """The session of graph `label`."""
@@ -101,6 +91,10 @@ class Pipeline:
         return {name: steps.loop.stats for name, steps in self._heads.loops.items() if steps}
 
     @cached_property
+    def _run_heads(self) -> RunHeads:
+        return RunHeads(self)
+
+    @cached_property
     def _heads(self) -> OpenHeads:
         return OpenHeads(self.bundle, self.backend, self.session, self.graphs, self.notes.append)
 
@@ -122,74 +116,25 @@ class Pipeline:
 
     def head(self, role: Role, config: RunConfig) -> Head:
         """How `role` samples tokens from their conditions."""
-        plain = partial(self.plain_head, role, config.modulation_memory << 20)
-        if config.head_mode == "plain":
-            return plain()
-        widest = most_tokens(role, config, self.bundle.manifest.geometry.num_tokens)
-        if config.head_mode == "auto" and config.choice(role) is None and not config.reproducible:
-            return self._adaptive(role, config, widest)
-        choice = HeadChoice(role=role, window=config.window or DEFAULT_WINDOW, up_to=widest)
-        if config.head_mode == "auto":
-            choice = config.choice(role) or self.explain(role, config).choice
-        if choice.up_to == 0:
-            return plain()
-        choice = choice.model_copy(update={"up_to": min(choice.up_to, widest)})
-        speculative = self._speculative(role, config, choice)
-        if choice.up_to == widest:
-            return speculative
-        return MixedHead(plain(), speculative, choice.up_to)
+        return self._run_heads.head(role, config)
+
+    def resolve(self, config: RunConfig) -> tuple[RunConfig, dict[Role, Explained]]:
+        """`config` with what measured costs choose written down, and why; see `RunHeads`."""
+        return self._run_heads.resolve(config, self._roles(config))
 
     def plain_head(self, role: Role, memory: int = DEFAULT_MEMORY) -> Head:
         """Every denoising step a call, or the whole loop one; `memory` bytes ahead of the steps."""
         return self._heads.plain(role, memory)
-
-    def resolve(self, config: RunConfig) -> tuple[RunConfig, dict[Role, Explained]]:
-        """`config` with the choices of "auto" written down, and why they were made.
-
-        Measures costs that nobody measured before. A run that need not be reproducible is left to
-        choose as it goes.
-        """
-        if config.head_mode != "auto" or not config.reproducible or config.heads:
-            return config, {}
-        found = {role: self.explain(role, config) for role in self._roles(config)}
-        heads = tuple(explained.choice for explained in found.values())
-        return config.model_copy(update={"heads": heads}), found
-
-    def explain(self, role: Role, config: RunConfig) -> Explained:
-        """The best way to sample with the head of `role`, by measured costs."""
-        return choose(
-            role,
-            tuned(self, role, config).chooser(),
-            tokens_together(role, config, self.bundle.manifest.geometry.num_tokens),
-            fixed=config.reproducible,
-            max_rows=self.most_rows(role),
-            window=config.window,
-        )
-
-    def _adaptive(self, role: Role, config: RunConfig, widest: int) -> Head:
-        """Chooses per call, and learns from call to call."""
-        if (role, config) not in self._choosers:
-            self._choosers[role, config] = tuned(self, role, config).chooser()
-        chooser = self._choosers[role, config]
-        choice = HeadChoice(role=role, window=chooser.max_window, up_to=widest)
-        plain = self.plain_head(role, config.modulation_memory << 20)
-        return AdaptiveHead(plain, self._speculative(role, config, choice), chooser)
-
-    def _speculative(self, role: Role, config: RunConfig, choice: HeadChoice) -> Speculative:
-        """The head in speculative rounds, exact or relaxed."""
-        if config.relax:
-            denoiser = self.session(f"{role}/denoiser")
-            options = speculation(denoiser.spec.axes["rows"].max, config, choice)
-            return SpeculativeHead(round_of(denoiser, config), options, self._channels)
-        limit = self.most_rows(role)
-        options = speculation(limit, config, choice)
-        return self.speculative_head(role, options, config.modulation_memory << 20)
 
     def speculative_head(
         self, role: Role, options: SpeculationOptions, memory: int = DEFAULT_MEMORY
     ) -> Speculative:
         """The exact head in rounds, with `memory` bytes for what it computes ahead of them."""
         return self._heads.speculative(role, options, memory)
+
+    def has_tables(self, role: Role) -> bool:
+        """Whether the heads of `role` can look modulations up, and can do without."""
+        return self._heads.has_tables(role)
 
     def most_rows(self, role: Role) -> int:
         """Rows that fit into one call of speculation."""

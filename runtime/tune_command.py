@@ -12,11 +12,11 @@ from rich.table import Table
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import open_bundle
-from cspd.runtime.choose import choose
+from cspd.runtime.choose import Explained, choose, choose_table
 from cspd.runtime.config import RunConfig
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.tuning import HeadCosts, tuned
-from cspd.runtime.window import WHOLE_WINDOWS, cost_at
+from cspd.runtime.window import WHOLE_WINDOWS, CostRecord, WindowChooser, cost_at
 
 MAX_ROWS = 1 << 30  # the table shows what is cheapest, whatever fits into one call
 
@@ -30,22 +30,41 @@ def tune(pipeline: Pipeline, config: RunConfig) -> list[HeadCosts]:
 
 
 def cost_table(found: HeadCosts) -> Table:
-    """A line per number of tokens: what was measured, and what a reproducible run then does."""
+    """A line per number of tokens: what was measured, and what a reproducible run then does.
+
+    Where modulations can be looked up in a table, costs with it stand before those without.
+    """
     guided = "with guidance" if found.guided else "without guidance"
-    title = f"{found.role} head, {found.costs.num_steps} steps, {guided}, ms"
+    both = "" if found.anew is None else ", with / without a table of modulations"
+    title = f"{found.role} head, {found.costs.num_steps} steps, {guided}{both}, ms"
     windows = (f"window {window}" for window in WHOLE_WINDOWS)
     table = Table(
         "tokens together", "stepping", *windows, "choice", title=title, title_justify="left"
     )
-    chooser = found.chooser()
-    for tokens, plain in found.costs.plain:
-        choice = choose(
-            found.role, chooser, [int(tokens)], fixed=True, max_rows=MAX_ROWS, window=None
-        ).choice
-        chains = (cost_at(found.costs.chains(window), tokens) for window in WHOLE_WINDOWS)
-        way = f"window {choice.window}" if choice.up_to else "stepping"
-        table.add_row(f"{tokens:g}", f"{plain:.2f}", *(f"{ms:.2f}" for ms in chains), way)
+    measured = [found.costs] if found.anew is None else [found.costs, found.anew]
+    for tokens, _ in found.costs.plain:
+        ways = zip(*(_chains(costs, tokens) for costs in measured), strict=True)
+        cells = (" / ".join(f"{ms:.2f}" for ms in costs) for costs in ways)
+        table.add_row(f"{tokens:g}", *cells, _choice(found, int(tokens)))
     return table
+
+
+def _chains(costs: CostRecord, tokens: float) -> list[float]:
+    """Milliseconds of whole chains for `tokens` tokens: stepping, then every measured window."""
+    ways = (costs.plain, *(costs.chains(window) for window in WHOLE_WINDOWS))
+    return [float(cost_at(points, tokens)) for points in ways]
+
+
+def _choice(found: HeadCosts, tokens: int) -> str:
+    """What is cheapest for `tokens` tokens together, in words."""
+
+    def best(chooser: WindowChooser) -> Explained:
+        return choose(found.role, chooser, [tokens], fixed=True, max_rows=MAX_ROWS, window=None)
+
+    ways = {table: best(chooser) for table, chooser in found.choosers().items()}
+    choice = choose_table(ways).choice
+    way = f"window {choice.window}" if choice.up_to else "stepping"
+    return way if found.anew is None else f"{way}, {'table' if choice.table else 'no table'}"
 
 
 @click.command("tune")

@@ -36,16 +36,22 @@ LIBRARIES = ("torch", "numpy", "onnxruntime", "tensorrt", "tensorrt-rtx-cu12")
 
 
 class HeadCosts(Record):
-    """Costs of one head and the share of its drafts that passed, by step."""
+    """Costs of one head and the share of its drafts that passed, by step.
+
+    `anew` has the costs without a table of modulations, where engines can do with and without.
+    """
 
     role: Role
     guided: bool
     costs: CostRecord
+    anew: CostRecord | None = None
     acceptance: tuple[float, ...]
 
-    def chooser(self) -> WindowChooser:
-        """Chooses windows from these costs."""
-        return WindowChooser(self.costs, np.array(self.acceptance))
+    def choosers(self) -> dict[bool, WindowChooser]:
+        """Choose windows, with a table of modulations (True) or, if that was measured, without."""
+        costs = {True: self.costs, False: self.anew}
+        share = np.array(self.acceptance)
+        return {table: WindowChooser(c, share) for table, c in costs.items() if c is not None}
 
 
 def measured_steps(config: RunConfig) -> int:
@@ -60,7 +66,7 @@ def facts(pipeline: Pipeline, role: Role, config: RunConfig) -> dict[str, str]:
         "bundle": pipeline.bundle.sha256, "backend": pipeline.backend, "device": pipeline.device,
         "threads": str(pipeline.threads or os.cpu_count()), "role": role,
         "guided": str(config.cfg != 1), "head_steps": str(measured_steps(config)),
-        "machine": _machine(), "tool": importlib.metadata.version("cspd"), "measured": "whole",
+        "machine": _machine(), "tool": importlib.metadata.version("cspd"), "measured": "table",
         "modulation_memory": str(config.modulation_memory),
     }  # fmt: skip
     for name in LIBRARIES:
@@ -135,12 +141,16 @@ def _file_name(role: str, key: str) -> str:
 
 def tuned(pipeline: Pipeline, role: Role, config: RunConfig, *, again: bool = False) -> HeadCosts:
     """Costs of the head of `role`: saved ones, or measured now and saved."""
-    key = cost_key(facts(pipeline, role, config))
-    found = None if again else load(pipeline.bundle, role, key)
+    found = None if again else saved(pipeline, role, config)
     if found is None:
-        found = measure(pipeline, role, config, key)
+        found = measure(pipeline, role, config)
         save(pipeline.bundle, found)
     return found
+
+
+def saved(pipeline: Pipeline, role: Role, config: RunConfig) -> HeadCosts | None:
+    """Costs of the head of `role` that were measured before."""
+    return load(pipeline.bundle, role, cost_key(facts(pipeline, role, config)))
 
 
 @dataclass
@@ -200,28 +210,31 @@ class Examples:
         return Rows(taken.conditions, taken.guidance, taken.temperature, images, taken.positions)
 
 
-def measure(pipeline: Pipeline, role: Role, config: RunConfig, key: str) -> HeadCosts:
+def measure(pipeline: Pipeline, role: Role, config: RunConfig) -> HeadCosts:
     """Measure the head of `role` on conditions of an image that the model itself begins."""
-    steps = measured_steps(config)
-    memory = config.modulation_memory << 20
-    examples, plain = Examples.of(pipeline, role, config), pipeline.plain_head(role, memory)
+    key, steps = cost_key(facts(pipeline, role, config)), measured_steps(config)
+    examples = Examples.of(pipeline, role, config)
+    schedule = make_schedule(pipeline.bundle.manifest.schedule, steps).to(pipeline.device)
+    noise, most = Noise(config.seed, pipeline.device), pipeline.most_rows(role)
     totals = np.zeros((2, steps))
 
     def keep(stats: SpeculationStats) -> None:
         totals[:] += stats.tested, stats.accepted
 
-    def speculative(window: int, rows: int | None) -> _Counting:
-        most = pipeline.most_rows(role)
-        buckets = () if rows is None else (max(window, min(most, rows)),)
-        options = SpeculationOptions(window, row_buckets=buckets, max_rows=most)
-        return _Counting(pipeline.speculative_head(role, options, memory), keep)
+    def costs(memory: int) -> CostRecord:
+        def speculative(window: int, rows: int | None) -> _Counting:
+            buckets = () if rows is None else (max(window, min(most, rows)),)
+            options = SpeculationOptions(window, row_buckets=buckets, max_rows=most)
+            return _Counting(pipeline.speculative_head(role, options, memory), keep)
 
-    schedule = make_schedule(pipeline.bundle.manifest.schedule, steps).to(pipeline.device)
-    costs = measure_heads(
-        plain, speculative, examples, schedule, Noise(config.seed, pipeline.device), key
-    )
+        plain = pipeline.plain_head(role, memory)
+        return measure_heads(plain, speculative, examples, schedule, noise, key)
+
+    on_table = costs(config.modulation_memory << 20)
+    anew = costs(0) if pipeline.has_tables(role) else None
     tested, accepted = totals
     share = (accepted + PRIOR_WEIGHT / 2) / (tested + PRIOR_WEIGHT)
     return HeadCosts(
-        role=role, guided=config.cfg != 1, costs=costs, acceptance=tuple(share.tolist())
-    )
+        role=role, guided=config.cfg != 1, costs=on_table, anew=anew,
+        acceptance=tuple(share.tolist()),
+    )  # fmt: skip

@@ -141,7 +141,7 @@ def test_a_run_that_need_not_repeat_learns(pipeline):
     keep(pipeline, 1000.0, 0.1, settings)
     assert pipeline.resolve(settings) == (settings, {})
     list(pipeline.generate(settings))
-    (chooser,) = pipeline._choosers.values()
+    ((_, chooser),) = pipeline._run_heads.learnt.values()
     assert chooser.tested.sum() > 8.0 * 10
 
 
