@@ -24,7 +24,7 @@ lint: .venv/dev
 	for part in engines export runtime tools demo_pair; do ln -sfn ../../../$$part build/types/cspd/$$part; done
 	MYPYPATH=build/types $(BIN)/mypy -p cspd.engines -p cspd.export -p cspd.runtime -p cspd.tools
 
-# 16 minutes on two idle cores; goes on where it was interrupted.
+# 14 minutes on two idle cores; goes on where it was interrupted.
 BENCH_IMAGES ?= 200
 THREADS ?= 0
 bench: .venv/report

@@ -31,10 +31,13 @@ class ChainNumbers:
         return start, noise
 
     def tests(self, images: Tensor, positions: Tensor, num_steps: int) -> Tensor:
-        """Logarithms of uniform numbers, which drafts are tested with, by step: [S, N]."""
+        """Logarithms of the numbers which drafts are tested with, by step: [S, N]."""
+        return self.uniform(images, positions, num_steps).log().T.contiguous()
+
+    def uniform(self, images: Tensor, positions: Tensor, num_steps: int) -> Tensor:
+        """Uniform numbers by step [N, S]: a draft passes if its ratio of densities is greater."""
         zero = torch.zeros_like(images)
-        uniform = self.noise.uniform(Purpose.SPECULATE_TEST, images, positions, zero, num_steps)
-        return uniform.log().T.contiguous()
+        return self.noise.uniform(Purpose.SPECULATE_TEST, images, positions, zero, num_steps)
 
     def candidates(
         self, images: Tensor, positions: Tensor, first: Tensor | int, count: int, channels: int

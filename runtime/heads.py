@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cspd.engines.schedule import Schedule
-from cspd.engines.session import Session
 from cspd.runtime.config import HeadChoice, RunConfig
-from cspd.runtime.lossless import Round
 from cspd.runtime.member import Head, HeadSample, Rows
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.plan import MaskPlan
-from cspd.runtime.relax import Relaxation
 from cspd.runtime.speculation import SpeculationOptions
 
 DEFAULT_WINDOW = 8
@@ -50,9 +47,3 @@ def speculation(limit: int, config: RunConfig, choice: HeadChoice) -> Speculatio
     fixed = max(window, min(limit, choice.up_to * window))
     buckets = (fixed,) if config.reproducible else ()
     return SpeculationOptions(window, row_buckets=buckets, max_rows=limit)
-
-
-def round_of(denoiser: Session, config: RunConfig) -> Round:
-    """The relaxed round that `config` asks for."""
-    assert config.relax is not None
-    return Relaxation.parse(config.relax).round(denoiser)

@@ -13,6 +13,7 @@ from cspd.engines.errors import CspdError
 from cspd.engines.session import TimedSession
 from cspd.runtime.adaptive import Speculative
 from cspd.runtime.captured import CapturedSteps, bucket, captured_steps
+from cspd.runtime.chain_numbers import MakeNumbers
 from cspd.runtime.hoisted import Room, SpeculativeWithinMemory, WithinMemory
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.lossless_loop import SpeculativeLoopHead
@@ -53,22 +54,27 @@ class OpenHeads:
         padded = partial(bucket, limit=step_limit(hoisted.session))
         return WithinMemory(hoisted, whole, Room(modulate, memory, padded))
 
-    def speculative(self, role: str, options: SpeculationOptions, memory: int) -> Speculative:
-        """The exact head in rounds: all in one call where the backend can loop."""
+    def speculative(
+        self, role: str, options: SpeculationOptions, memory: int, numbers: MakeNumbers
+    ) -> Speculative:
+        """The head in rounds, exact with exact `numbers`: all in one call where the backend loops.
+
+        `memory` as for `plain`.
+        """
         most = self.bundle.graph(f"{role}/speculative_round").spec.axes["window"].max
         if options.window > most:
             raise CspdError(f"--window is {options.window}, the bundle was built for 1..{most}")
         if self._loops_inside(f"{role}/speculative_loop"):
             loop = self.session(f"{role}/speculative_loop")
-            return SpeculativeLoopHead(loop, options, memory=memory)
+            return SpeculativeLoopHead(loop, options, memory=memory, numbers=numbers)
         channels = self.bundle.manifest.geometry.token_dim
         rounds = self.session(f"{role}/speculative_round")
-        whole = SpeculativeHead(rounds, options, channels)
+        whole = SpeculativeHead(rounds, options, channels, numbers)
         modulate = self._modulate(role, memory)
         if modulate is None:
             return whole
         rounds = self.session(f"{role}/speculative_round_hoisted")
-        hoisted = SpeculativeHead(rounds, options, channels, modulate=modulate)
+        hoisted = SpeculativeHead(rounds, options, channels, numbers, modulate)
         return SpeculativeWithinMemory(hoisted, whole, Room(modulate, memory, options.call_tokens))
 
     def _step_head(self, name: str, label: str, modulate: TimedSession | None) -> StepHead:

@@ -19,6 +19,7 @@ from cspd.engines.schedule import make_schedule
 from cspd.engines.session import CallStats, EngineSession, TimedSession
 from cspd.runtime.adaptive import Speculative
 from cspd.runtime.canvas import Batch, Canvas
+from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
 from cspd.runtime.choose import Explained
 from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.cspd import CspdOptions, decode_cspd
@@ -127,10 +128,11 @@ class Pipeline:
         return self._heads.plain(role, memory)
 
     def speculative_head(
-        self, role: Role, options: SpeculationOptions, memory: int = DEFAULT_MEMORY
-    ) -> Speculative:
-        """The exact head in rounds, with `memory` bytes for what it computes ahead of them."""
-        return self._heads.speculative(role, options, memory)
+        self, role: Role, options: SpeculationOptions, memory: int = DEFAULT_MEMORY,
+        numbers: MakeNumbers = ChainNumbers,
+    ) -> Speculative:  # fmt: skip
+        """The head in rounds, with `memory` bytes for what it computes ahead of them."""
+        return self._heads.speculative(role, options, memory, numbers)
 
     def has_tables(self, role: Role) -> bool:
         """Whether the heads of `role` can look modulations up, and can do without."""

@@ -1,20 +1,23 @@
 """Deliberately inexact acceptance inside the head, each with the guarantee that it can give.
 
-Lossy: a run that uses one of these says so. They replace the round of `rounds.ReferenceRound`.
+Lossy: a run that uses one of these says so. "tv" tests with other numbers, in the same graphs;
+"sigma" has a test of its own, in a round that replaces `rounds.ReferenceRound`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from cspd.engines.errors import CspdError
 from cspd.engines.session import Session
-from cspd.runtime import coupling
+from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
 from cspd.runtime.coupling import Gaussian
-from cspd.runtime.rounds import ReferenceRound, Window, log_accept
+from cspd.runtime.rounds import ReferenceRound, Window
 
 
 @dataclass(frozen=True)
@@ -50,31 +53,29 @@ class Relaxation:
             "that the target reaches with the same noise; nothing is guaranteed about the law"
         )
 
-    def round(self, denoiser: Session) -> ReferenceRound:
-        """The round with this rule."""
-        rule = {"tv": TotalVariationRound, "sigma": SameNoiseRound}[self.kind]
-        return rule(denoiser, self.amount)
+    @property
+    def numbers(self) -> MakeNumbers:
+        """What the chains of "tv" are tested with."""
+        return partial(LenientNumbers, budget=self.amount)
 
 
-class TotalVariationRound(ReferenceRound):
-    """Accepts with probability min(1, p / q + budget / (S - 1)) and repairs exactly.
+@dataclass(frozen=True)
+class LenientNumbers(ChainNumbers):
+    """Numbers u - b instead of u, so that drafts pass with probability min(1, p / q + b).
 
-    Adding b to an acceptance probability and keeping the residual law moves the law of that step by
-    at most b in total variation; a step is tested at most once, so that a token's law moves by at
-    most `budget`. By the same account no rule with this guarantee saves more than `budget`
-    refusals a token, of a dozen: this one is for reports, not for speed.
+    b is `budget` / (S - 1); residuals stay exact. Adding b to an acceptance probability and keeping
+    the residual law moves the law of that step by at most b in total variation; a step is tested at
+    most once, so that a token's law moves by at most `budget`. By the same account no rule with
+    this guarantee saves more than `budget` refusals a token, of a dozen: this one is for reports,
+    not for speed.
     """
 
-    def __init__(self, denoiser: Session, budget: float) -> None:
-        super().__init__(denoiser)
-        self.budget = budget
+    budget: float = 0.0
 
-    def test(self, window: Window, target: Gaussian, t: dict[str, Tensor]) -> Tensor:
-        """Which drafts pass, bool [N, L]."""
-        ratio = coupling.log_ratio(target, window.kernel, window.reached, window.noise)
-        share = self.budget / (len(t["schedule"]) - 1)
-        uniform = log_accept(window, t)
-        return coupling.accept(uniform, ratio) | (uniform.exp() < ratio.exp() + share)
+    def uniform(self, images: Tensor, positions: Tensor, num_steps: int) -> Tensor:
+        """Uniform numbers less what is given up; positive, so that they have logarithms."""
+        exact = super().uniform(images, positions, num_steps)
+        return (exact - self.budget / (num_steps - 1)).clamp(min=torch.finfo(exact.dtype).tiny)
 
 
 class SameNoiseRound(ReferenceRound):

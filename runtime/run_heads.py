@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from cspd.engines.manifest import Role
 from cspd.runtime.adaptive import AdaptiveHead, Speculative
+from cspd.runtime.chain_numbers import ChainNumbers
 from cspd.runtime.choose import Explained, choose, choose_table, expected_ms, tokens_together
 from cspd.runtime.config import HeadChoice, RunConfig
-from cspd.runtime.heads import DEFAULT_WINDOW, MixedHead, most_tokens, round_of, speculation
+from cspd.runtime.heads import DEFAULT_WINDOW, MixedHead, most_tokens, speculation
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Head
+from cspd.runtime.relax import Relaxation, SameNoiseRound
 from cspd.runtime.tuning import HeadCosts, saved, tuned
 from cspd.runtime.window import WindowChooser
 
@@ -69,7 +71,7 @@ class RunHeads:
         """The best way to sample with the head of `role`; None if there is nothing to choose."""
         if config.head_mode == "auto":
             return self._cheapest(role, config, tuned(self.pipeline, role, config))
-        if config.relax or not self.pipeline.has_tables(role):
+        if not self.pipeline.has_tables(role):
             return None
         costs = saved(self.pipeline, role, config)
         return None if costs is None else self._table(role, config, costs)
@@ -128,13 +130,15 @@ class RunHeads:
 
     def _speculative(self, role: Role, config: RunConfig, choice: HeadChoice) -> Speculative:
         """The head in speculative rounds, exact or relaxed."""
-        if config.relax:
+        relaxation = Relaxation.parse(config.relax) if config.relax else None
+        if relaxation is not None and relaxation.kind == "sigma":
             denoiser = self.pipeline.session(f"{role}/denoiser")
             options = speculation(denoiser.spec.axes["rows"].max, config, choice)
             channels = self.pipeline.bundle.manifest.geometry.token_dim
-            return SpeculativeHead(round_of(denoiser, config), options, channels)
+            return SpeculativeHead(SameNoiseRound(denoiser, relaxation.amount), options, channels)
+        numbers = ChainNumbers if relaxation is None else relaxation.numbers
         options = speculation(self.pipeline.most_rows(role), config, choice)
-        return self.pipeline.speculative_head(role, options, _memory(config, choice))
+        return self.pipeline.speculative_head(role, options, _memory(config, choice), numbers)
 
 
 def _memory(config: RunConfig, choice: HeadChoice) -> int:

@@ -31,7 +31,7 @@ from cspd.engines.errors import CspdError
 from cspd.engines.session import Session
 from cspd.engines.trt_options import BuildOptions
 from cspd.engines.trt_session import TrtSession
-from cspd.runtime.config import make_config
+from cspd.runtime.config import HeadChoice, make_config
 from cspd.runtime.heads import DEFAULT_WINDOW
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.run import measure
@@ -43,6 +43,7 @@ from cspd.tools.parity_measure import Row, Skipped
 # Cheapest first: what time is left decides how far the ladder is climbed.
 LADDER = ("backends", "trajectory", "decisions", "image")
 METHODS = ("target", "cspd", "lossless", "draft")
+MAX_TOKENS = 1 << 20  # more than a head is ever called with
 REPEATS = 20
 BATCH = 8
 RESERVE = 30  # seconds: no piece of work is begun with less
@@ -110,22 +111,31 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"ok": False, "error": str(error)}
 
 
+def ways(*, tables: bool) -> dict[str, dict[str, Any]]:
+    """Options of every way that is timed, by name; if there are `tables`, also without them."""
+    found: dict[str, dict[str, Any]] = {method: {"method": method} for method in METHODS}
+    found["lossless"]["window"] = DEFAULT_WINDOW
+    if tables:
+        anew = HeadChoice(role="target", window=DEFAULT_WINDOW, up_to=MAX_TOKENS, table=False)
+        for method in ("target", "lossless"):
+            found[f"{method}, modulations anew"] = {**found[method], "heads": (anew,)}
+    return found
+
+
 def benchmark(bundle: Bundle, backend: str, device: str, deadline: Deadline) -> dict[str, Any]:
-    """Time of a batch of images by every method, after one batch to warm up and capture."""
+    """Time of a batch of images in every way, after one batch to warm up and capture."""
     results: dict[str, Any] = {"ok": True, "methods": {}}
     pipeline = Pipeline(bundle, backend, device)
     labels = tuple(range(bundle.manifest.geometry.num_classes))
-    for method in METHODS:
+    for name, options in ways(tables=pipeline.has_tables("target")).items():
         if deadline.left() < RESERVE:
             results["ok"] = False
-            results["methods"][method] = "no time left"
+            results["methods"][name] = "no time left"
             continue
-        values = {**bundle.manifest.defaults, "method": method, "backend": backend}
-        if method == "lossless":
-            values["window"] = DEFAULT_WINDOW
+        values = {**bundle.manifest.defaults, **options, "backend": backend}
         config = make_config(**values, labels=labels, num_images=BATCH, batch_size=BATCH)
         cold, warm = (measure(pipeline, config, StopWish(), True).tally for _ in range(2))
-        results["methods"][method] = {
+        results["methods"][name] = {
             "first_batch_seconds": cold.seconds,
             "seconds": warm.seconds,
             "images": BATCH,

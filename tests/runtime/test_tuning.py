@@ -14,10 +14,12 @@ from cspd.runtime.cli import main, shipped_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.heads import MixedHead
 from cspd.runtime.law import certificate, law
+from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.lossless_loop import SpeculativeLoopHead
 from cspd.runtime.member import LoopHead
+from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.relax import SameNoiseRound, TotalVariationRound
+from cspd.runtime.relax import SameNoiseRound
 from cspd.runtime.tune_command import cost_table
 from cspd.runtime.window import CostRecord
 
@@ -157,12 +159,16 @@ def test_heads_of_both_models_speculate(pipeline, method):
 
 @pytest.mark.parametrize("steps", [10, "10:4"])
 @pytest.mark.parametrize(
-    ("relax", "kind"), [("tv=0.05", TotalVariationRound), ("sigma=0.5", SameNoiseRound)]
+    ("relax", "kind"), [("tv=0.05", SpeculativeLoopHead), ("sigma=0.5", SpeculativeHead)]
 )
 def test_relaxed_denoising_composes(pipeline, relax, kind, steps):
     settings = config(method="lossless", relax=relax, head_steps=steps, window=4)
     head = pipeline.head("target", settings)
-    assert isinstance(head.session, kind)
+    assert isinstance(head, kind)
+    if kind is SpeculativeLoopHead:
+        assert head.numbers(Noise(0), Purpose.DENOISE).budget == 0.05
+    else:
+        assert isinstance(head.session, SameNoiseRound) and head.session.tolerance == 0.5
     images = [image for images, _ in pipeline.generate(settings) for image in images]
     assert len(images) == 2
     assert law(settings).startswith(

@@ -6,8 +6,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from cspd.engines.backends import open_session
 from cspd.engines.bundle import open_bundle
 from cspd.engines.trt_options import BuildOptions
+from cspd.runtime import pipeline as pipeline_module
 from cspd.tools import gpu_check
 from cspd.tools.engine_bundle import with_engines
 from cspd.tools.gpu_check import METHODS, Deadline, attempt, benchmark, climb, succeeded
@@ -63,6 +65,22 @@ def test_benchmark_of_every_method(tiny_bundle):
         assert (measured["acceptance_rate"] is not None) == (method == "cspd")
     late = benchmark(tiny_bundle, "onnxruntime", "cpu", soon(1))
     assert not late["ok"] and set(late["methods"].values()) == {"no time left"}
+
+
+def test_engines_with_tables_are_also_timed_without(hoisted_bundle, monkeypatch):
+    """ONNX Runtime stands in for the engines."""
+
+    def by_onnxruntime(bundle, label, backend, *, device, threads):
+        return open_session(bundle, label, "onnxruntime", threads=1)
+
+    monkeypatch.setattr(pipeline_module, "open_session", by_onnxruntime)
+    monkeypatch.setattr(gpu_check, "METHODS", ("target", "lossless"))
+    found = benchmark(hoisted_bundle, "tensorrt-rtx", "cpu", soon(300))["methods"]
+    steps = {"target": "denoiser", "lossless": "speculative_round"}
+    for method, graph in steps.items():
+        for name, other in ((method, f"{graph}_hoisted"), (f"{method}, modulations anew", graph)):
+            ran = {label for label, stats in found[name]["graphs"].items() if stats["calls"]}
+            assert {f"target/{g}" for g in (graph, f"{graph}_hoisted")} & ran == {f"target/{other}"}
 
 
 def test_the_ladder_is_climbed_as_far_as_time_allows(tiny_bundle):
