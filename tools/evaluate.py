@@ -207,6 +207,11 @@ def paired_table(record: dict[str, Any]) -> Table:
     return Table("Paired differences", columns, rows)
 
 
+def tables(record: dict[str, Any]) -> list[Table]:
+    """The tables of an evaluation; differences only if it has a pair."""
+    return [score_table(record)] + ([paired_table(record)] if record["paired"] else [])
+
+
 @click.command("evaluate")
 @click.argument("bundle", type=PATH, required=False)
 @click.option(
@@ -259,7 +264,7 @@ def command(
     if as_json:
         click.echo(text)
         return
-    for table in (score_table(record), paired_table(record)):
+    for table in tables(record):
         print_table(table)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_tables import TABLES, Table, percent
-from cspd.tools.evaluate import paired_table, score_table
+from cspd.tools.evaluate import tables
 from cspd.tools.report_parts import Card, PairRow, Pairs, Picture, Section
 from cspd.tools.report_plots import FIGURES, errors_by_step, save
 from cspd.tools.report_sources import Source
@@ -136,8 +136,7 @@ def subtitle(source: Source) -> str:
 def evaluate_section(source: Source, number: int) -> Section:
     """Scores, paired differences and image pairs of an evaluation."""
     record = source.record
-    tables = [score_table(record), paired_table(record)]
-    section = Section("Quality", f"quality-{number}", tables=[t for t in tables if t.rows])
+    section = Section("Quality", f"quality-{number}", tables=tables(record))
     seed = record["scores"][0]["config"]["seed"]
     same = [score for score in record["scores"] if score["config"]["seed"] == seed]
     step = max(1, record["n"] // SHOWN_IMAGES)

@@ -149,8 +149,8 @@ def test_record_of_an_evaluation(tiny_bundle, tmp_path, variants):
     (target, *_) = [row for name, row in frechet.items() if name.startswith("target")]
     assert target["mean"] == pytest.approx(np.mean(values))
     assert target["sd"] == pytest.approx(np.std(values, ddof=1))
-    assert len(evaluate.score_table(record).rows) == 2
-    assert len(evaluate.paired_table(record).rows) == 3
+    assert [len(table.rows) for table in evaluate.tables(record)] == [2, 3]
+    assert [table.title for table in evaluate.tables({**record, "paired": []})] == ["Scores"]
 
 
 def test_paired_difference_by_hand():
