@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from cspd.engines.ort_session import import_onnxruntime
-from cspd.export.loop_graph import DenoiserLoopGraph
-from cspd.export.onnx_export import export_graph, save_graph
-from cspd.export.scan_loop import export_loop
+from cspd.export.build_graph import export_any
 from cspd.export.torch_session import decoder_module, graph_module
 from cspd.export.verify import check_sizes, realistic_inputs
 from cspd.tools.parity_ladder import Ladder
 from cspd.tools.parity_measure import Row, measure
 
 SHOWN = 5
-NOISE_FLOOR = 1e-6  # relative; below, a difference says nothing
+# Relative; below, a difference says nothing. Products round by where their weights lie in memory,
+# of which 100 steps of a chain made 1.0e-6.
+NOISE_FLOOR = 1e-5
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,20 @@ def suspect(ladder: Ladder, label: str) -> Suspect:
     for name, operator in operators.items():
         if name not in expected or name not in got or got[name].shape != expected[name].shape:
             continue
-        error = measure(got[name], expected[name]).norm
+        # Rounds accept by infinity where there is nothing to test.
+        same = got[name].isinf() & (got[name] == expected[name])
+        error = measure(got[name].masked_fill(same, 0), expected[name].masked_fill(same, 0)).norm
         if not error <= NOISE_FLOOR:
             found.append({"output": name, "op": operator, "error": error})
     return Suspect(label, found[:SHOWN])
 
 
 def fresh_export(ladder: Ladder, label: str, folder: Path) -> Path:
-    """The graph `label` exported again from the weights of the bundle, with its weights inside."""
+    """The graph `label` exported again from the weights of the bundle, to a file in `folder`."""
     bundle, spec = ladder.bundle, ladder.bundle.graph(label).spec
     module = decoder_module(bundle) if label == "decoder" else graph_module(bundle, label)
-    if isinstance(module, DenoiserLoopGraph):
-        model = export_loop(module, spec)
-    else:
-        model = export_graph(module, spec)
     path = folder / "fresh.onnx"
-    save_graph(model, path, None)
+    ir.save(export_any(module, spec), path, external_data="fresh.data")
     return path
 
 

@@ -116,8 +116,9 @@ def test_the_command_succeeds_on_a_sound_bundle(tiny_bundle, tmp_path):
     assert record["passed"] and {row["rung"] for row in record["rows"]} == {"decisions", "image"}
 
 
-def test_a_sound_graph_has_no_suspects(sound):
-    assert suspect(sound[0], "decoder").nodes == []
+@pytest.mark.parametrize("label", ["decoder", "draft/speculative_round", "draft/speculative_loop"])
+def test_a_sound_graph_has_no_suspects(sound, label):
+    assert suspect(sound[0], label).nodes == []
 
 
 def test_measure_against_hand_values():
