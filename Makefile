@@ -8,8 +8,9 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 demo: .venv/run
 	$(BIN)/cspd-run generate --num-images 16 --method cspd --baseline --out out/demo --overwrite
 
+# In two processes; the tests of a file stay together, because they share what takes long to build.
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Hostile input in full, 10,000 cases at least; `make test` runs a few hundred of them.
 fuzz: .venv/dev

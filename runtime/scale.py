@@ -206,14 +206,19 @@ def _connect(ray: Any, machine: Machine, cluster: Cluster) -> None:
         wanted = (cluster.workers or 1) * max(1, machine.threads)
         options |= {"num_cpus": max(wanted, os.cpu_count() or 1), "include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    begin_ray(ray, f"--ray {cluster.address}: cannot connect", **options)
+
+
+def begin_ray(ray: Any, failure: str, **options: Any) -> None:
+    """`ray.init`, or a CspdError that begins with the words `failure`."""
     try:
         ray.init(**options, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CspdError(
-            f"--ray {cluster.address}: cannot connect: {reason}; start Ray there with "
-            "'ray start --head', or use --ray local"
-        ) from None
+        hint = "start Ray there with 'ray start --head', or use --ray local"
+        if "AF_UNIX" in reason:
+            hint = "set TMPDIR to a folder with a short name, such as /tmp"
+        raise CspdError(f"{failure}: {reason}; {hint}") from None
 
 
 def _shares(ray: Any, machine: Machine, cluster: Cluster) -> tuple[int, Machine, dict[str, float]]:

@@ -13,6 +13,12 @@ import torch
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 sys.path.insert(0, str(Path(__file__).parent))
+from fuzz_counts import (  # noqa: E402, F401 - hooks
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
+
 torch.set_num_threads(1)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import logging
 import os
 import secrets
 import signal
@@ -19,6 +18,7 @@ from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.runtime.cli import FOLDER, machine_options, shipped_bundle
+from cspd.runtime.scale import begin_ray
 from cspd.tools.serve_models import MAX_IMAGES, Settings
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -86,8 +86,8 @@ def start(settings: Settings, host: str, port: int, logs: Path | None) -> None:
     logs_config = LoggingConfig(
         encoding="JSON", logs_dir=str(logs.resolve()) if logs else None, enable_access_log=False
     )
-    ray.init(
-        address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+    begin_ray(
+        ray, "the server did not start", address="local", include_dashboard=False,
         _node_ip_address="127.0.0.1", num_cpus=max(os.cpu_count() or 1, settings.replicas),
     )  # fmt: skip
     serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logs_config)

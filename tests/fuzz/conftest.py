@@ -1,8 +1,7 @@
-"""What the fuzzers share: a folder per case, copies of the shipped bundle, the count of cases."""
+"""What the fuzzers share: a folder per case, and copies of the shipped bundle."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -14,15 +13,11 @@ from click.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import CASES, FULL
-
 from cspd.engines.bundle import open_bundle
 from cspd.export.cli import main
 from cspd.runtime.cli import shipped_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.pipeline import Pipeline
-
-MINIMUM = 10_000
 
 
 class Arena:
@@ -66,22 +61,3 @@ def arena(warm: None, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) 
         shutil.copytree(shipped_bundle(), source)
     yield Arena(tmp_path, source)
     shutil.rmtree(tmp_path, ignore_errors=True)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the cases of every target; `make fuzz` keeps them in a file too."""
-    if not CASES:
-        return
-    terminalreporter.section("fuzzing")
-    for target, count in sorted(CASES.items()):
-        terminalreporter.write_line(f"{count:7,} {target}")
-    terminalreporter.write_line(f"{CASES.total():7,} cases in all")
-    if os.environ.get("CSPD_FUZZ_COUNTS"):
-        Path(os.environ["CSPD_FUZZ_COUNTS"]).write_text(json.dumps(dict(sorted(CASES.items()))))
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """A full run of fewer than MINIMUM cases is a failure."""
-    if FULL and not session.config.option.collectonly and CASES.total() < MINIMUM:
-        if not session.config.getoption("keyword"):
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -16,23 +16,21 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from click import Command
 from click.testing import CliRunner
+from fuzz_counts import CASES, FULL
 from hypothesis import HealthCheck, Phase, settings
 
 from cspd.engines.errors import CspdError
 
-FULL = os.environ.get("CSPD_FUZZ", "ci") == "full"
 MEMORY = 2 << 30  # bytes that a case may add to what the parent has mapped
 FILE_SIZE = 64 << 20
 SECONDS = 30
 LONGEST = 2_000  # characters of an error, twice what a message of ours may have
-CASES: Counter[str] = Counter()
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {

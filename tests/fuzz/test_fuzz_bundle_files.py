@@ -9,7 +9,8 @@ import os
 
 import onnx
 import pytest
-from harness import FULL, budget, check, run_case, run_command, run_here
+from fuzz_counts import FULL
+from harness import budget, check, run_case, run_command, run_here
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import damaged

@@ -17,7 +17,7 @@ from cspd.runtime.tune_command import cost_table
 from cspd.runtime.window import CostRecord
 
 STEPS = 5
-FAST, SLOW = 10.0, 100.0
+FAST, SLOW = 1e6, 1e7  # more than anything takes here, so that no clock can change a choice
 STEPPING = {"denoiser": "denoiser_hoisted"}
 ROUNDS = {"speculative_round": "speculative_round_hoisted"}
 
@@ -128,12 +128,12 @@ def test_where_loops_are_graphs_there_is_no_other_way(pipeline):
 
 def test_tune_shows_both_ways():
     key, whole = "k", ((8, 1.0, 30.0), (16, 1.0, 40.0))
-    on_table = costs(key, SLOW, FAST).model_copy(update={"whole": whole})
-    anew = costs(key, FAST, FAST).model_copy(update={"whole": whole})
+    on_table = costs(key, 50.0, 1.0).model_copy(update={"whole": whole})
+    anew = costs(key, 20.0, 1.0).model_copy(update={"whole": whole})
     found = tuning.HeadCosts(
         role="target", guided=True, costs=on_table, anew=anew, acceptance=(0.9,) * STEPS
     )
     table = cost_table(found)
     assert "with / without a table" in str(table.title)
     cells = [next(iter(column.cells)) for column in table.columns]
-    assert cells == ["1", "100.00 / 10.00", "30.00 / 30.00", "40.00 / 40.00", "stepping, no table"]
+    assert cells == ["1", "50.00 / 20.00", "30.00 / 30.00", "40.00 / 40.00", "stepping, no table"]

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 
 import pytest
 from click.testing import CliRunner
@@ -28,10 +29,10 @@ CONFIG = make_config(
 
 
 @pytest.fixture(scope="module")
-def local_ray(tmp_path_factory):
+def local_ray():
     """Ray on this machine, with a temporary folder for bundles that is the tests' own."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("node")))
+    patch, folder = pytest.MonkeyPatch(), tempfile.TemporaryDirectory(dir="/tmp", prefix="cspd")
+    patch.setenv("TMPDIR", folder.name)  # a short name: it holds Ray's sockets
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local", num_cpus=3, include_dashboard=False, log_to_driver=False,
@@ -40,6 +41,7 @@ def local_ray(tmp_path_factory):
     yield
     ray.shutdown()
     patch.undo()
+    folder.cleanup()
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +209,12 @@ def test_command_starts_its_own_ray(tiny_bundle, alone, tmp_path):
     assert json.loads(result.stdout)["session"]["workers"] == 1
     assert not ray.is_initialized()
     assert contents(out, "run.json") == alone
+
+
+def test_a_folder_whose_name_is_too_long_for_sockets(tiny_bundle, tmp_path, monkeypatch):
+    if ray.is_initialized():
+        ray.shutdown()
+    (tmp_path / ("long" * 30)).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 30)))
+    with pytest.raises(CspdError, match="set TMPDIR to a folder with a short name"):
+        on_ray(tiny_bundle, tmp_path / "out", 1)
