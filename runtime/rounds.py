@@ -66,14 +66,16 @@ class DraftTables:
 
     def __init__(self, window: int) -> None:
         self.window = window
-        self._known: dict[bytes, dict[str, Tensor]] = {}
+        self._known: dict[tuple[bytes, torch.device], dict[str, Tensor]] = {}
 
     def __call__(self, schedule: Schedule) -> dict[str, Tensor]:
         """The tables, where the schedule lies."""
-        key = schedule.betas.tobytes()
+        device = schedule.table.device
+        key = schedule.betas.tobytes(), device
         if key not in self._known:
-            self._known[key] = draft_tables(schedule, self.window)
-        return {name: t.to(schedule.table.device) for name, t in self._known[key].items()}
+            tables = draft_tables(schedule, self.window)
+            self._known[key] = {name: table.to(device) for name, table in tables.items()}
+        return self._known[key]
 
 
 def depths_of(window: int, num_steps: int, depth: np.ndarray | None) -> np.ndarray:

@@ -65,10 +65,11 @@ def generate(
     job.layout.check()
     pipeline = Pipeline(bundle, config.backend, job.machine.device, job.machine.threads)
     config, chosen = pipeline.resolve(config)
-    for role, explained in chosen.items():
-        Console(stderr=True, quiet=job.quiet).print(f"{role} head: {explained.reason}")
+    choices = {str(role): explained.reason for role, explained in chosen.items()}
+    for role, reason in choices.items():
+        Console(stderr=True, quiet=job.quiet).print(f"{role} head: {reason}")
     if job.cluster is not None:
-        return _generate_on_ray(bundle, config, out, job, job.cluster)
+        return _generate_on_ray(bundle, config, out, job, job.cluster, choices)
     pipeline.open(config)
     opened = open_run(out, config, bundle, job.layout, overwrite=job.overwrite)
     with opened as folder, StopWish() as stop:
@@ -77,14 +78,14 @@ def generate(
         progress = _progress(folder, job.quiet)
         session = _write(folder, _here(pipeline, folder, stop, progress), stop, progress)
         outcomes = [Outcome(config, folder.tally)]
-        record = _record(folder, session)
+        record = _record(folder, session, choices)
         record["cuda_graphs"] = {role: asdict(stats) for role, stats in pipeline.captures.items()}
         record["notes"] = list(dict.fromkeys(pipeline.notes))
-        if chosen:
-            record["choices"] = {role: explained.reason for role, explained in chosen.items()}
         if job.baseline and config.method != "target":
-            plain = config.model_copy(
-                update={"method": "target", "head": None, "heads": (), "relax": None}
+            plain, _ = pipeline.resolve(
+                config.model_copy(
+                    update={"method": "target", "head": None, "heads": (), "relax": None}
+                )
             )
             outcomes.append(measure(pipeline, plain, stop, job.quiet))
             record["baseline"] = _compare(*outcomes)
@@ -93,7 +94,12 @@ def generate(
 
 
 def _generate_on_ray(
-    bundle: Bundle, config: RunConfig, out: Path, job: Job, cluster: Cluster
+    bundle: Bundle,
+    config: RunConfig,
+    out: Path,
+    job: Job,
+    cluster: Cluster,
+    choices: dict[str, str],
 ) -> tuple[dict[str, Any], list[Outcome]]:
     """`generate` with workers that compute; this process writes."""
     import_ray()
@@ -109,7 +115,7 @@ def _generate_on_ray(
             count = len(workers.workers)
             progress = _progress(folder, job.quiet, f", {count} workers")
             session = _write(folder, workers.batches(stop), stop, progress)
-        record = _record(folder, session | {"workers": count})
+        record = _record(folder, session | {"workers": count}, choices)
         folder.finish(record)
     return record, [Outcome(config, folder.tally)]
 
@@ -151,10 +157,11 @@ def _progress(folder: RunFolder, quiet: bool, note: str = "") -> RunProgress:
     return RunProgress(folder.config.method + note, total, quiet, done=done)
 
 
-def _record(folder: RunFolder, session: dict[str, Any]) -> dict[str, Any]:
+def _record(folder: RunFolder, session: dict[str, Any], choices: dict[str, str]) -> dict[str, Any]:
     """What goes into run.json; `session` is the part of the work that ended it."""
     record = run_record(folder.config, folder.bundle, folder.tally)
-    return record | {"layout": folder.identity["layout"], "session": session}
+    record |= {"layout": folder.identity["layout"], "session": session}
+    return record | ({"choices": choices} if choices else {})
 
 
 def measure(pipeline: Pipeline, config: RunConfig, stop: StopWish, quiet: bool) -> Outcome:

@@ -206,19 +206,19 @@ def _connect(ray: Any, machine: Machine, cluster: Cluster) -> None:
         wanted = (cluster.workers or 1) * max(1, machine.threads)
         options |= {"num_cpus": max(wanted, os.cpu_count() or 1), "include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    begin_ray(ray, f"--ray {cluster.address}: cannot connect", **options)
+    advice = "start Ray there with 'ray start --head', or use --ray local"
+    begin_ray(ray, f"--ray {cluster.address}: cannot connect", advice, **options)
 
 
-def begin_ray(ray: Any, failure: str, **options: Any) -> None:
-    """`ray.init`, or a CspdError that begins with the words `failure`."""
+def begin_ray(ray: Any, failure: str, advice: str, **options: Any) -> None:
+    """`ray.init`, or a CspdError from `failure`, the reason, and `advice` or a better one."""
     try:
         ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        hint = "start Ray there with 'ray start --head', or use --ray local"
         if "AF_UNIX" in reason:
-            hint = "set TMPDIR to a folder with a short name, such as /tmp"
-        raise CspdError(f"{failure}: {reason}; {hint}") from None
+            advice = "set TMPDIR to a folder with a short name, such as /tmp"
+        raise CspdError(f"{failure}: {reason}; {advice}") from None
 
 
 def _shares(ray: Any, machine: Machine, cluster: Cluster) -> tuple[int, Machine, dict[str, float]]:

@@ -87,7 +87,8 @@ def start(settings: Settings, host: str, port: int, logs: Path | None) -> None:
         encoding="JSON", logs_dir=str(logs.resolve()) if logs else None, enable_access_log=False
     )
     begin_ray(
-        ray, "the server did not start", address="local", include_dashboard=False,
+        ray, "the server did not start", "see Ray's own logs", address="local",
+        include_dashboard=False,
         _node_ip_address="127.0.0.1", num_cpus=max(os.cpu_count() or 1, settings.replicas),
     )  # fmt: skip
     serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logs_config)

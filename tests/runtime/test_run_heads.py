@@ -10,7 +10,7 @@ import pytest
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import open_bundle
 from cspd.runtime import pipeline as pipeline_module
-from cspd.runtime import tuning
+from cspd.runtime import run, tuning
 from cspd.runtime.config import make_config
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.tune_command import cost_table
@@ -109,6 +109,16 @@ def test_what_was_chosen_stays_without_costs(pipeline, tmp_path):
     assert pipeline.resolve(resolved) == (resolved, {})
     list(pipeline.generate(resolved))
     assert used(pipeline) == {"denoiser"}
+
+
+def test_the_baseline_takes_the_cheaper_way_too(pipeline, tmp_path):
+    """Else a ratio would compare with a slower target than there is."""
+    settings = config(method="lossless", window=3)
+    keep(pipeline, settings, SLOW, FAST)
+    job = run.Job(run.Machine("cpu", 1), baseline=True, quiet=True)
+    record, outcomes = run.generate(pipeline.bundle, settings, tmp_path / "out", job)
+    assert "computed anew in every call" in record["choices"]["target"]
+    assert [outcome.config.heads[0].table for outcome in outcomes] == [False, False]
 
 
 @pytest.mark.parametrize("method", ["target", "lossless"])
