@@ -117,7 +117,7 @@ SAMPLING = (
     click.option(
         "--modulation-memory", type=int,
         help="MiB for what the head computes ahead of its steps; loops are cut to it, and engines "
-        "compute it ahead if it fits.  "
+        "compute it ahead if it fits and tune did not find that dearer.  "
         "[default: 512]",
     ),
     click.option(
