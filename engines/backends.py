@@ -11,6 +11,7 @@ from typing import Protocol, cast
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.session import Session
+from cspd.engines.words import setting
 
 # Backends that run engines, which hold no graph with `GraphSpec.engines` off.
 ENGINES = ("tensorrt", "tensorrt-rtx")
@@ -34,12 +35,19 @@ BACKENDS = {
 }
 
 
+def check_backend(name: str) -> None:
+    """Raise CspdError unless there is a backend of this name."""
+    if name not in BACKENDS:
+        raise CspdError(
+            f"{setting('backend')} is {name!r:.60}, expected one of {', '.join(BACKENDS)}"
+        )
+
+
 def open_session(
     bundle: Bundle, label: str, backend: str, *, device: str = "cpu", threads: int = 0
 ) -> Session:
     """Session of graph `label`, such as "target/backbone"; `threads` 0 leaves it to the backend."""
-    if backend not in BACKENDS:
-        raise CspdError(f"backend {backend!r} is unknown, expected one of {', '.join(BACKENDS)}")
+    check_backend(backend)
     module, _, function = BACKENDS[backend].partition(":")
     opener = cast(OpenSession, getattr(importlib.import_module(module), function))
     return opener(bundle, label, device=device, threads=threads)
