@@ -7,9 +7,11 @@ import pytest
 from click.testing import CliRunner
 
 import cspd
+from cspd.engines.bundle import open_bundle
 from cspd.runtime.cli import main
 from cspd.runtime.config import make_config
 from cspd.runtime.law import is_exact
+from cspd.runtime.settings import shipped_bundle
 
 QUICK = {"num_iter": 4, "head_steps": 4, "batch_size": 2}
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
@@ -201,12 +203,14 @@ def test_load_refuses(arguments, message):
     assert message in str(caught.value)
 
 
-def test_load_takes_the_path_of_a_bundle(tiny_bundle):
+def test_load_takes_the_path_of_a_bundle():
     """As text; its own defaults hold."""
-    opened = cspd.load(str(tiny_bundle.folder), threads=1)
-    config = opened.settings("goldfish")
-    assert (config.labels, config.num_iter, config.cfg) == ((1,), 6, 3.0)
-    assert "target tiny-target" in repr(opened)
+    opened = cspd.load(str(shipped_bundle()), threads=1)
+    manifest = open_bundle(shipped_bundle()).manifest
+    settings = opened.settings("sneaker").model_dump()
+    assert settings["labels"] == (manifest.class_names.index("sneaker"),)
+    assert manifest.defaults.items() <= settings.items()
+    assert f"target {manifest.models['target'].preset}" in repr(opened)
 
 
 def test_save_never_overwrites(pipe, tmp_path):
