@@ -11,7 +11,6 @@ from typing import Protocol, cast
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.session import Session
-from cspd.engines.words import setting
 
 # Backends that run engines, which hold no graph with `GraphSpec.engines` off.
 ENGINES = ("tensorrt", "tensorrt-rtx")
@@ -38,9 +37,7 @@ BACKENDS = {
 def check_backend(name: str) -> None:
     """Raise CspdError unless there is a backend of this name."""
     if name not in BACKENDS:
-        raise CspdError(
-            f"{setting('backend')} is {name!r:.60}, expected one of {', '.join(BACKENDS)}"
-        )
+        raise CspdError(f"backend {name!r:.60} is unknown, expected one of {', '.join(BACKENDS)}")
 
 
 def open_session(

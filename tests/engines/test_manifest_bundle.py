@@ -288,7 +288,7 @@ def test_unknown_graph_lists_the_known_ones(bundle):
 
 
 def test_unknown_backend(bundle):
-    with pytest.raises(CspdError, match="--backend is 'abacus', expected one of onnxrun"):
+    with pytest.raises(CspdError, match="backend 'abacus' is unknown, expected one of onnxrun"):
         open_session(open_bundle(bundle), "decoder", "abacus")
 
 

@@ -192,7 +192,7 @@ def test_the_same_errors_speak_options_on_the_command_line(tmp_path, options, me
     ("arguments", "message"),
     [
         ({"bundle": "nowhere"}, "nowhere: no manifest.json there"),
-        ({"backend": "abacus"}, "backend is 'abacus', expected one of onnxruntime"),
+        ({"backend": "abacus"}, "backend 'abacus' is unknown, expected one of onnxruntime"),
         ({"device": "gpu"}, "device is 'gpu', expected cpu or cuda"),
         ({"threads": -1}, "threads is -1, expected 0..1024"),
     ],
