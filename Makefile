@@ -23,7 +23,8 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	mkdir -p build/types/cspd
 	for part in engines export runtime tools demo_pair; do ln -sfn ../../../$$part build/types/cspd/$$part; done
-	MYPYPATH=build/types $(BIN)/mypy -p cspd.engines -p cspd.export -p cspd.runtime -p cspd.tools
+	for file in __init__.py __main__.py py.typed; do ln -sfn ../../../api/$$file build/types/cspd/$$file; done
+	MYPYPATH=build/types $(BIN)/mypy -p cspd
 
 # 14 minutes on two idle cores; goes on where it was interrupted.
 BENCH_IMAGES ?= 200

@@ -34,12 +34,17 @@ BACKENDS = {
 }
 
 
+def check_backend(name: str) -> None:
+    """Raise CspdError unless there is a backend of this name."""
+    if name not in BACKENDS:
+        raise CspdError(f"backend {name!r:.60} is unknown, expected one of {', '.join(BACKENDS)}")
+
+
 def open_session(
     bundle: Bundle, label: str, backend: str, *, device: str = "cpu", threads: int = 0
 ) -> Session:
     """Session of graph `label`, such as "target/backbone"; `threads` 0 leaves it to the backend."""
-    if backend not in BACKENDS:
-        raise CspdError(f"backend {backend!r} is unknown, expected one of {', '.join(BACKENDS)}")
+    check_backend(backend)
     module, _, function = BACKENDS[backend].partition(":")
     opener = cast(OpenSession, getattr(importlib.import_module(module), function))
     return opener(bundle, label, device=device, threads=threads)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cspd.engines.errors import CspdError
 from cspd.engines.spec import GraphSpec
+from cspd.engines.words import setting
 
 
 class Session(Protocol):
@@ -65,12 +66,16 @@ class EngineSession(Protocol):
 
 def torch_device(name: str) -> torch.device:
     """The device `name`, "cpu" or "cuda"; CspdError if PyTorch cannot use it."""
-    if name == "cuda" and not torch.cuda.is_available():
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise CspdError(f"{setting('device')} is {name!r:.60}, expected cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise CspdError(
-            f"--device cuda: PyTorch {torch.__version__} sees no CUDA GPU; run cspd-run doctor, "
-            "or use --device cpu"
+            f"{setting('device', name)}: PyTorch {torch.__version__} sees no CUDA GPU; "
+            f"run cspd-run doctor, or use {setting('device', 'cpu')}"
         )
-    return torch.device(name)
+    return device
 
 
 class TorchSession:

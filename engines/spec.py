@@ -155,5 +155,6 @@ class GraphSpec(Record):
             if not torch.isfinite(value).all():
                 raise NonFiniteError(
                     f"{self.name}: {name} holds NaN or infinity at {context}; nothing was saved "
-                    "of them. Try --precision fp32 or bf16, and cspd-export parity on the bundle"
+                    "of them. Try cspd-export build --precision fp32 or bf16, and cspd-export "
+                    "parity"
                 )

@@ -15,6 +15,7 @@ from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.spec import DTYPES, GraphSpec, TensorSpec
 from cspd.engines.trt_load import EngineFile, LoadedEngine, Placement, load_engine
 from cspd.engines.trt_options import profile_shapes
+from cspd.engines.words import setting
 
 PLACEHOLDER_BYTES = 256
 
@@ -169,11 +170,14 @@ def _open(bundle: Bundle, label: str, flavour: str, device: str) -> TrtSession:
 
 def _cuda_device(flavour: str, device: str) -> torch.device:
     if not device.startswith("cuda"):
-        raise CspdError(f"--device: {flavour} runs on a GPU, got {device}; use --device cuda")
+        raise CspdError(
+            f"{setting('device')}: {flavour} runs on a GPU, got {device}; "
+            f"use {setting('device', 'cuda')}"
+        )
     if not torch.cuda.is_available():
         raise CspdError(
-            f"--backend {flavour}: torch sees no GPU; run cspd-run doctor, or use "
-            "--backend onnxruntime"
+            f"{setting('backend', flavour)}: torch sees no GPU; run cspd-run doctor, or use "
+            f"{setting('backend', 'onnxruntime')}"
         )
     where = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if where.index is None else where

@@ -51,7 +51,13 @@ def timed_batches(
     on_step: Callable[[Canvas, Statistics], None] = ignore_progress,
 ) -> Iterator[tuple[list[GeneratedImage], Tally]]:
     """Batches of the images `indices`, each with its time and calls."""
-    batches = pipeline.generate(config, indices, on_step)
+    return timed(pipeline, pipeline.generate(config, indices, on_step))
+
+
+def timed(
+    pipeline: Pipeline, batches: Iterator[tuple[list[GeneratedImage], Statistics]]
+) -> Iterator[tuple[list[GeneratedImage], Tally]]:
+    """`batches` of `pipeline`, each with its time and calls."""
     while True:
         before = {name: (stats.calls, stats.seconds) for name, stats in pipeline.calls.items()}
         start = time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +11,15 @@ import click
 from rich.console import Console
 
 from cspd.engines.backends import BACKENDS
-from cspd.engines.bundle import Bundle, open_bundle
+from cspd.engines.bundle import open_bundle
 from cspd.engines.commands import Commands
 from cspd.engines.doctor import diagnose
 from cspd.runtime import run
-from cspd.runtime.config import HeadMode, Method, RunConfig, make_config, parse_labels
+from cspd.runtime.config import HeadMode, Method, RunConfig
 from cspd.runtime.formats import Format, Layout
 from cspd.runtime.images import write_png
 from cspd.runtime.outputs import image_metadata
+from cspd.runtime.settings import configure, shipped_bundle
 from cspd.runtime.tables import doctor_table, outcome_table
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -38,11 +38,6 @@ main.add_tool("bench", "cspd.tools.bench", "Measure methods against each other."
 main.add_tool("evaluate", "cspd.tools.evaluate", "Score images as the papers do.")
 main.add_tool("report", "cspd.tools.report", "Write one HTML file about runs.")
 main.add_tool("serve", "cspd.tools.serve", "Answer requests for images over HTTP.")
-
-
-def shipped_bundle() -> Path:
-    """The trained pair inside the package."""
-    return Path(str(importlib.resources.files("cspd.demo_pair") / "bundle"))
 
 
 def machine_options(command: Command) -> Command:
@@ -244,15 +239,3 @@ def doctor(backend: str, as_json: bool) -> None:  # fmt: skip
         Console().print(doctor_table(diagnosis))
     if not diagnosis.runs(backend):
         raise click.ClickException(f"{backend} cannot run here")
-
-
-def configure(bundle: Bundle, labels: str | None, sampling: dict[str, Any]) -> RunConfig:
-    """The configuration from options, the bundle's defaults, and RunConfig's own, in this order."""
-    manifest = bundle.manifest
-    chosen = {name: value for name, value in sampling.items() if value is not None}
-    values: dict[str, Any] = {**manifest.defaults, **chosen}
-    classes = range(manifest.geometry.num_classes)
-    values["labels"] = parse_labels(labels, manifest.class_names) if labels else tuple(classes)
-    values.setdefault("num_images", len(values["labels"]))
-    values.setdefault("method", "cspd" if "draft" in manifest.models else "target")
-    return make_config(**values)

@@ -7,10 +7,13 @@ import re
 from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Manifest, Role
 from cspd.engines.spec import Record
+from cspd.engines.words import setting
+from cspd.runtime.bounds import expected, nearest
 from cspd.runtime.contract import check_graphs
 from cspd.runtime.relax import Relaxation
 from cspd.runtime.steps import HeadSteps
@@ -70,8 +73,8 @@ class RunConfig(Record):
     def _check_balance(self) -> RunConfig:
         if self.class_balanced and self.num_images % len(self.labels):
             raise ValueError(
-                f"--class-balanced: --num-images is {self.num_images}, expected a multiple of the "
-                f"{len(self.labels)} classes"
+                f"{setting('class_balanced')}: {setting('num_images')} is {self.num_images}, "
+                f"expected a multiple of the {len(self.labels)} classes"
             )
         return self
 
@@ -107,15 +110,28 @@ class RunConfig(Record):
 
 
 def make_config(**values: object) -> RunConfig:
-    """A RunConfig from option values; CspdError names the option that is wrong."""
+    """A RunConfig from the values of settings; CspdError names the first that is wrong."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:
             raise CspdError(str(first["ctx"]["error"])) from None
-        option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise CspdError(f"{option} is {first['input']!r:.60}: {first['msg']}") from None
+        raise CspdError(_wrong(first)) from None
+
+
+def _wrong(error: ErrorDetails) -> str:
+    """What is wrong with one setting: its name, what it got, what it takes."""
+    name, value = str(error["loc"][0]), error["input"]
+    if name not in RunConfig.model_fields:
+        advice = nearest(name, RunConfig.model_fields)
+        hint = f"; did you mean {setting(advice)}?" if advice else ""
+        return f"{setting(name)}: there is no such setting{hint}"
+    if error["type"] == "missing":
+        return f"{setting(name)} is missing"
+    own = error.get("ctx", {}).get("error")
+    wanted = str(own) if own else f"expected {expected(RunConfig, name, value)}"
+    return f"{setting(name)} is {value!r:.60}, {wanted}"
 
 
 def check_config(config: RunConfig, manifest: Manifest) -> None:
@@ -124,27 +140,30 @@ def check_config(config: RunConfig, manifest: Manifest) -> None:
     geometry = manifest.geometry
     for label in config.labels:
         if not 0 <= label < geometry.num_classes:
-            raise CspdError(f"--labels: class {label}, expected 0..{geometry.num_classes - 1}")
+            raise CspdError(
+                f"{setting('labels')}: class {label}, expected 0..{geometry.num_classes - 1}"
+            )
     limits = {"num_iter": config.num_iter}
     if config.method == "cspd":
         limits["gamma"] = config.gamma
     for name, value in limits.items():
         if value > geometry.num_tokens:
             raise CspdError(
-                f"--{name.replace('_', '-')} is {value}, expected 1..{geometry.num_tokens}, "
+                f"{setting(name)} is {value}, expected 1..{geometry.num_tokens}, "
                 "the number of tokens of an image"
             )
     last = manifest.schedule.last_timestep
     steps = HeadSteps.parse(config.head_steps)
     if max(steps.first, steps.last) > last + 1:
         raise CspdError(
-            f"--head-steps is {config.head_steps}, expected 2..{last + 1} for this model"
+            f"{setting('head_steps')} is {config.head_steps}, expected 2..{last + 1} for this model"
         )
     _check_heads(config)
     if config.method in ("draft", "cspd") and "draft" not in manifest.models:
         raise CspdError(
-            f"--method {config.method}: the bundle has no draft model; build it with --draft, "
-            "or use --method target or lossless"
+            f"{setting('method', config.method)}: the bundle has no draft model; build it with "
+            f"cspd-export build --draft, or use {setting('method', 'target')} or "
+            f"{setting('method', 'lossless')}"
         )
 
 
@@ -152,12 +171,14 @@ def _check_heads(config: RunConfig) -> None:
     """Raise CspdError for options that contradict each other."""
     if config.method in ("lossless", "auto") and config.head not in (None, config.method):
         raise CspdError(
-            f"--head {config.head} contradicts --method {config.method}; use --method target"
+            f"{setting('head', config.head)} contradicts {setting('method', config.method)}; "
+            f"use {setting('method', 'target')}"
         )
     if config.relax and config.head_mode == "plain":
         raise CspdError(
-            f"--relax {config.relax} loosens the test of speculative denoising, but the heads step "
-            "plainly; add --head lossless or use --method lossless"
+            f"{setting('relax', config.relax)} loosens the test of speculative denoising, but the "
+            f"heads step plainly; add {setting('head', 'lossless')} or use "
+            f"{setting('method', 'lossless')}"
         )
 
 
@@ -172,5 +193,7 @@ def parse_labels(text: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
             labels.append(by_name[part.lower()])
         else:
             near = difflib.get_close_matches(part[:60].lower(), by_name, n=1, cutoff=0.0)
-            raise CspdError(f"--labels: no class {part!r:.60}; the nearest is {near[0]!r}")
+            raise CspdError(
+                f"{setting('labels')}: no class {part!r:.60}; the nearest is {near[0]!r}"
+            )
     return tuple(labels)

@@ -16,6 +16,11 @@ def law(config: RunConfig, manifest: Manifest | None = None) -> str:
     return "; ".join(parts)
 
 
+def is_exact(config: RunConfig) -> bool:
+    """Whether the images are samples of the target model, with the steps that `config` gives it."""
+    return config.method != "draft" and _base(config).startswith("exact")
+
+
 def certificate(config: RunConfig) -> str | None:
     """What is guaranteed about relaxed denoising, None for exact denoising."""
     return Relaxation.parse(config.relax).certificate if config.relax else None

@@ -11,6 +11,7 @@ from cspd.engines.bundle import Bundle
 from cspd.engines.cuda_graph import Graphs
 from cspd.engines.errors import CspdError
 from cspd.engines.session import TimedSession
+from cspd.engines.words import setting
 from cspd.runtime.adaptive import Speculative
 from cspd.runtime.captured import CapturedSteps, bucket, captured_steps
 from cspd.runtime.chain_numbers import MakeNumbers
@@ -63,7 +64,9 @@ class OpenHeads:
         """
         most = self.bundle.graph(f"{role}/speculative_round").spec.axes["window"].max
         if options.window > most:
-            raise CspdError(f"--window is {options.window}, the bundle was built for 1..{most}")
+            raise CspdError(
+                f"{setting('window')} is {options.window}, the bundle was built for 1..{most}"
+            )
         if self._loops_inside(f"{role}/speculative_loop"):
             loop = self.session(f"{role}/speculative_loop")
             return SpeculativeLoopHead(loop, options, memory=memory, numbers=numbers)

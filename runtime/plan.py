@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from cspd.engines.errors import CspdError
+from cspd.engines.words import setting
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class MaskPlan:
     def __post_init__(self) -> None:
         if not 1 <= self.num_iter <= self.num_tokens:
             raise CspdError(
-                f"--num-iter is {self.num_iter}, expected 1..{self.num_tokens}, "
+                f"{setting('num_iter')} is {self.num_iter}, expected 1..{self.num_tokens}, "
                 "the number of tokens of an image"
             )
 

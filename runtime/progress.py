@@ -1,7 +1,8 @@
-"""Progress on stderr: a live bar on a terminal, plain lines otherwise, nothing with --quiet."""
+"""Progress: a live bar in a terminal or notebook, plain lines on stderr otherwise, or nothing."""
 
 from __future__ import annotations
 
+import importlib.util
 import time
 
 from rich.console import Console
@@ -21,7 +22,7 @@ class RunProgress:
         self._title, self._total, self._done = title, num_images, done
         self._in_work, self._last = 0, time.monotonic()
         self._bar: Progress | None = None
-        if self._console.is_terminal and not quiet:
+        if not quiet and (self._console.is_terminal or _live_in_notebook(self._console)):
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
@@ -66,3 +67,8 @@ class RunProgress:
         elif force or time.monotonic() - self._last > PLAIN_SECONDS:
             self._last = time.monotonic()
             self._console.print(f"{self._title}: {int(done)}/{self._total} images  {note}".rstrip())
+
+
+def _live_in_notebook(console: Console) -> bool:
+    """Whether rich can redraw a bar in this notebook: without ipywidgets it only warns."""
+    return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None

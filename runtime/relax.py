@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cspd.engines.errors import CspdError
 from cspd.engines.session import Session
+from cspd.engines.words import setting
 from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
 from cspd.runtime.coupling import Gaussian
 from cspd.runtime.rounds import ReferenceRound, Window
@@ -31,7 +32,8 @@ class Relaxation:
         limit = {"tv": 1.0, "sigma": math.inf}.get(self.kind)
         if limit is None or not 0 <= self.amount <= limit:
             raise CspdError(
-                f"--relax is {self.kind}={self.amount:g}, expected tv=0..1 or sigma=0 or more"
+                f"{setting('relax')} is {self.kind}={self.amount:g}, expected tv=0..1 "
+                "or sigma=0 or more"
             )
 
     @classmethod
@@ -41,7 +43,9 @@ class Relaxation:
         try:
             return cls(kind, float(amount))
         except ValueError:
-            raise CspdError(f"--relax is {text!r}, expected tv=0.05 or sigma=0.5") from None
+            raise CspdError(
+                f"{setting('relax')} is {text!r}, expected tv=0.05 or sigma=0.5"
+            ) from None
 
     @property
     def certificate(self) -> str:

@@ -157,7 +157,8 @@ def check_finite(member: Member, sampled: HeadSample, batch: Batch, span: Span) 
     raise NonFiniteError(
         f"{member.name} denoiser: NaN or infinity in image {int(batch.images[row])} at the "
         f"autoregressive step that starts with {span.start[row]} known tokens; no image of "
-        "this batch was saved. Try --precision fp32 or bf16, and cspd-export parity on the bundle"
+        "this batch was saved. Try cspd-export build --precision fp32 or bf16, and cspd-export "
+        "parity"
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cspd.engines.errors import CspdError
+from cspd.engines.words import setting
 from cspd.runtime.member import HeadSample
 
 
@@ -33,7 +34,7 @@ class SpeculationOptions:
         if sizes and min(sizes) < self.window:
             raise CspdError(
                 f"speculation: a call of {min(sizes)} rows cannot hold the window of {self.window} "
-                "rows of one token; use a smaller --window or an engine for more rows"
+                f"rows of one token; use a smaller {setting('window')} or an engine for more rows"
             )
 
     @property

@@ -67,6 +67,11 @@ class Statistics:
         self.per_image += other.per_image
 
     @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted tokens per judged token, 0 to 1; None if the method judges none."""
+        return self.verdicts.acceptance_rate
+
+    @property
     def mean_distance(self) -> float | None:
         """Mean Euclidean distance between draft tokens and the target's aligned samples."""
         judged = self.verdicts.proposed - self.verdicts.discarded

@@ -15,6 +15,7 @@ from cspd.engines.bundle import open_bundle
 from cspd.runtime.choose import Explained, choose, choose_table
 from cspd.runtime.config import RunConfig
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.settings import configure, shipped_bundle
 from cspd.runtime.tuning import HeadCosts, tuned
 from cspd.runtime.window import WHOLE_WINDOWS, CostRecord, WindowChooser, cost_at
 
@@ -85,8 +86,6 @@ def command(
     Costs are kept beside the bundle, or in the user's cache folder where that is not possible, and
     hold for this bundle, backend, machine and these versions only.
     """
-    from cspd.runtime.cli import configure, shipped_bundle
-
     opened = open_bundle(bundle or shipped_bundle())
     config = configure(opened, None, {**sampling, "backend": backend})
     found = tune(Pipeline(opened, backend, device, threads), config)

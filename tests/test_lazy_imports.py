@@ -14,6 +14,7 @@ HEAVY = (
 )  # fmt: skip
 # What each part may import of the project.
 ALLOWED = {
+    "api": {"engines", "runtime"},
     "engines": {"engines"},
     "export": {"engines", "export"},
     "runtime": {"engines", "runtime"},
@@ -32,6 +33,16 @@ def test_runtime_imports_nothing_heavy():
     modules = loaded_by("import cspd.runtime, cspd.runtime.cli, cspd.runtime.pipeline")
     assert "cspd.runtime.pipeline" in modules and "torch" in modules
     assert modules.isdisjoint(HEAVY)
+
+
+def test_import_of_the_package_imports_nothing_of_weight():
+    """Neither PyTorch nor anything else that it depends on, until a name is used."""
+    modules = loaded_by("import cspd")
+    assert "cspd" in modules
+    assert modules.isdisjoint((*HEAVY, "torch", "numpy", "PIL", "pydantic", "click", "rich"))
+    modules = loaded_by("import cspd; cspd.load, cspd.Pipeline, cspd.Images")
+    assert {"torch", "cspd.runtime.api"} <= modules
+    assert modules.isdisjoint((*HEAVY, "cspd.runtime.cli"))
 
 
 def test_exporter_s_command_line_imports_nothing_heavy():

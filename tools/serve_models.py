@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.spec import Record
-from cspd.runtime.cli import configure
 from cspd.runtime.config import MAX_SEED, RunConfig, check_config
 from cspd.runtime.heads import DEFAULT_WINDOW
+from cspd.runtime.settings import configure
 
 MAX_IMAGES = 16
 # Without "auto", whose choices are measured: see `configuration`.

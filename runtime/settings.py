@@ -1,0 +1,54 @@
+"""The settings of a run from what was asked for: one merge for all entries."""
+
+from __future__ import annotations
+
+import importlib.resources
+import numbers
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cspd.engines.bundle import Bundle
+from cspd.engines.errors import CspdError
+from cspd.engines.words import setting
+from cspd.runtime.config import RunConfig, make_config, parse_labels
+
+
+def shipped_bundle() -> Path:
+    """The trained pair inside the package."""
+    return Path(str(importlib.resources.files("cspd.demo_pair") / "bundle"))
+
+
+def configure(
+    bundle: Bundle, labels: str | Iterable[int | str] | None, sampling: Mapping[str, Any]
+) -> RunConfig:
+    """The configuration from settings, the bundle's defaults, and RunConfig's own, in this order.
+
+    `labels` are classes, numbers or names, or text such as "207,360" or "sneaker,bag"; None means
+    every class. A setting in `sampling` that is None was not given.
+    """
+    manifest = bundle.manifest
+    chosen = {name: value for name, value in sampling.items() if value is not None}
+    values: dict[str, Any] = {**manifest.defaults, **chosen}
+    values["labels"] = _classes(labels, bundle)
+    values.setdefault("num_images", len(values["labels"]))
+    values.setdefault("method", "cspd" if "draft" in manifest.models else "target")
+    return make_config(**values)
+
+
+def _classes(labels: str | Iterable[int | str] | None, bundle: Bundle) -> tuple[int, ...]:
+    """Class numbers; whether the bundle has them is checked with the rest, by `check_config`."""
+    names = bundle.manifest.class_names
+    if labels is None or labels == "":
+        return tuple(range(bundle.manifest.geometry.num_classes))
+    found: list[int] = []
+    for label in [labels] if isinstance(labels, str) else labels:
+        if isinstance(label, str):
+            found += parse_labels(label, names)
+        elif isinstance(label, bool) or not isinstance(label, numbers.Integral):
+            raise CspdError(
+                f"{setting('labels')}: {label!r:.60} is neither the number nor the name of a class"
+            )
+        else:
+            found.append(int(label))
+    return tuple(found)
