@@ -95,7 +95,10 @@ class _Shapes:
         """Shape of the tensor `name`, which must have `rank` axes."""
         if name not in self._state:
             names = few(self._state) or "nothing"
-            raise CspdError(f"no weights of a MAR model: {name} is missing (found {names})")
+            raise CspdError(
+                f"no weights of a MAR model: {name} is missing (found {names}); save the network's "
+                "state_dict under its authors' names, or get their file"
+            )
         found = self._state[name].shape
         if len(found) != rank:
             raise CspdError(f"no weights of a MAR model: {name} is {list(found)}, not {rank} axes")

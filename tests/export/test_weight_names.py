@@ -5,9 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from weights import decoder_zeros, draft_state, error_of, other_state, prefixed, same
+from weights import (
+    decoder_zeros,
+    draft_state,
+    error_of,
+    other_state,
+    prefixed,
+    same,
+    write_sparse_safetensors,
+)
 
+from cspd.export.build import BuildOptions
 from cspd.export.checkpoint import load_mar, load_vae
+from cspd.export.mar import Mar
+from cspd.export.pairs import mar_plan
+from cspd.export.presets import PRESETS
 
 WRAPPERS = ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.")
 
@@ -96,6 +108,25 @@ def test_dict_that_no_one_knows(tmp_path):
     path = saved(tmp_path / "w.pth", {"weights": dict(draft_state()), "epoch": 3})
     message = error_of(lambda: load_mar(path))
     assert "['weights', 'epoch']" in message and "{'model_ema': network.state_dict()}" in message
+
+
+def test_build_reports_the_prefix_and_records_it(tmp_path):
+    with torch.device("meta"):
+        names = prefixed("module.model_ema.", Mar(PRESETS["mar-b"]).state_dict())
+    write_sparse_safetensors(tmp_path / "b.safetensors", names, "F16", 2)
+    saved(tmp_path / "kl16.ckpt", {"state_dict": prefixed("first_stage_model.", decoder_zeros())})
+    lines: list[str] = []
+    plan = mar_plan(
+        {"target": "mar-b"}, {"target": tmp_path / "b.safetensors"}, tmp_path, BuildOptions(),
+        random_weights=False, allow_non_ema=False, clip_timesteps=None, warn=lines.append,
+    )  # fmt: skip
+    assert lines == [
+        "b.safetensors: names taken without 'module.model_ema.'",
+        "kl16.ckpt: names taken without 'first_stage_model.'",
+        f"{tmp_path}: its kl16.ckpt is read",
+    ]
+    assert plan.models["target"].origin == "safetensors/module.model_ema."
+    assert plan.decoder.origin == "state_dict/first_stage_model."
 
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model.", "module.", "model.", "vae."])
