@@ -29,12 +29,14 @@ from cspd.export.image_effect import with_image_effects
 from cspd.export.networks import EXACT, model_graphs, with_tolerance
 from cspd.export.onnx_export import OPSET
 from cspd.export.presets import MarConfig
+from cspd.export.weight_values import check_values
 
 KEY = "build.key"
 WEIGHTS = "weights.safetensors"
 FIRST_WEIGHTS = "first.safetensors"
 VERIFY_STEPS = 10
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime")
+NOT_WRITTEN = "build with another --precision, or get the weights again"
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def build_bundle(
     """
     check_target(out, overwrite)
     check_pair(plan)
+    check_weights(plan)
     staging = _staging(plan, out)
     manifest = _complete(staging)
     if manifest is None:
@@ -168,6 +171,16 @@ def check_pair(plan: BundlePlan) -> None:
                 f"draft {draft.preset}: {field} is {got}, the target {target.preset} has "
                 f"{expected}; a pair must share grid, token size and classes"
             )
+
+
+def check_weights(plan: BundlePlan) -> None:
+    """Raise CspdError unless all given weights are finite floating-point numbers.
+
+    Weights that a function makes are looked at when they are written.
+    """
+    for role, source in (*plan.models.items(), ("decoder", plan.decoder)):
+        if source is not None and not callable(source.state):
+            check_values(source.state, f"{role} {source.preset}")
 
 
 def _staging(plan: BundlePlan, out: Path) -> Path:
@@ -244,6 +257,7 @@ def _write_weights(module: nn.Module, path: Path, storage: str | None, prefix: s
         prefix + name: tensor.half() if storage == "fp16" else tensor
         for name, tensor in module.state_dict().items()
     }
+    check_values(state, path.parent.name, NOT_WRITTEN)
     temporary = path.with_suffix(".tmp")
     save_file(state, temporary)
     temporary.chmod(0o644)

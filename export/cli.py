@@ -51,9 +51,9 @@ def require_exporter() -> None:
     "--target", required=True, type=click.Choice(PRESETS), help="Size of the target model."
 )
 @click.option("--draft", type=click.Choice(PRESETS), help="Size of the draft model.")
-@click.option("--target-weights", type=FILE, help="Checkpoint of the target.")
-@click.option("--draft-weights", type=FILE, help="Checkpoint of the draft.")
-@click.option("--vae", type=FILE, help="Checkpoint of the KL-16 decoder.")
+@click.option("--target-weights", type=FILE, help="Weights of the target: a file or a folder.")
+@click.option("--draft-weights", type=FILE, help="Weights of the draft: a file or a folder.")
+@click.option("--vae", type=FILE, help="Weights of the KL-16 decoder: a file or a folder.")
 @click.option(
     "--random-weights", is_flag=True, help="No checkpoints: random weights, marked synthetic."
 )

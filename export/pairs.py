@@ -15,12 +15,13 @@ from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Geometry, Role
 from cspd.engines.schedule import ScheduleSpec
 from cspd.export.build import BuildOptions, BundlePlan, Source
-from cspd.export.checkpoint import find_default_weights, load_mar, load_vae
+from cspd.export.checkpoint import load_mar, load_vae
 from cspd.export.mar import Mar
 from cspd.export.presets import PRESETS, MarConfig
 from cspd.export.random_weights import random_state
 from cspd.export.vae import VaeDecoder
 from cspd.export.weight_files import file_sha256
+from cspd.export.weight_folders import find_default_weights
 
 # The authors' best guidance with a linear schedule, 256 steps (LTH14/mar, README).
 GUIDANCE = {"mar-b": 2.9, "mar-l": 3.0, "mar-h": 3.2}

@@ -2,7 +2,7 @@
 
 The restricted loader executes nothing, but it hashes the keys of dictionaries. A tuple that holds
 the same tuple twice, sixty times over, is 200 bytes in a file and takes for ever to hash. Archives
-may unpack to a thousand times their size.
+may unpack to a thousand times their size. A program of ten million operations takes minutes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from typing import IO
 
 from cspd.engines.errors import CspdError
 
-MAX_DEPTH = 16  # tuples in tuples; torch.save nests three
+MAX_ELEMENTS = 1_000  # of a tuple and of all tuples in it, repeated or not; torch.save needs 30
+MAX_OPERATIONS = 300_000  # a training checkpoint of mar-h with its optimizer has 91,000
 OLD_FORMAT_PICKLES = 5  # magic number, protocol, system, content, names of the storages
 MARK = -1
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def scan_zip(path: Path) -> None:
-    """Raise CspdError if the zip checkpoint `path` is compressed, or its pickle could hang."""
+    """Raise CspdError if the zip checkpoint `path` is compressed, or its pickles could hang."""
+    left = MAX_OPERATIONS
     with zipfile.ZipFile(path) as archive:
         for item in archive.infolist():
             if item.compress_type != zipfile.ZIP_STORED:
@@ -31,21 +33,31 @@ def scan_zip(path: Path) -> None:
                 )
             if item.filename.endswith(".pkl"):
                 with archive.open(item) as file:
-                    _scan(file, path)
+                    left = _scan(file, path, left)
 
 
 def scan_old(path: Path) -> None:
     """Raise CspdError if one of the pickles in front of the old format's tensors could hang."""
+    left = MAX_OPERATIONS
     with path.open("rb") as file:
         for _ in range(OLD_FORMAT_PICKLES):
-            _scan(file, path)
+            left = _scan(file, path, left)
 
 
-def _scan(file: IO[bytes], path: Path) -> None:
-    """Follow the pickle's stack with the depth of nested tuples in place of values."""
+def _scan(file: IO[bytes], path: Path, left: int) -> int:
+    """Follow the pickle's stack with the size of tuples in place of values.
+
+    Returns how many of the `left` operations remain.
+    """
     stack: list[int] = []
     memo: dict[int, int] = {}
     for opcode, argument, _ in pickletools.genops(file):
+        left -= 1
+        if left < 0:
+            raise CspdError(
+                f"{path}: refused, its pickles have more than {MAX_OPERATIONS:,} operations, "
+                "which no checkpoint needs; get the file from its authors"
+            )
         name = opcode.name
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             memo[len(memo) if argument is None else int(argument)] = stack[-1] if stack else 0
@@ -53,15 +65,16 @@ def _scan(file: IO[bytes], path: Path) -> None:
             stack.append(memo.get(int(argument or 0), 0))
         elif name == "TUPLE" or name in TUPLES:
             items = _to_mark(stack) if name == "TUPLE" else _last(stack, TUPLES[name])
-            depth = 1 + max(items, default=0)
-            if depth > MAX_DEPTH:
+            size = len(items) + sum(max(item, 0) for item in items)
+            if size > MAX_ELEMENTS:
                 raise CspdError(
-                    f"{path}: refused, its pickle nests more than {MAX_DEPTH} tuples, which could "
-                    "take for ever to load; get the file from its authors"
+                    f"{path}: refused, its pickle nests tuples of more than {MAX_ELEMENTS:,} "
+                    "elements, which could take for ever to load; get the file from its authors"
                 )
-            stack.append(depth)
+            stack.append(size)
         else:
             _apply(opcode, stack)
+    return left
 
 
 def _apply(opcode: pickletools.OpcodeInfo, stack: list[int]) -> None:

@@ -14,7 +14,7 @@ import torch
 from harness import FILE_SIZE, budget, check, run_case, run_here
 from hypothesis import example, given
 from hypothesis import strategies as st
-from mutations import ODD, damaged
+from mutations import ODD, apply, damaged, edits
 from safetensors.torch import save as save_safetensors
 
 from cspd.export.checkpoint import load_mar, load_vae
@@ -167,6 +167,8 @@ OPCODES = [b"(", b")", b"]", b"}", b"t", b"l", b"d", b"0", b"1", b"2", b"a", b"e
 # Pairs of the same pair, 2 ** 60 leaves, in memo 0.
 DOUBLED = b")" + b"q\0h\0h\0\x86" * 60 + b"q\0"
 
+WIDE = b")" + (b"q\0(" + b"h\0" * 200 + b"t") * 6 + b"q\0"
+
 
 def zipped_pickle(program: bytes) -> bytes:
     """A checkpoint file whose pickle is `program`."""
@@ -185,11 +187,25 @@ def zipped_pickle(program: bytes) -> bytes:
 @example(program=DOUBLED + b"}h\0Ns", bare=True)
 @example(program=b"}(" + b"X\5\0\0\0modelcollections\nOrderedDict\n)R" + b"u", bare=False)
 @example(program=b"(" * 100_000, bare=False)
+@example(program=WIDE + b"}h\0Ns", bare=False)  # six tuples of 200, each of the one before
 @example(program=b"]" + b"q\0h\0a" * 3, bare=False)
 @example(program=b"](" + b"](" * 20_000 + b"e" * 20_000, bare=False)
 def test_pickle_programs(arena, program, bare):
     content = b"\x80\x02" + program + b"." if bare else zipped_pickle(program)
     load(arena, "weights: pickle programs", content)
+
+
+MANY_NAMES = b"}(" + b"".join(b"X\6\0\0\0%06dN" % number for number in range(300_000)) + b"u"
+
+
+@pytest.mark.parametrize("program", [b"N0" * 5_000_000, MANY_NAMES], ids=["10 MB", "300,000 names"])
+@pytest.mark.parametrize("bare", [True, False])
+def test_long_programs(arena, program, bare):
+    folder = arena.fresh()
+    path = folder / "checkpoint.pth"
+    path.write_bytes(b"\x80\x02" + program + b"." if bare else zipped_pickle(program))
+    ending = check(run_here("weights: pickle programs", lambda: load_mar(path), folder))
+    assert "more than 300,000 operations" in ending.text
 
 
 def declared(header: object, data: bytes = b"", length: int | None = None) -> bytes:
@@ -230,6 +246,35 @@ def test_safetensors_that_declare_anything(arena, shape, offsets, dtype, name, s
 @example(content=declared(b'{"a":' * 100_000))
 def test_damaged_safetensors(arena, content):
     load(arena, "weights: damaged safetensors", content, "a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pth", "model.safetensors.index.json"])
+def test_named_pipe(arena, name):
+    """Opening one for reading waits for somebody who writes."""
+    path = arena.fresh() / name
+    os.mkfifo(path)
+    for call in (lambda: load_mar(path), lambda: load_vae(path), lambda: load_mar(path.parent)):
+        ending = check(run_here("weights: named pipes", call, path.parent))
+        assert "a named pipe" in ending.text or name in ending.text
+
+
+INDEX = {"metadata": {"total_size": 1}, "weight_map": {"model.a": "s1.safetensors",
+                                                      "b": "s2.safetensors"}}  # fmt: skip
+
+
+@budget(full=250, ci=8)
+@given(changes=edits(INDEX))
+def test_indexes_of_shards(arena, changes):
+    folder = arena.fresh()
+    (folder / "s1.safetensors").write_bytes(save_safetensors({"model.a": torch.zeros(4, 4)}))
+    (folder / "s2.safetensors").write_bytes(save_safetensors({"b": torch.zeros(3)}))
+    (folder / "model.safetensors.index.json").write_bytes(apply(INDEX, changes))
+    for call in (
+        lambda: load_mar(folder, num_heads=4, allow_non_ema=True),
+        lambda: load_vae(folder),
+    ):
+        ending = check(run_here("weights: indexes of shards", call, folder))
+        assert ending.kind == "refused"
 
 
 def shaped(changes: dict[str, tuple[int, ...] | None]) -> bytes:
