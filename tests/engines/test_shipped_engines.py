@@ -1,4 +1,4 @@
-"""Real engines of every graph of the shipped pair, in both precisions, without a GPU."""
+"""Real engines of every graph of the shipped pair, the draft's in fp16 too, without a GPU."""
 
 from __future__ import annotations
 
