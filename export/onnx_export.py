@@ -152,7 +152,7 @@ def save_graph(model: ir.Model, path: Path, weights: Path | None) -> None:
     ir.save(model, path)
 
 
-def _number_of(value: ir.Value) -> ir.Tensor | None:
+def _number_of(value: ir.Value) -> ir.TensorProtocol | None:
     """The number [1] that all floats of a constant are; None if they differ or are one only."""
     tensor = value.const_value
     if tensor is None or not tensor.dtype.is_floating_point() or tensor.size < 2:
@@ -167,13 +167,16 @@ def _is_weight(value: ir.Value) -> bool:
     return tensor is not None and tensor.dtype.is_floating_point() and tensor.nbytes > MAX_CONSTANT
 
 
-def _spread_initializer(graph: ir.Graph, value: ir.Value, number: ir.Tensor) -> ir.Node:
+def _spread_initializer(graph: ir.Graph, value: ir.Value, number: ir.TensorProtocol) -> ir.Node:
     """Replace initializer `value` by its shape and return the node that fills it with `number`."""
     assert value.const_value is not None
     sizes = list(value.const_value.shape.numpy())
     shape = ir.tensor(sizes, ir.DataType.INT64, name=f"{value.name}.shape")
     source = ir.Value(
-        name=shape.name, shape=shape.shape, type=ir.TensorType(shape.dtype), const_value=shape
+        name=shape.name,
+        shape=ir.Shape([len(sizes)]),
+        type=ir.TensorType(shape.dtype),
+        const_value=shape,
     )
     return _replace_initializer(graph, value, source, "ConstantOfShape", {"value": number})
 
