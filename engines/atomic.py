@@ -1,9 +1,10 @@
-"""Files that appear complete or not at all."""
+"""Files that appear complete or not at all, and files that lie in two places."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -21,3 +22,11 @@ def atomic_file(out: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Let `target` be `source`: a hard link, or a copy where the file systems have none."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -14,6 +14,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -26,7 +27,9 @@ from cspd.engines.spec import GraphSpec, TensorSpec
 OPSET = 20
 # Sizes used for tracing: distinct, and never 0 or 1, which the exporter would bake in.
 TRACE_SIZES = (3, 5, 7, 11, 13, 17)
-MAX_CONSTANT = 4096  # bytes; what is larger is a weight, and those live in the weights file
+# Bytes of a constant of different floats, of which the largest is the same for every model: the
+# head's 128 frequencies. What is larger is a weight, and those live in the weights file.
+MAX_CONSTANT = 4096
 SAFETENSORS_DTYPES = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16,
 }  # fmt: skip
@@ -124,46 +127,84 @@ def _checked_shape(value: ir.Value, tensor: TensorSpec) -> ir.Shape:
 
 
 def save_graph(model: ir.Model, path: Path, weights: Path | None) -> None:
-    """Write `model`, its large initializers pointing into the safetensors file `weights` beside it.
+    """Write `model`, its weights pointing into the safetensors file `weights` beside it.
 
-    An initializer stored there in half precision but used in float32 is read through a Cast, which
-    every engine folds when it loads the graph.
+    An initializer stored there in half precision but used in float32 is read through a Cast, and a
+    constant whose numbers are all equal, such as the scale of a norm that has none, is one number
+    spread out: every engine folds both when it loads the graph. Raises CspdError if a weight is not
+    in the file.
     """
     stored = _stored_tensors(weights) if weights else {}
     graph = model.graph
-    casts = []
+    nodes = []
     for value in list(graph.initializers.values()):
         external = stored.get(str(value.name))
         if external is None:
-            if value.const_value is not None and value.const_value.nbytes > MAX_CONSTANT:
+            if (number := _number_of(value)) is not None:
+                nodes.append(_spread_initializer(graph, value, number))
+            elif _is_weight(value):
                 raise CspdError(f"{graph.name}: weight {value.name} is not in the weights file")
-            continue
-        if external.dtype == value.dtype:
+        elif external.dtype == value.dtype:
             value.const_value = external
         else:
-            casts.append(_cast_initializer(graph, value, external))
-    graph.insert_before(graph[0], casts)
+            nodes.append(_cast_initializer(graph, value, external))
+    graph.insert_before(graph[0], nodes)
     ir.save(model, path)
+
+
+def _number_of(value: ir.Value) -> ir.TensorProtocol | None:
+    """The number [1] that all floats of a constant are; None if they differ or are one only."""
+    tensor = value.const_value
+    if tensor is None or not tensor.dtype.is_floating_point() or tensor.size < 2:
+        return None
+    numbers = tensor.numpy().reshape(-1)
+    return ir.tensor(numbers[:1], tensor.dtype) if (numbers == numbers[0]).all() else None
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """Whether a constant holds so many different floats that no graph came by them itself."""
+    tensor = value.const_value
+    return tensor is not None and tensor.dtype.is_floating_point() and tensor.nbytes > MAX_CONSTANT
+
+
+def _spread_initializer(graph: ir.Graph, value: ir.Value, number: ir.TensorProtocol) -> ir.Node:
+    """Replace initializer `value` by its shape and return the node that fills it with `number`."""
+    assert value.const_value is not None
+    sizes = list(value.const_value.shape.numpy())
+    shape = ir.tensor(sizes, ir.DataType.INT64, name=f"{value.name}.shape")
+    source = ir.Value(
+        name=shape.name,
+        shape=ir.Shape([len(sizes)]),
+        type=ir.TensorType(shape.dtype),
+        const_value=shape,
+    )
+    return _replace_initializer(graph, value, source, "ConstantOfShape", {"value": number})
 
 
 def _cast_initializer(graph: ir.Graph, value: ir.Value, stored: ir.ExternalTensor) -> ir.Node:
     """Replace initializer `value` by `stored` and return the Cast that restores its type."""
-    name, dtype = str(value.name), value.dtype
-    graph.initializers.pop(name)
     source = ir.Value(
-        name=f"{name}.stored",
+        name=f"{value.name}.stored",
         shape=stored.shape,
         type=ir.TensorType(stored.dtype),
         const_value=stored,
     )
+    return _replace_initializer(graph, value, source, "Cast", {"to": value.dtype})
+
+
+def _replace_initializer(
+    graph: ir.Graph, value: ir.Value, source: ir.Value, kind: str, attributes: dict[str, Any]
+) -> ir.Node:
+    """Replace initializer `value` by `source`; returns the `kind` of node that restores it."""
+    name = str(value.name)
+    graph.initializers.pop(name)
     graph.register_initializer(source)
-    assert dtype is not None
-    cast = ir.node("Cast", [source], attributes={"to": dtype}, name=f"{name}.cast")
-    cast.outputs[0].name = name
-    cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape
+    node = ir.node(kind, [source], attributes=attributes, name=f"{name}.{kind.lower()}")
+    output = node.outputs[0]
+    output.name, output.type, output.shape = name, value.type, value.shape
     value.name = f"{name}.replaced"
-    ir.convenience.replace_all_uses_with(value, cast.outputs[0])
-    return cast
+    ir.convenience.replace_all_uses_with(value, output)
+    return node
 
 
 def _stored_tensors(path: Path) -> dict[str, ir.ExternalTensor]:

@@ -1,6 +1,8 @@
 """Shared fixtures: golden vectors, the tiny model, and its exported bundle (built once a run)."""
 
+import fcntl
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -28,18 +30,38 @@ def golden_settings() -> dict:
 
 
 @pytest.fixture(scope="session")
-def built_tiny(tmp_path_factory) -> tuple[Path, Path]:
+def made_once(tmp_path_factory):
+    """`get(name, make)`: the folder that `make(folder)` filled, once for all processes of a run."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def get(name, make) -> Path:
+        folder = root / f"shared-{name}"
+        with (root / f"shared-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "made").exists():
+                folder.mkdir()
+                make(folder)
+                (folder / "made").touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def built_tiny(made_once) -> tuple[Path, Path]:
     """The tiny pair's bundle, and its unfinished build as it was before the last graph."""
     from tiny_pair import build_tiny
 
-    folder = tmp_path_factory.mktemp("tiny")
-    unfinished = folder / "unfinished"
+    def make(folder: Path) -> None:
+        def report(message: str) -> None:
+            if message.startswith("decoder"):
+                shutil.copytree(folder / ".bundle.building", folder / "unfinished")
 
-    def report(message: str) -> None:
-        if message.startswith("decoder"):
-            shutil.copytree(folder / ".bundle.building", unfinished)
+        build_tiny(folder / "bundle", report)
 
-    return build_tiny(folder / "bundle", report), unfinished
+    folder = made_once("tiny", make)
+    return folder / "bundle", folder / "unfinished"
 
 
 @pytest.fixture(scope="session")
@@ -51,11 +73,13 @@ def tiny_bundle(built_tiny):
 
 
 @pytest.fixture(scope="session")
-def hoisted_bundle(tmp_path_factory):
+def hoisted_bundle(made_once):
     """The opened bundle of the tiny target in fp16 with engines, and so with hoisted graphs."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     from hoisted_bundle import build_hoisted
 
     from cspd.engines.bundle import open_bundle
 
-    return open_bundle(build_hoisted(tmp_path_factory.mktemp("hoisted") / "bundle"))
+    return open_bundle(
+        made_once("hoisted", lambda folder: build_hoisted(folder / "bundle")) / "bundle"
+    )

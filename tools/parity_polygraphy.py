@@ -21,8 +21,10 @@ import onnx
 import torch
 from torch import Tensor
 
+from cspd.engines.atomic import link_file
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError, MissingExtraError
+from cspd.engines.onnx_external import external_locations
 from cspd.engines.schedule import make_schedule
 from cspd.engines.spec import GraphSpec
 from cspd.export.verify import check_sizes, realistic_inputs
@@ -129,8 +131,11 @@ def compare_files(
 
 
 def mark_all(path: Path, folder: Path) -> tuple[Path, dict[str, str]]:
-    """A copy of the graph whose float results are all outputs, and the operator behind each."""
-    model = onnx.load(path)
+    """A copy of the graph whose float results are all outputs, and the operator behind each.
+
+    Weights beside the graph are not read: those of a large model exceed what protobuf can hold.
+    """
+    model = onnx.load(path, load_external_data=False)
     typed = onnx.shape_inference.infer_shapes(model)
     types = {v.name: v.type for v in (*typed.graph.value_info, *typed.graph.output)}
     known = {value.name for value in model.graph.output}
@@ -142,8 +147,10 @@ def mark_all(path: Path, folder: Path) -> tuple[Path, dict[str, str]]:
             operators[name] = node.op_type
             if name not in known:
                 model.graph.output.append(onnx.ValueInfoProto(name=name, type=types[name]))
+    for name in external_locations(path.read_bytes()):
+        link_file(path.parent / name, folder / name)
     marked = folder / "marked.onnx"
-    onnx.save(model, marked, save_as_external_data=True, location="marked.data")
+    onnx.save(model, marked)
     return marked, operators
 
 

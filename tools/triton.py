@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 
+from cspd.engines.atomic import link_file
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import MANIFEST, Bundle, open_bundle
 from cspd.engines.errors import CspdError
@@ -87,7 +88,7 @@ def _write_graph(bundle: Bundle, label: str, folder: Path, device: str) -> None:
     version.mkdir(parents=True)
     plan = graph.engines.get(PLAN_BACKEND) if device == "cuda" else None
     if plan is not None:
-        _link(bundle.file(plan.file), version / "model.plan")
+        link_file(bundle.file(plan.file), version / "model.plan")
     else:
         _write_onnx(bundle, label, graph, version)
     backend = PLAN_BACKEND if plan is not None else "onnxruntime"
@@ -99,12 +100,12 @@ def _write_onnx(bundle: Bundle, label: str, graph: GraphRecord, version: Path) -
     """An ONNX file with external data is a folder of the name that the file would have."""
     weights = _weights(bundle, label)
     if not weights:
-        _link(bundle.graph_file(label), version / "model.onnx")
+        link_file(bundle.graph_file(label), version / "model.onnx")
         return
     (version / "model.onnx").mkdir()
-    _link(bundle.graph_file(label), version / "model.onnx" / "model.onnx")
+    link_file(bundle.graph_file(label), version / "model.onnx" / "model.onnx")
     for name in weights:
-        _link(bundle.file(name), version / "model.onnx" / Path(name).name)
+        link_file(bundle.file(name), version / "model.onnx" / Path(name).name)
 
 
 def _weights(bundle: Bundle, label: str) -> list[str]:
@@ -115,13 +116,6 @@ def _weights(bundle: Bundle, label: str) -> list[str]:
     if model is not None:
         names = [model.weights, model.first_weights]
     return [name for name in names if name]
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 @click.command("triton")

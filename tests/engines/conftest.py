@@ -1,20 +1,23 @@
-"""The small graphs, exported once per session."""
+"""The small graphs, exported once per run."""
 
 from __future__ import annotations
 
 import pytest
-from tiny_graphs import GetGraph, Graph, export_tiny
+from tiny_graphs import GetGraph, Graph, export_tiny, tiny_graph
 
 
 @pytest.fixture(scope="session")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> GetGraph:
+def graph(made_once) -> GetGraph:
     """`graph(name, precision)`: a tiny graph, weights in the safetensors file beside it."""
     done: dict[tuple[str, str], Graph] = {}
 
     def get(name: str, precision: str = "fp32") -> Graph:
+        def make(folder) -> None:
+            export_tiny(name, precision, folder)
+
         if (name, precision) not in done:
-            folder = tmp_path_factory.mktemp(f"{name}-{precision}")
-            done[name, precision] = export_tiny(name, precision, folder)
+            folder = made_once(f"{name}-{precision}", make)
+            done[name, precision] = tiny_graph(name, precision, folder)
         return done[name, precision]
 
     return get

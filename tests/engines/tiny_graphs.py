@@ -14,13 +14,13 @@ from torch import nn
 
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
 from cspd.export.assemble import assemble_mar
+from cspd.export.build_graph import export_any
 from cspd.export.graphs import PixelDecoder, decoder_spec
 from cspd.export.mar import Mar
 from cspd.export.networks import model_graphs
-from cspd.export.onnx_export import export_graph, save_graph
+from cspd.export.onnx_export import save_graph
 from cspd.export.presets import MarConfig
 from cspd.export.random_weights import random_state
-from cspd.export.scan_loop import export_loop
 
 TINY = MarConfig(
     4, 32, 1, 1, 4, head_width=32, head_depth=1, token_dim=4, buffer_size=4, num_classes=10
@@ -40,21 +40,27 @@ class Graph:
 GetGraph = Callable[[str, str], Graph]
 
 
-def export_tiny(name: str, precision: str, folder: Path) -> Graph:
-    path, weights = folder / f"{name}.onnx", folder / "weights.safetensors"
+def tiny_model(precision: str) -> Mar:
+    with torch.device("meta"):
+        empty = Mar(TINY)
+    return assemble_mar(TINY, random_state(empty, seed=1), precision)
+
+
+def tiny_graph(name: str, precision: str, folder: Path) -> Graph:
+    """The graph `name` with its file where `export_tiny` puts it."""
     if name == "decoder":
         spec = decoder_spec(TINY.grid, TINY.token_dim, (1, 8), MAX_BATCH)
         module: nn.Module = PixelDecoder(2)
-        save_graph(export_graph(module, spec), path, None)
-        return Graph(path, spec, module)
-    with torch.device("meta"):
-        empty = Mar(TINY)
-    model = assemble_mar(TINY, random_state(empty, seed=1), precision)
-    save_file(model.state_dict(), weights)
-    module, spec = model_graphs(model, MAX_BATCH, MAX_ROWS)[name]
-    exported = export_loop(module, spec) if name == "denoiser_loop" else export_graph(module, spec)
-    save_graph(exported, path, weights)
-    return Graph(path, spec, module)
+    else:
+        module, spec = model_graphs(tiny_model(precision), MAX_BATCH, MAX_ROWS)[name]
+    return Graph(folder / f"{name}.onnx", spec, module)
+
+
+def export_tiny(name: str, precision: str, folder: Path) -> None:
+    """Write the file of a graph, and the weights of its model beside it."""
+    graph, weights = tiny_graph(name, precision, folder), folder / "weights.safetensors"
+    save_file(tiny_model(precision).state_dict(), weights)
+    save_graph(export_any(graph.module, graph.spec), graph.path, weights)
 
 
 def narrowed(spec: GraphSpec, **axes: tuple[int, int, int]) -> GraphSpec:

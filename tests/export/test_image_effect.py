@@ -1,51 +1,26 @@
 """A small bundle in fp16: what its precision does to a whole image stands in the manifest."""
 
-from dataclasses import replace
-
-import pytest
-import torch
 from click.testing import CliRunner
 from tiny_pair import draft_state, tiny_plan
 
-from cspd.engines.bundle import open_bundle
-from cspd.export.build import Source, build_bundle
 from cspd.export.cli import main
 from cspd.export.image_effect import with_image_effects
-from cspd.export.mar import Mar
-from cspd.export.presets import MarConfig
-from cspd.export.random_weights import random_state
-
-SMALL = MarConfig(4, 32, 1, 1, 4, head_width=32, head_depth=1, token_dim=16, buffer_size=4)
+from cspd.export.networks import EXACT
 
 
-@pytest.fixture(scope="module")
-def half(tmp_path_factory):
-    """An fp16 bundle of one small model with random weights."""
-    with torch.device("meta"):
-        empty = Mar(SMALL)
-    state = random_state(empty, seed=1)
-    plan = tiny_plan()
-    plan = replace(
-        plan,
-        models={"target": Source("small", state, "random", None, SMALL)},
-        options=replace(plan.options, precision="fp16"),
-    )
-    return open_bundle(build_bundle(plan, tmp_path_factory.mktemp("half") / "bundle"))
-
-
-def test_the_manifest_holds_the_effect_on_every_graph_and_on_an_image(half):
-    model = half.manifest.models["target"]
+def test_the_manifest_holds_the_effect_on_every_graph_and_on_an_image(hoisted_bundle):
+    model = hoisted_bundle.manifest.models["target"]
     for name, graph in model.graphs.items():
         # Half precision has 11 bits; what computes in float32 has none of that error.
-        assert (graph.measured_error > 2.0**-16) == (name in ("backbone", "denoiser"))
+        assert (graph.measured_error > 2.0**-16) == (name not in EXACT)
     effect = model.image_effect
     assert 2.0**-16 < effect.tokens_error < 0.2
     assert 20 < effect.psnr < 99
     assert (effect.num_iter, effect.head_steps, effect.measured_by) == (2, 10, "onnxruntime")
 
 
-def test_only_the_denoiser_in_half_precision_is_spared_the_first_step(half):
-    graphs = half.manifest.models["target"].graphs
+def test_only_the_denoiser_in_half_precision_is_spared_the_first_step(hoisted_bundle):
+    graphs = hoisted_bundle.manifest.models["target"].graphs
     steps = {n: {t.name: t for t in g.spec.inputs}.get("step") for n, g in graphs.items()}
     assert steps["denoiser"].spares_last
     assert not steps["denoiser_first"].spares_last
@@ -56,10 +31,10 @@ def test_only_the_denoiser_in_half_precision_is_spared_the_first_step(half):
     assert set(full.tolist()) == {0, 1, 2, 3}
 
 
-def test_inspect_shows_it(half):
-    result = CliRunner().invoke(main, ["inspect", str(half.folder)])
+def test_inspect_shows_it(hoisted_bundle):
+    result = CliRunner().invoke(main, ["inspect", str(hoisted_bundle.folder)])
     assert result.exit_code == 0, result.output
-    effect = half.manifest.models["target"].image_effect
+    effect = hoisted_bundle.manifest.models["target"].image_effect
     line = f"whole image: tokens differ from fp32 by {effect.tokens_error:.1e}"
     assert line in " ".join(result.output.split())
 

@@ -1,5 +1,6 @@
 """The files themselves: axes, shared weights, no traces of the machine they were made on."""
 
+import math
 import re
 from pathlib import Path
 
@@ -23,6 +24,9 @@ SPEC = GraphSpec(
     outputs=(TensorSpec(name="y", shape=("rows", 64), tolerance=1e-4),),
     axes={"rows": Axis(min=1, opt=2, max=8)},
 )
+
+
+WIDE = 2048  # more than any published model
 
 
 class Product(torch.nn.Module):
@@ -199,3 +203,31 @@ def test_large_weight_that_is_not_in_the_file_is_an_error(tmp_path):
             export_graph(Product(32), wide), tmp_path / "g.onnx", tmp_path / "weights.safetensors"
         )
     assert not (tmp_path / "g.onnx").exists()
+
+
+def test_constants_of_any_width_are_no_weights(tmp_path):
+    """The scale of a norm without one, and positions: both grow with the model."""
+
+    class Reversed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(WIDE, elementwise_affine=False)
+
+        def forward(self, x):
+            return self.norm(x).index_select(1, torch.arange(WIDE - 1, -1, -1))
+
+    (tensor_in,), (tensor_out,) = SPEC.inputs, SPEC.outputs
+    shape = {"shape": ("rows", WIDE)}
+    spec = SPEC.model_copy(
+        update={
+            "inputs": (tensor_in.model_copy(update=shape),),
+            "outputs": (tensor_out.model_copy(update=shape),),
+        }
+    )
+    save_graph(export_graph(Reversed(), spec), tmp_path / "g.onnx", None)
+    constants = onnx.load(tmp_path / "g.onnx").graph.initializer
+    assert all(math.prod(t.dims) <= 1 for t in constants if t.data_type == TensorProto.FLOAT)
+    assert max(numpy_helper.to_array(t).nbytes for t in constants) >= 4 * WIDE
+    x = torch.randn(3, WIDE, generator=torch.Generator().manual_seed(2))
+    got = ort_session(str(tmp_path / "g.onnx"), spec, threads=1)(x=x)["y"]
+    assert relative_error(got, Reversed()(x)) < 1e-6

@@ -70,6 +70,24 @@ def test_only_floats_are_marked(tmp_path):
     assert {v.name for v in onnx.load(marked).graph.output} == set(operators)
 
 
+def test_weights_larger_than_protobuf_allows_are_marked(tmp_path):
+    """As those of mar-h's transformer in float32; a file of holes takes no room on the disk."""
+    model, rows = onnx.load(write_graph(tmp_path / "a.onnx")), (2 << 30) // (4 * WIDTH) + 1
+    weight = model.graph.initializer.add(
+        name="wide", dims=[rows, WIDTH], data_type=TensorProto.FLOAT,
+        data_location=TensorProto.EXTERNAL,
+    )  # fmt: skip
+    weight.external_data.add(key="location", value="weights.safetensors")
+    model.graph.node.append(helper.make_node("Gather", ["wide", "shape"], ["row"], name="row"))
+    onnx.save(model, tmp_path / "a.onnx")
+    with (tmp_path / "weights.safetensors").open("wb") as file:
+        file.truncate(4 * WIDTH * rows)
+    (tmp_path / "marked").mkdir()
+    marked, operators = mark_all(tmp_path / "a.onnx", tmp_path / "marked")
+    assert operators["row"] == "Gather"
+    assert (marked.parent / "weights.safetensors").stat().st_size > 2 << 30
+
+
 def test_not_a_number_leaves_every_tolerance():
     tensors = (TensorError("a", "Add", 0.0), TensorError("b", "Log", float("nan")))
     assert Comparison("g", tensors, 1e9).first == tensors[1]

@@ -1,10 +1,13 @@
 """Work counted from the files against the sum that the head's shape gives; orders of prediction."""
 
+import re
+
 import pytest
+from click.testing import CliRunner
 
 from cspd.engines.errors import CspdError
 from cspd.export.presets import PRESETS, MarConfig
-from cspd.tools.roofline import GPUS, Count, Machine, count_graph, head_seconds
+from cspd.tools.roofline import GPUS, Count, Machine, count_graph, head_seconds, main
 from cspd.tools.synthetic_head import SyntheticHead
 
 WIDTH, DEPTH, DIM, TOKEN = 40, 2, 24, 16
@@ -62,3 +65,19 @@ def test_predictions_are_ordered(head):
 def test_unknown_shapes_are_an_error(head):
     with pytest.raises(CspdError, match="shape of product"):
         count_graph(head.file("denoiser"), {**AXES, "rows": 0})
+
+
+def test_predicts_a_published_head():
+    """Plain stepping is bound by memory: it reads all weights, in two bytes, at every step."""
+    result = CliRunner().invoke(main, ["predict", "--preset", "mar-h"])
+    assert result.exit_code == 0, result.output
+    config, gpu = PRESETS["mar-h"], GPUS[0]
+    width, depth = config.head_width, config.head_depth
+    square = (3 * depth + 2) + 2 * depth + 1
+    weights = square * width**2 + (3 * TOKEN + 256 + config.embed_dim) * width
+    products = 3 * depth + 2 + 2 + 1 + 1
+    seconds = 100 * (2 * weights / gpu.bandwidth + 2 * products * gpu.launch)
+    row = next(line for line in result.output.splitlines() if re.search(r"\bplain +│", line))
+    found = [float(number) for number in re.findall(r"\d+\.\d+", row)]
+    assert len(found) == len(GPUS)
+    assert found[0] == pytest.approx(1000 * seconds, rel=0.03)
