@@ -61,14 +61,15 @@ def _groups(root: Path) -> Iterator[Path]:
     for line in groups:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if controllers and "cpu" not in controllers.split(","):
+        if not path.startswith("/") or (controllers and "cpu" not in controllers.split(",")):
             continue
         group, found = PurePosixPath(path), _mounts(mounts, root, unified=not controllers)
-        inside = [mount for mount in found if group.is_relative_to(mount.top)]
+        seen = ".." not in group.parts
+        inside = [mount for mount in found if seen and group.is_relative_to(mount.top)]
         for mount in inside:
             yield from mount.folders(group)
         if not inside:
-            # A container that sees the path its host knows: its own group is what is mounted.
+            # A container that sees a path of its host: its own group is what is mounted.
             yield from (mount.point for mount in found)
 
 
@@ -80,10 +81,8 @@ def _mounts(lines: list[str], root: Path, *, unified: bool) -> list[_Mount]:
         place, kind = before.split(), after.split()
         if len(place) < 5 or len(kind) < 3:
             continue
-        wanted = kind[0] == "cgroup2" if unified else (
-            kind[0] == "cgroup" and "cpu" in kind[2].split(",")
-        )
-        if wanted:
+        legacy = kind[0] == "cgroup" and "cpu" in kind[2].split(",")
+        if kind[0] == "cgroup2" if unified else legacy:
             top, point = (_unescaped(name) for name in place[3:5])
             mounts.append(_Mount(PurePosixPath(top), root / point.lstrip("/")))
     return mounts

@@ -65,6 +65,64 @@ def test_a_name_in_a_split_message_is_found():
     assert external_locations(both) == {"../first", "../second"}
 
 
+def external_data(tag: bytes) -> bytes:
+    """A model with one tensor in the file "hidden", whose entries have the given tag."""
+    made = tensor("hidden")
+    content = made.SerializeToString()
+    assert content.count(b"\x6a") == 3  # field 13, a message
+    model = onnx.ModelProto(ir_version=10)
+    longer = content.replace(b"\x6a", tag)
+    # By hand: protobuf would write the shortest form again.
+    initializer = b"\x2a" + bytes([len(longer)]) + longer
+    return model.SerializeToString() + b"\x3a" + bytes([len(initializer)]) + initializer
+
+
+def hidden(content: bytes) -> list[str]:
+    """Files that the onnx library would read."""
+    (found,) = onnx.load_from_string(content).graph.initializer
+    return [entry.value for entry in found.external_data if entry.key == "location"]
+
+
+LONG_TAGS = {
+    "bit 32 set": b"\xea\x80\x80\x80\x10",
+    "needless bytes": b"\xea\x80\x80\x80\x00",
+    "one needless byte": b"\xea\x00",
+}
+
+
+@pytest.mark.parametrize("case", LONG_TAGS)
+def test_a_tag_in_another_form_hides_nothing(case):
+    """Other readers drop the bits above 32 and the needless bytes, and read the file."""
+    assert external_locations(external_data(b"\x6a")) == {"hidden"}
+    content = external_data(LONG_TAGS[case])
+    assert hidden(content) == ["hidden"]
+    with pytest.raises(CspdError, match="not an ONNX model"):
+        external_locations(content)
+
+
+NUMBERS = {
+    "field 0": b"\x02\x00",
+    "a tag of 33 bits": b"\x80\x80\x80\x80\x10\x00",
+    "a length with needless bytes": b"\x3a\x80\x00",
+    "a value with needless bytes": b"\x08\x8a\x00",
+    "a value of 65 bits": b"\x08" + b"\xff" * 9 + b"\x02",
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_numbers_that_readers_may_take_differently(case):
+    with pytest.raises(CspdError, match="not an ONNX model"):
+        external_locations(NUMBERS[case])
+
+
+def test_negative_numbers_have_ten_bytes():
+    attribute = onnx.helper.make_attribute("axis", -1)
+    node = onnx.NodeProto(op_type="Concat", attribute=[attribute])
+    model = onnx.ModelProto(ir_version=2**63 - 1, graph=onnx.GraphProto(node=[node]))
+    assert b"\xff" * 9 + b"\x01" in model.SerializeToString()
+    assert external_locations(model.SerializeToString()) == set()
+
+
 @pytest.mark.parametrize("content", [b"\xff" * 11, b"\x0a\x7f", b"\x0b", b"\x0f", b"\x08"])
 def test_what_is_no_message(content):
     with pytest.raises(CspdError, match="not an ONNX model"):
