@@ -96,13 +96,13 @@ class CallCheck:
             self._known[key] = expected
         return expected
 
-    def outputs(self, outputs: Mapping[str, Tensor], expected: Expected) -> dict[str, Tensor]:
+    def outputs(self, outputs: dict[str, Tensor], expected: Expected) -> dict[str, Tensor]:
         """`outputs` as they are; BundleError unless each is as `expected`."""
         for name, (dtype, shape) in expected.items():
             value = outputs[name]
             if value.dtype != dtype or value.shape != shape:
                 self.refuse(name, f"{value.dtype} {list(value.shape)}", expected)
-        return dict(outputs)
+        return outputs
 
     def refuse(self, name: str, found: str, expected: Expected) -> None:
         """Raise BundleError: the output `name` is something else, `found`."""

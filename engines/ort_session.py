@@ -118,8 +118,11 @@ class OrtCpuSession:
             results = self._session.run(self._outputs, inputs)
         except Exception as error:  # the library raises its own, undocumented types
             raise CspdError(f"{self.spec.name}: onnxruntime cannot run it: {error}") from error
-        values = (torch.from_numpy(value) for value in results)
-        return self._check.outputs(dict(zip(self._outputs, values, strict=True)), expected)
+        outputs = {
+            name: torch.from_numpy(value)
+            for name, value in zip(self._outputs, results, strict=True)
+        }
+        return self._check.outputs(outputs, expected)
 
 
 class OrtBoundSession:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -127,7 +127,7 @@ class TimedSession:
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Run the wrapped session."""
         start = self.clock()
-        outputs: Mapping[str, Tensor] = self.session(**tensors)
+        outputs = self.session(**tensors)
         self.stats.calls += 1
         self.stats.seconds += self.clock() - start
-        return dict(outputs)
+        return outputs

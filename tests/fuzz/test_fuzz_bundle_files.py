@@ -185,7 +185,12 @@ def test_tensors_of_terabytes(arena, dims, where):
 def test_images_that_no_memory_holds(arena):
     """Images of 40,000 x 40,000 do not fit into the child: refused, and none is written."""
     bundle = arena.bundle()
-    replace(bundle, "decoder.onnx", larger(CONTENT["decoder.onnx"], 40_000), vouched=True)
+    replace(
+        bundle,
+        "decoder/decoder.onnx",
+        larger(CONTENT["decoder/decoder.onnx"], 40_000),
+        vouched=True,
+    )
     ending = generate(arena, bundle, "bundle: tensors of terabytes", "target", "onnxruntime")
     assert ending.kind == "refused" and not list(bundle.parent.rglob("*.png"))
 
