@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from cspd.engines.cpus import limit_torch_threads
 from cspd.engines.errors import MAX_LINE, CspdError, printable
 
 
@@ -40,7 +41,8 @@ class Commands(click.Group):
         self.add_command(ToolCommand(name, module, summary))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the chosen command."""
+        """Run the chosen command, PyTorch within the granted CPUs."""
+        limit_torch_threads()
         try:
             return super().invoke(ctx)
         except click.UsageError as error:

@@ -16,6 +16,7 @@ from cspd.engines.trt_options import BuildReport
 
 SCHEMA_VERSION: Literal[1] = 1
 SHA256 = r"^[0-9a-f]{64}$"
+MAX_NAME = 200  # characters of a class's name, of which the longest of ImageNet has 30
 ENGINE_PATTERN = r"^[a-z][a-z0-9-]*$"
 Role = Literal["target", "draft"]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -102,7 +103,7 @@ class Manifest(Record):
     # Weights are random: figures from this bundle say nothing about image quality.
     synthetic: bool = False
     geometry: Geometry
-    class_names: tuple[str, ...]
+    class_names: tuple[Annotated[str, Field(max_length=MAX_NAME)], ...]
     schedule: ScheduleSpec
     # Guidance scale, denoising steps and so on that the model is best used with.
     defaults: dict[str, float | int | str] = Field(default_factory=dict)

@@ -1,7 +1,9 @@
 """Which files an ONNX model wants to read beside itself, told without the onnx library.
 
 A graph whose hash was checked may still name any file for its weights. Only the messages that can
-hold tensors are looked into; everything else is skipped unread.
+hold tensors are looked into; everything else is skipped unread. What protobuf libraries read in
+different ways, such as a number with needless bytes or bits that do not fit, is refused: a reader
+that sees less than ONNX Runtime does would miss a file.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ MESSAGES: dict[str, dict[int, str]] = {
     "tensor": {13: "entry"},
 }
 FIXED_SIZES = {1: 8, 5: 4}  # bytes by wire type
+MAX_TAG, MAX_NUMBER = 2**32 - 1, 2**64 - 1
 
 
 def external_locations(model: bytes) -> set[str]:
@@ -51,6 +54,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     place = 0
     while place < len(message):
         tag, place = _varint(message, place)
+        if tag > MAX_TAG or tag >> 3 == 0:
+            raise CspdError(f"not an ONNX model: field {tag >> 3}")
         match tag & 7:
             case 0:
                 _, place = _varint(message, place)
@@ -67,10 +72,12 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _varint(message: memoryview, place: int) -> tuple[int, int]:
-    """A number of up to ten bytes at `place`, and where it ends."""
+    """A number at `place`, written in as few bytes as it needs, and where it ends."""
     value = 0
     for index, byte in enumerate(message[place : place + 10]):
         value |= (byte & 127) << 7 * index
         if byte < 128:
+            if (byte == 0 and index) or value > MAX_NUMBER:
+                raise CspdError("not an ONNX model: a number is not in its shortest form")
             return value, place + index + 1
     raise CspdError("not an ONNX model: a number is cut off")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cspd.engines.errors import CspdError
+from cspd.engines.interface import CallCheck
 from cspd.engines.spec import GraphSpec
 from cspd.engines.words import setting
 
@@ -83,18 +84,19 @@ class TorchSession:
 
     def __init__(self, spec: GraphSpec, module: torch.nn.Module, device: torch.device) -> None:
         self.spec, self.device = spec, device
-        self._module = module.to(device).eval()
+        self._module, self._check = module.to(device).eval(), CallCheck(spec)
 
     @torch.inference_mode()
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Run the module; its outputs are matched to the spec by position."""
-        self.spec.bind(tensors)
+        expected = self._check.inputs(tensors)
         try:
             outputs = self._module(*(tensors[tensor.name] for tensor in self.spec.inputs))
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            return dict(zip((tensor.name for tensor in self.spec.outputs), outputs, strict=True))
+            named = dict(zip(expected, outputs, strict=True))
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             raise CspdError(f"{self.spec.name}: PyTorch cannot run it: {error}") from error
+        return self._check.outputs(named, expected)
 
 
 @dataclass
@@ -130,7 +132,7 @@ class TimedSession:
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Run the wrapped session."""
         start = self.clock()
-        outputs: Mapping[str, Tensor] = self.session(**tensors)
+        outputs = self.session(**tensors)
         self.stats.calls += 1
         self.stats.seconds += self.clock() - start
-        return dict(outputs)
+        return outputs

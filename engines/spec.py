@@ -86,6 +86,10 @@ class GraphSpec(Record):
             raise ValueError(
                 f"graph {self.name}: axes without a range: {sorted(used - set(self.axes))}"
             )
+        read = {axis for tensor in self.inputs for axis in tensor.shape}
+        free = {a for t in self.outputs for a in t.shape if isinstance(a, str)} - read
+        if free:
+            raise ValueError(f"graph {self.name}: no input tells the size of {sorted(free)}")
         if self.independent and not all(self.independent in t.shape for t in self.outputs):
             raise ValueError(
                 f"graph {self.name}: an output lacks the independent axis {self.independent}"

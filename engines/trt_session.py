@@ -12,12 +12,15 @@ from torch import Tensor
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import BundleError, CspdError
-from cspd.engines.spec import DTYPES, GraphSpec, TensorSpec
+from cspd.engines.interface import CallCheck, Declared, Expected, check_interface
+from cspd.engines.spec import GraphSpec
 from cspd.engines.trt_load import EngineFile, LoadedEngine, Placement, load_engine
 from cspd.engines.trt_options import profile_shapes
 from cspd.engines.words import setting
 
 PLACEHOLDER_BYTES = 256
+# Types of TensorRT that a contract knows.
+TYPES = {"FLOAT": "float32", "INT32": "int32"}
 
 
 class Streams(Protocol):
@@ -70,6 +73,9 @@ class TrtSession:
         self._context = loaded.new_context()
         self._streams = TorchStreams() if streams is None else streams
         _check_engine(spec, loaded.engine)
+        self._check = CallCheck(spec)
+        # The call whose output shapes the context has confirmed last.
+        self._confirmed: Expected | None = None
         self._buffers: dict[str, Tensor] = {}
         # TensorRT wants an address even for an empty tensor, and a different one for each.
         self._placeholders = {
@@ -80,13 +86,18 @@ class TrtSession:
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Queue one run. CspdError if a tensor leaves the profile or lies on another device."""
-        sizes = self.spec.bind(tensors)
+        expected = self._check.inputs(tensors)
         self._bind(tensors)
-        for output in self.spec.outputs:
-            self._make_room(output, torch.Size(output.sizes(sizes)).numel())
+        if expected is not self._confirmed:
+            self._confirm(expected)
+        for name, (dtype, shape) in expected.items():
+            self._make_room(name, dtype, shape.numel())
         stream = self._streams.current(self.device)
         self._accept(self._context.execute_async_v3(stream), "run")
-        return {t.name: self._view(t, sizes) for t in self.spec.outputs}
+        return {
+            name: self._buffers[name][: shape.numel()].view(shape)
+            for name, (_, shape) in expected.items()
+        }
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -125,6 +136,14 @@ class TrtSession:
                 self._context.set_tensor_address(name, memory.data_ptr()), f"address of {name}"
             )
 
+    def _confirm(self, expected: Expected) -> None:
+        """BundleError if the bound inputs make outputs that do not fit into their buffers."""
+        for name, (_, shape) in expected.items():
+            found = tuple(self._context.get_tensor_shape(name))
+            if found != shape:
+                self._check.refuse(name, str(list(found)), expected)
+        self._confirmed = expected
+
     def _accept(self, done: bool, what: str) -> None:
         if not done:
             raise CspdError(
@@ -132,24 +151,19 @@ class TrtSession:
                 "run cspd-run doctor, and rebuild the engine with cspd-export build"
             )
 
-    def _make_room(self, tensor: TensorSpec, count: int) -> None:
+    def _make_room(self, name: str, dtype: torch.dtype, count: int) -> None:
         """Give an output a buffer for `count` numbers, unless it has one.
 
         Not for the largest shape of the profile: a fork that a CUDA graph holds sees one shape, and
         a table of modulations may take a gigabyte.
         """
-        held = self._buffers.get(tensor.name)
+        held = self._buffers.get(name)
         if held is None or held.numel() < count:
-            buffer = torch.empty(max(count, 1), dtype=DTYPES[tensor.dtype], device=self.device)
-            self._buffers[tensor.name] = buffer
+            buffer = torch.empty(max(count, 1), dtype=dtype, device=self.device)
+            self._buffers[name] = buffer
             self._accept(
-                self._context.set_tensor_address(tensor.name, buffer.data_ptr()),
-                f"address of {tensor.name}",
+                self._context.set_tensor_address(name, buffer.data_ptr()), f"address of {name}"
             )
-
-    def _view(self, tensor: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
-        shape = torch.Size(tensor.sizes(sizes))
-        return self._buffers[tensor.name][: shape.numel()].view(shape)
 
 
 def _open(bundle: Bundle, label: str, flavour: str, device: str) -> TrtSession:
@@ -190,14 +204,14 @@ def _cache_dir() -> Path:
 
 def _check_engine(spec: GraphSpec, engine: Any) -> None:
     """The engine has exactly the tensors of the contract, and its profile covers their ranges."""
-    names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
-    expected = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
+    groups: dict[str, list[Declared]] = {"INPUT": [], "OUTPUT": []}
+    for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
+        kind = engine.get_tensor_dtype(name).name
+        sizes = tuple(None if size < 0 else size for size in engine.get_tensor_shape(name))
+        declared = Declared(name, TYPES.get(kind, kind), sizes)
+        groups[engine.get_tensor_mode(name).name].append(declared)
+    check_interface(spec, groups["INPUT"], groups["OUTPUT"])
     remedy = "rebuild it with cspd-export build"
-    if names != expected:
-        raise BundleError(
-            f"{spec.name}: the engine has tensors {sorted(names)}, "
-            f"expected {sorted(expected)}; {remedy}"
-        )
     for name, (low, _, high) in profile_shapes(spec).items():
         if engine.get_tensor_location(name).name != "DEVICE":
             raise BundleError(f"{spec.name}: the engine reads {name} on the host; {remedy}")

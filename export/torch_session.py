@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from cspd.engines.bundle import Bundle
+from cspd.engines.cpus import limit_torch_threads
 from cspd.engines.errors import BundleError
 from cspd.engines.session import Session, TorchSession, torch_device
 from cspd.export.assemble import assemble_mar, assemble_vae
@@ -21,8 +21,7 @@ from cspd.export.presets import MarConfig
 
 def open_session(bundle: Bundle, label: str, *, device: str, threads: int) -> Session:
     """Session that runs graph `label` of `bundle` in PyTorch."""
-    if threads:
-        torch.set_num_threads(threads)
+    limit_torch_threads(threads)
     try:
         module = decoder_module(bundle) if label == "decoder" else graph_module(bundle, label)
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import io
 import json
 import math
@@ -91,6 +92,8 @@ def shorten(text: str, font: Any, width: int) -> str:
     """`text` cut with an ellipsis so that it is at most `width` pixels wide."""
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+
+    def too_wide(count: int) -> bool:
+        return font.getlength(text[:count] + "…") > width
+
+    return text[: max(bisect.bisect(range(len(text)), False, key=too_wide) - 1, 0)] + "…"

@@ -23,6 +23,7 @@ from cspd.engines.session import Session
 from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
 from cspd.runtime.member import Rows, part_of
 from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.round_check import Counts, check_progress
 from cspd.runtime.rounds import DraftTables, depths_of, rows_of
 from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample, StepLog
 
@@ -120,9 +121,12 @@ class _Run:
             state = _advance(state, out)
             # The only transfer to the host in a round.
             after, moved, drawn = torch.stack([out[name] for name in COUNTS]).numpy(force=True)
+            used = used + drawn
+            counts = Counts(step, after, moved, drawn, used)
+            check_progress(counts, self.options.candidates, log.num_steps)
             log.add(step, moved, drawn, len(rows["row"]))
             finished = np.flatnonzero((after < 0) & (step >= 0))
-            step, used = after, used + drawn
+            step = after
             if finished.size:
                 missing -= finished.size
                 _collect(results, state, out, torch.from_numpy(finished).to(self.device))

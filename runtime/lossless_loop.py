@@ -18,6 +18,7 @@ from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
 from cspd.runtime.lossless import RESULTS, join
 from cspd.runtime.member import DEFAULT_MEMORY, Rows, part_of, tokens_within
 from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.round_check import Counts, check_progress
 from cspd.runtime.rounds import DraftTables, depths_of
 from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample, StepLog
 
@@ -87,12 +88,12 @@ class _Chain:
             )
             named = dict(zip(("candidates", "choices"), candidates, strict=True))
             out = self.head.session(**state, **shared, **named, **self.constant)
-            self._log(log, state["step"], out)
+            used = used + out["drawn"].sum(1)
+            self._log(log, state["step"], out, used)
             _collect(results, state, out)
             if not bool((out["next_step"] >= 0).any()):
                 break
             state = {name: out[f"next_{name}"].clone() for name in ADVANCED}
-            used = used + out["drawn"].sum(1)
         return SpeculativeSample(
             **{name: value[:count] for name, value in results.items()}, stats=log.stats()
         )
@@ -114,10 +115,13 @@ class _Chain:
         }  # fmt: skip
         return state, shared
 
-    def _log(self, log: StepLog, step: Tensor, out: dict[str, Tensor]) -> None:
-        """Add the rounds of a call. Finished tokens still cost the rows of step 0."""
-        numbers = (step, out["moved"], out["drawn"], self.constant["last_row"])
-        start, moved, drawn, last_row = (value.numpy(force=True) for value in numbers)
+    def _log(self, log: StepLog, step: Tensor, out: dict[str, Tensor], used: Tensor) -> None:
+        """Check and add the rounds of a call. Finished tokens still cost the rows of step 0."""
+        numbers = (step, out["next_step"], out["moved"], out["drawn"], used)
+        counts = Counts(*(value.numpy(force=True) for value in numbers))
+        check_progress(counts, POOL, log.num_steps)
+        start, moved, drawn = counts.step, counts.moved, counts.drawn
+        last_row = self.constant["last_row"].numpy(force=True)
         rounds = int(((moved > 0) | (drawn > 0)).any(0).sum())
         for number in range(rounds):
             rows = int((last_row[start.clip(min=0)] + 1).sum())

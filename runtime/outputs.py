@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from cspd.engines.bundle import Bundle
+from cspd.engines.cpus import available_cpus
 from cspd.runtime.config import RunConfig
 from cspd.runtime.law import certificate, law
 from cspd.runtime.pipeline import GeneratedImage
@@ -74,7 +74,7 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "machine": platform.machine(),
-        "cpus": str(os.cpu_count()),
+        "cpus": str(available_cpus()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 

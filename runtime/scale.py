@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cspd.engines.bundle import Bundle
+from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.runtime.batches import FinishedBatch, encode, timed_batches
 from cspd.runtime.config import RunConfig
@@ -204,7 +205,7 @@ def _connect(ray: Any, machine: Machine, cluster: Cluster) -> None:
     options: dict[str, Any] = {"address": cluster.address}
     if cluster.address == "local":
         wanted = (cluster.workers or 1) * max(1, machine.threads)
-        options |= {"num_cpus": max(wanted, os.cpu_count() or 1), "include_dashboard": False}
+        options |= {"num_cpus": max(wanted, available_cpus()), "include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     advice = "start Ray there with 'ray start --head', or use --ray local"
     begin_ray(ray, f"--ray {cluster.address}: cannot connect", advice, **options)

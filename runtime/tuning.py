@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from cspd.engines.bundle import Bundle
+from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Role
 from cspd.engines.schedule import Schedule, make_schedule
@@ -45,7 +46,14 @@ class HeadCosts(Record):
     guided: bool
     costs: CostRecord
     anew: CostRecord | None = None
-    acceptance: tuple[float, ...]
+    acceptance: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+
+    @model_validator(mode="after")
+    def _of_one_chain(self) -> HeadCosts:
+        steps = {record.num_steps for record in (self.costs, self.anew) if record is not None}
+        if steps != {len(self.acceptance)}:
+            raise ValueError(f"shares of {len(self.acceptance)} steps, costs of {sorted(steps)}")
+        return self
 
     def choosers(self) -> dict[bool, WindowChooser]:
         """Choose windows, with a table of modulations (True) or, if that was measured, without."""
@@ -64,10 +72,10 @@ def facts(pipeline: Pipeline, role: Role, config: RunConfig) -> dict[str, str]:
     """Everything that a measurement depends on."""
     found = {
         "bundle": pipeline.bundle.sha256, "backend": pipeline.backend, "device": pipeline.device,
-        "threads": str(pipeline.threads or os.cpu_count()), "role": role,
+        "threads": str(pipeline.threads or available_cpus()), "role": role,
         "guided": str(config.cfg != 1), "head_steps": str(measured_steps(config)),
         "machine": _machine(), "tool": importlib.metadata.version("cspd"), "measured": "table",
-        "modulation_memory": str(config.modulation_memory),
+        "modulation_memory": str(config.modulation_memory), "cpus": str(available_cpus()),
     }  # fmt: skip
     for name in LIBRARIES:
         try:
@@ -126,13 +134,24 @@ def load(bundle: Bundle, role: str, key: str) -> HeadCosts | None:
             continue
         try:
             found = HeadCosts.model_validate_json(path.read_bytes())
-        except ValidationError:
+        except (OSError, ValidationError) as error:
             raise CspdError(
-                f"{path}: not a record of costs; delete it, or measure again: cspd-run tune"
+                f"{path}: not a record of costs ({_reason(error)}); delete it, or measure again: "
+                "cspd-run tune"
             ) from None
-        found.costs.require(key)
+        for costs in (found.costs, found.anew or found.costs):
+            costs.require(key)
         return found
     return None
+
+
+def _reason(error: OSError | ValidationError) -> str:
+    """What is wrong with a file, in a few words."""
+    if isinstance(error, OSError):
+        return str(error.strerror)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
 
 
 def _file_name(role: str, key: str) -> str:

@@ -11,8 +11,10 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
 from cspd.engines.errors import CspdError
 from cspd.engines.spec import Record
@@ -34,6 +36,10 @@ MARGIN = 0.97  # speculation must promise to take less than this share of plain 
 CORRECTION_RATE = 0.3
 
 
+# Milliseconds, and the mean rows or tokens of a call.
+Cost = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class CostRecord(Record):
     """Measured milliseconds: `plain` (tokens, whole chain), `rounds` (rows of a call, one round).
 
@@ -42,12 +48,12 @@ class CostRecord(Record):
     machine (see `cost_key`).
     """
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     key: str
-    num_steps: int
-    plain: tuple[tuple[float, float], ...]
-    rounds: tuple[tuple[float, float], ...]
-    whole: tuple[tuple[int, float, float], ...] = ()
+    num_steps: int = Field(ge=1)
+    plain: tuple[tuple[Cost, Cost], ...] = Field(min_length=1)
+    rounds: tuple[tuple[Cost, Cost], ...] = Field(min_length=1)
+    whole: tuple[tuple[Annotated[int, Field(ge=1)], Cost, Cost], ...] = ()
 
     def chains(self, window: int) -> tuple[tuple[float, float], ...]:
         """Measured (tokens, milliseconds) of whole chains with `window`; empty if none were."""

@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
@@ -28,6 +28,10 @@ class Graph(Protocol):
 
 
 NUMPY = {"float32": np.float32, "int32": np.int32}
+TRT_TYPES = {
+    "tensor(float)": "FLOAT", "tensor(int32)": "INT32", "tensor(int64)": "INT64",
+    "tensor(float16)": "HALF", "tensor(bool)": "BOOL",
+}  # fmt: skip
 
 
 class FakeEngine:
@@ -40,6 +44,7 @@ class FakeEngine:
         self.location = "DEVICE"
         self.log: list[tuple[int, int]] = []
         self.contexts: list[FakeContext] = []
+        self._inferred: dict[tuple, dict[str, list[int]]] = {}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.network = onnxruntime.InferenceSession(graph.path, options)
@@ -51,12 +56,38 @@ class FakeEngine:
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
 
+    def get_tensor_mode(self, name: str) -> SimpleNamespace:
+        is_input = name in {t.name for t in self.spec.inputs}
+        return SimpleNamespace(name="INPUT" if is_input else "OUTPUT")
+
+    def get_tensor_dtype(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name=TRT_TYPES[self._node(name).type])
+
+    def get_tensor_shape(self, name: str) -> list[int]:
+        return [size if isinstance(size, int) else -1 for size in self._node(name).shape]
+
+    def _node(self, name: str) -> Any:
+        nodes = (*self.network.get_inputs(), *self.network.get_outputs())
+        unknown = SimpleNamespace(type="tensor(float)", shape=[])
+        return next((node for node in nodes if node.name == name), unknown)
+
     def get_tensor_location(self, name: str) -> SimpleNamespace:
         return SimpleNamespace(name=self.location)
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list:
         assert profile == 0
         return [list(shape) for shape in self.profile[name]]
+
+    def output_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, list[int]]:
+        """What inputs of the given shapes lead to; told by a run."""
+        key = tuple(sorted(shapes.items()))
+        if key not in self._inferred:
+            zeros = {t.name: np.zeros(shapes[t.name], NUMPY[t.dtype]) for t in self.spec.inputs}
+            names = [node.name for node in self.network.get_outputs()]
+            results = self.network.run(names, zeros)
+            shown = {n: list(r.shape) for n, r in zip(names, results, strict=True)}
+            self._inferred[key] = shown
+        return self._inferred[key]
 
     def new_context(self) -> FakeContext:
         self.contexts.append(FakeContext(self))
@@ -77,6 +108,10 @@ class FakeContext:
         if inside:
             self.shapes[name] = shape
         return inside
+
+    def get_tensor_shape(self, name: str) -> list[int]:
+        """Shape of an output, which follows from those of the inputs."""
+        return self.engine.output_shapes(self.shapes)[name]
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         assert name in self.engine.names

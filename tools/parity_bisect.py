@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from cspd.engines.ort_session import import_onnxruntime
+from cspd.engines.ort_session import import_onnxruntime, thread_options
 from cspd.export.build_graph import export_any
 from cspd.export.torch_session import decoder_module, graph_module
 from cspd.export.verify import check_sizes, realistic_inputs
@@ -94,9 +94,8 @@ def run_all_nodes(
         model, marked, save_as_external_data=True, location="marked.data", size_threshold=1024
     )
     ort = import_onnxruntime()
-    options = ort.SessionOptions()
+    options = thread_options(ort)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
     session = ort.InferenceSession(str(marked), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     values = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cspd.engines.bundle import Bundle
-from cspd.engines.ort_session import OrtCpuSession, import_onnxruntime
+from cspd.engines.ort_session import OrtCpuSession, import_onnxruntime, thread_options
 from cspd.engines.session import Session, TimedSession
 from cspd.runtime.canvas import Batch, Canvas
 from cspd.runtime.config import RunConfig
@@ -91,9 +91,8 @@ def record_inputs(
 def unoptimised_session(bundle: Bundle, label: str) -> Session:
     """ONNX Runtime on the CPU with every graph optimisation off: the graph exactly as exported."""
     ort = import_onnxruntime()
-    options = ort.SessionOptions()
+    options = thread_options(ort, threads=1)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
     path = str(bundle.graph_file(label))
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return OrtCpuSession(session, bundle.graph(label).spec)

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from cspd.engines.commands import Commands
 from cspd.engines.errors import CspdError
-from cspd.engines.ort_session import import_onnxruntime
+from cspd.engines.ort_session import import_onnxruntime, thread_options
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.export.presets import PRESETS
 from cspd.tools.synthetic_head import SyntheticHead
@@ -203,9 +203,7 @@ def _chain(path: Path, threads: int):  # type: ignore[no-untyped-def]
     opset = [helper.make_opsetid("", 20)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), str(path))
     ort = import_onnxruntime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options = thread_options(ort, threads)
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(rows: int) -> float:

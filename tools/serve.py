@@ -16,6 +16,7 @@ import click
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import open_bundle
+from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.runtime.cli import FOLDER, machine_options, shipped_bundle
 from cspd.runtime.scale import begin_ray
@@ -89,7 +90,7 @@ def start(settings: Settings, host: str, port: int, logs: Path | None) -> None:
     begin_ray(
         ray, "the server did not start", "see Ray's own logs", address="local",
         include_dashboard=False,
-        _node_ip_address="127.0.0.1", num_cpus=max(os.cpu_count() or 1, settings.replicas),
+        _node_ip_address="127.0.0.1", num_cpus=max(available_cpus(), settings.replicas),
     )  # fmt: skip
     serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logs_config)
     try:
@@ -167,7 +168,7 @@ def command(
         opened.file(name)  # a damaged bundle is refused here, not by every replica
     folder = opened.folder.resolve()
     if not options["threads"]:
-        options["threads"] = max(1, (os.cpu_count() or 1) // replicas)
+        options["threads"] = max(1, available_cpus() // replicas)
     settings = Settings(
         bundle=folder, replicas=replicas, key_sha256=read_key(api_key_file, host),
         hosts=LOOPBACK if is_loopback(host) else (), **options,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from cspd.engines.bundle import open_bundle
+from cspd.engines.cpus import limit_torch_threads
 from cspd.runtime.canvas import ACCEPTED, REJECTED, Canvas
 from cspd.runtime.config import RunConfig
 from cspd.runtime.images import encode_png
@@ -27,7 +25,7 @@ class Engine:
     """Deployment: opens and verifies all networks before it takes the first request."""
 
     def __init__(self, settings: Settings) -> None:
-        torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+        limit_torch_threads(settings.threads)
         self.bundle = open_bundle(settings.bundle)
         self.identity = self.bundle.sha256
         self.pipeline = Pipeline(self.bundle, settings.backend, settings.device, settings.threads)

@@ -207,6 +207,9 @@ CHANGES = {
     "no target": (lambda m: m.update(models={}), "no target model"),
     "unknown role": (lambda m: m["models"].update(judge=m["models"]["target"]), "models.judge"),
     "class names": (lambda m: m.update(class_names=["cat"]), "1 class names for 2 classes"),
+    "a long class name": (
+        lambda m: m.update(class_names=["cat", "d" * 201]), "class_names.1: String should have",
+    ),
     "short hash": (
         lambda m: m["files"]["decoder/decoder.onnx"].update(sha256="abc"), "sha256",
     ),

@@ -9,6 +9,7 @@ import os
 
 import onnx
 import pytest
+from broken_graphs import larger
 from fuzz_counts import FULL
 from harness import budget, check, run_case, run_command, run_here
 from hypothesis import example, given
@@ -179,6 +180,19 @@ def test_tensors_of_terabytes(arena, dims, where):
         session(**session.spec.example_inputs(axes))
 
     check(run_case("bundle: tensors of terabytes", call, bundle.parent))
+
+
+def test_images_that_no_memory_holds(arena):
+    """Images of 40,000 x 40,000 do not fit into the child: refused, and none is written."""
+    bundle = arena.bundle()
+    replace(
+        bundle,
+        "decoder/decoder.onnx",
+        larger(CONTENT["decoder/decoder.onnx"], 40_000),
+        vouched=True,
+    )
+    ending = generate(arena, bundle, "bundle: tensors of terabytes", "target", "onnxruntime")
+    assert ending.kind == "refused" and not list(bundle.parent.rglob("*.png"))
 
 
 KINDS = ["link out", "link in", "folder", "missing", "empty", "fifo", "parent link", "grown"]

@@ -288,6 +288,20 @@ def test_captions_are_cut_to_their_width():
 
     assert shorten("sneaker", Font(), 70) == "sneaker"
     assert shorten("sneaker", Font(), 69) == "sneak…"
+    assert shorten("sneaker", Font(), 10) == shorten("sneaker", Font(), 0) == "…"
+
+
+def test_a_long_caption_is_measured_a_few_times():
+    """10,000 characters, 2^14 at most: bisected in 14 steps, not shortened one by one."""
+    measured = []
+
+    class Font:
+        def getlength(self, text: str) -> int:
+            measured.append(len(text))
+            return len(text)
+
+    assert shorten("x" * 10_000, Font(), 112) == "x" * 111 + "…"
+    assert len(measured) <= 16
 
 
 def test_grey_and_colour():

@@ -84,6 +84,49 @@ def test_another_setting_has_another_key(pipeline, changes):
     assert tuning.cost_key(base) != tuning.cost_key(other)
 
 
+NAN, INFINITE = float("nan"), float("inf")
+BAD_COSTS = {
+    "NaN": ("plain", [[1.0, NAN]]), "infinite": ("rounds", [[INFINITE, 1.0]]),
+    "negative": ("plain", [[1.0, -3.0]]), "zero": ("rounds", [[1.0, 0.0]]),
+    "no plain": ("plain", []), "no rounds": ("rounds", []),
+    "whole chains": ("whole", [[0, 1.0, 1.0]]), "no steps": ("num_steps", 0),
+    "other steps": ("num_steps", 9), "schema": ("schema_version", 2),
+}  # fmt: skip
+BAD_SHARES = {"share": [2.0] * 10, "negative share": [-0.1] * 10, "NaN": [NAN] * 10, "few": [0.5]}
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        *((("costs", name), value) for name, value in BAD_COSTS.values()),
+        *((("anew", name), value) for name, value in BAD_COSTS.values()),
+        *((("acceptance",), value) for value in BAD_SHARES.values()),
+    ],
+)
+def test_costs_that_are_no_costs_are_refused(pipeline, where, value):
+    """Each would otherwise decide how the run samples, or end in a trace."""
+    settings = config()
+    path = keep(pipeline, 10.0, 1.0, settings)
+    document = json.loads(path.read_text())
+    document["anew"] = document["costs"] if where[0] == "anew" else None
+    place = document
+    for name in where[:-1]:
+        place[name] = place = dict(place[name])
+    place[where[-1]] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(CspdError, match=r"not a record of costs \(.*delete it, or measure again"):
+        tuning.saved(pipeline, "target", settings)
+
+
+def test_the_granted_cpus_are_part_of_the_key(pipeline, monkeypatch):
+    base = tuning.facts(pipeline, "target", config())
+    monkeypatch.setattr(tuning, "available_cpus", lambda: 64)
+    other = tuning.facts(pipeline, "target", config())
+    assert other["cpus"] == "64" and tuning.cost_key(base) != tuning.cost_key(other)
+    pipeline.threads = 0
+    assert tuning.facts(pipeline, "target", config())["threads"] == "64"
+
+
 def test_kept_in_the_cache_where_the_bundle_cannot_be_written(pipeline, tmp_path, cache):
     (tmp_path / "bundle.tuned").write_text("in the way")
     path = keep(pipeline, 1.0, 1.0, config())
