@@ -137,7 +137,10 @@ def sampling_options(command: Command) -> Command:
 
 @main.command()
 @click.argument("bundle", type=FOLDER, required=False)
-@click.option("--labels", help='Classes in turn: "207,360" or "sneaker,bag".  [default: all]')
+@click.option(
+    "--labels", multiple=True,
+    help='Classes, cycled: "207,360", "0-3" or "sneaker,bag"; given twice, both.  [default: all]',
+)  # fmt: skip
 @sampling_options
 @machine_options
 @click.option(
@@ -176,7 +179,8 @@ def sampling_options(command: Command) -> Command:
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print run.json instead of a table.")
 def generate(
-    bundle: Path | None, labels: str | None, device: str, threads: int, baseline: bool, out: Path,
+    bundle: Path | None, labels: tuple[str, ...], device: str, threads: int, baseline: bool,
+    out: Path,
     overwrite: bool, format_name: Format, shard_size: int, address: str | None,
     workers: int | None, quiet: bool, as_json: bool, **sampling: Any,
 ) -> None:  # fmt: skip
@@ -185,7 +189,7 @@ def generate(
     A run that was stopped, killed or ran out of disk goes on with the same command.
     """
     opened = open_bundle(bundle or shipped_bundle())
-    config = configure(opened, labels, sampling)
+    config = configure(opened, ",".join(labels) if labels else None, sampling)
     if workers is not None and address is None:
         raise click.UsageError("--workers needs --ray")
     if baseline and address is not None:
@@ -247,12 +251,20 @@ def doctor(backend: str, as_json: bool) -> None:  # fmt: skip
 
 
 def configure(bundle: Bundle, labels: str | None, sampling: dict[str, Any]) -> RunConfig:
-    """The configuration from options, the bundle's defaults, and RunConfig's own, in this order."""
+    """The configuration from options, the bundle's defaults, and RunConfig's own, in this order.
+
+    `labels` as `parse_labels` reads them; None is every class.
+    """
     manifest = bundle.manifest
     chosen = {name: value for name, value in sampling.items() if value is not None}
     values: dict[str, Any] = {**manifest.defaults, **chosen}
     classes = range(manifest.geometry.num_classes)
-    values["labels"] = parse_labels(labels, manifest.class_names) if labels else tuple(classes)
+    known = manifest.class_names
+    values["labels"] = tuple(classes) if labels is None else parse_labels(labels, known)
     values.setdefault("num_images", len(values["labels"]))
     values.setdefault("method", "cspd" if "draft" in manifest.models else "target")
     return make_config(**values)
+
+
+if __name__ == "__main__":
+    main()
