@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from cspd.engines.errors import CspdError
 from cspd.tools.bench_plan import Point
+from cspd.tools.bootstrap import half_text
 
 Line = dict[str, Any]
 
@@ -39,6 +41,19 @@ class Summary:
     fallback: float | None
     distance: float | None
     score: dict[str, float]
+    # Of every score that has one: both ends of its 95 % interval, and its redrawn values.
+    interval: dict[str, list[float]]
+    redrawn: dict[str, list[float]]
+
+    def scored(self, name: str, form: str) -> str:
+        """A score with half its interval, "-" if it was not measured."""
+        if name not in self.score:
+            return "-"
+        value = self.score[name]
+        percent = form.endswith("%")
+        half = half_text(value, self.interval.get(name), form)
+        text = format(value, form) + half
+        return text.replace("%", "", 1) if percent and half else text
 
 
 @dataclass
@@ -118,7 +133,35 @@ class Results:
             fallback=_total(lines, "fallback") / judged if judged else None,
             distance=sum(line["distance_sum"] for line in lines) / judged if judged else None,
             score=scores[-1]["score"] if scores else {},
+            interval=scores[-1].get("interval", {}) if scores else {},
+            redrawn=scores[-1].get("redrawn", {}) if scores else {},
         )
+
+    @cached_property
+    def load(self) -> float | None:
+        """Median load of the machine while it measured."""
+        return _median(line["load"] for line in self.lines[1:] if "load" in line)
+
+    @cached_property
+    def by_processor_time(self) -> bool:
+        """Whether speeds are compared by processor time: other programs kept the machine busy."""
+        busy = self.load is not None and self.load > float(self.header["host"]["cpus"]) + 0.5
+        batches = [line for line in self.lines[1:] if line["kind"] == "batch"]
+        return busy and all(line["cpu_seconds"] is not None for line in batches)
+
+    @property
+    def clock(self) -> str:
+        """What times are compared by."""
+        return "processor time" if self.by_processor_time else "wall-clock time"
+
+    def cost(self, item: Summary) -> float:
+        """Seconds per image by the clock that can be trusted."""
+        by_processor = self.by_processor_time and item.cpu_seconds is not None
+        return item.cpu_seconds if by_processor else item.seconds  # type: ignore[return-value]
+
+    def speedup(self, item: Summary, reference: Summary) -> float:
+        """How many times as fast as `reference`, by the clock that can be trusted."""
+        return self.cost(reference) / self.cost(item)
 
     def baseline(self, batch_size: int, backend: str | None = None) -> Summary | None:
         """The target with as many autoregressive steps as everything else, at one batch size."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cspd.engines.errors import CspdError
 from cspd.export.pairs import FASHION_CLASSES
+from cspd.tools.bootstrap import replicates
 from cspd.tools.classifier import Classifier, embed, load_classifier
 from cspd.tools.fashion import load_images
 
@@ -85,9 +86,19 @@ def score_images(images: Tensor, labels: Tensor) -> Score:
     give every class equally many images, as the reference does. Raises CspdError for fewer than 100
     images, other shapes, values that are not finite or out of range.
     """
+    return score_features(image_features(images, labels), labels)
+
+
+def image_features(images: Tensor, labels: Tensor) -> Tensor:
+    """Features [N, D] of `images`; raises as `score_images` does."""
     _check_images(images, labels)
+    classifier, _ = load_judge()
+    return embed(classifier, images.float())
+
+
+def score_features(features: Tensor, labels: Tensor) -> Score:
+    """The score of images with these `features` [N, D]."""
     classifier, reference = load_judge()
-    features = embed(classifier, images.float())
     predicted = classifier.logits(features).argmax(1)
     stats = feature_stats(features)
     count = min(len(features), len(reference.features))
@@ -96,7 +107,7 @@ def score_images(images: Tensor, labels: Tensor) -> Score:
     precision, recall = precision_recall(real, features[chosen])
     ratios = diversity(features, labels, reference.class_distance)
     return Score(
-        n=len(images),
+        n=len(features),
         accuracy=(predicted == labels).double().mean().item(),
         real_accuracy=reference.accuracy,
         frechet=frechet_distance(stats, reference.train),
@@ -107,6 +118,17 @@ def score_images(images: Tensor, labels: Tensor) -> Score:
         diversity=ratios.mean().item(),
         diversity_min=ratios.min().item(),
     )
+
+
+def redrawn_scores(features: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
+    """Accuracy and Frechet distance of redrawn sets, see `bootstrap.replicates`."""
+    classifier, reference = load_judge()
+    correct = (classifier.logits(features).argmax(1) == labels).double()
+    distance = FrechetTo(reference.train, features)
+    return {
+        "accuracy": replicates(lambda rows: correct[rows].mean().item(), labels, seed),
+        "frechet": replicates(distance, labels, seed),
+    }
 
 
 def feature_stats(features: Tensor) -> FeatureStats:
@@ -126,6 +148,29 @@ def frechet_distance(first: FeatureStats, second: FeatureStats) -> float:
     cross = torch.linalg.eigvalsh(root @ second.cov @ root).clamp(min=0).sqrt().sum()
     shift = (first.mean - second.mean).square().sum()
     return max(0.0, (shift + first.cov.trace() + second.cov.trace() - 2 * cross).item())
+
+
+class FrechetTo:
+    """Frechet distance to `reference` of any rows of `features` [N, D], cheap to call many times.
+
+    C^(1/2) X'X C^(1/2) has the eigenvalues of X C X', which is the smaller for few rows.
+    """
+
+    def __init__(self, reference: FeatureStats, features: Tensor) -> None:
+        values, vectors = torch.linalg.eigh(reference.cov.double())
+        self.reference, self.features = reference, features.double()
+        self.turned = self.features @ (vectors * values.clamp(min=0).sqrt())
+
+    def __call__(self, rows: Tensor) -> float:
+        """The distance of the rows [M] to the reference."""
+        images, turned = self.features[rows], self.turned[rows]
+        mean, free = images.mean(0), len(rows) - 1
+        turned = turned - turned.mean(0)
+        few = len(rows) < turned.shape[1]
+        products = (turned @ turned.T if few else turned.T @ turned) / free
+        cross = torch.linalg.eigvalsh(products).clamp(min=0).sqrt().sum()
+        trace = (images - mean).square().sum() / free + self.reference.cov.trace()
+        return ((mean - self.reference.mean).square().sum() + trace - 2 * cross).item()
 
 
 def precision_recall(

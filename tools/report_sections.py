@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cspd.tools.bench_results import Results
-from cspd.tools.bench_tables import TABLES, Table, percent
-from cspd.tools.evaluate import tables
+from cspd.tools.bench_tables import TABLES, Table, percent, ratio
+from cspd.tools.evaluate_tables import tables
 from cspd.tools.report_parts import Card, PairRow, Pairs, Picture, Section
 from cspd.tools.report_plots import FIGURES, errors_by_step, save
 from cspd.tools.report_sources import Source
@@ -111,15 +111,15 @@ def bench_cards(source: Source) -> list[Card]:
     shown = results.serving("readme")
     cspd = next((item for item in shown if item.point.config.method == "cspd"), None)
     for item in shown:
-        config, ratio = item.point.config, reference.seconds / item.seconds
+        config, speed = item.point.config, ratio(results, item, reference)
         if config.method == "target" and cspd and item.target_calls == cspd.target_calls:
-            equal = Card(f"{ratio:.2f}x", f"target with as many calls ({config.num_iter} steps)")
+            equal = Card(speed, f"target with as many calls ({config.num_iter} steps)")
         elif item is cspd:
-            cards.append(Card(f"{ratio:.2f}x", f"speed of cspd, gamma {config.gamma}"))
+            cards.append(Card(speed, f"speed of cspd, gamma {config.gamma}"))
             cards.append(Card(percent(item.acceptance), "of judged tokens accepted"))
         elif config.method == "lossless" and config.window:
             label = f"speed of lossless, window {config.window}, law exact"
-            cards.append(Card(f"{ratio:.2f}x", label))
+            cards.append(Card(speed, label))
     return [*cards[:1], *([equal] if equal else []), *cards[1:]]
 
 
