@@ -20,6 +20,7 @@ from cspd.tools.evaluate_judges import Judge, check_count, find_judge
 from cspd.tools.provenance import command_line, commit
 from cspd.tools.replay import AcceptancePattern, load_pattern
 from cspd.tools.terminal import print_table
+from cspd.tools.verdict import verdict_table
 
 PATH = click.Path(path_type=Path)
 
@@ -189,7 +190,8 @@ def load_results(folder: Path) -> Results:
 
 def show(results: Results, out: Path, as_json: bool) -> None:
     """Write `tables.md` and print all tables."""
-    tables = {name: make(results) for name, make in TABLES.items()}
+    makers = {**TABLES, "verdict": verdict_table}
+    tables = {name: make(results) for name, make in makers.items()}
     filled = {name: table for name, table in tables.items() if table.rows}
     text = "\n".join(table.markdown() for table in filled.values())
     (out / "tables.md").write_text(text)

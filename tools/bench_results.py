@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cspd.engines.errors import CspdError
 from cspd.tools.bench_plan import Point
-from cspd.tools.bootstrap import half_text
+from cspd.tools.bootstrap import half_text, interval, replicates
 
 Line = dict[str, Any]
+LEAST_BATCHES = 5  # for an interval of a speed
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,18 @@ class Summary:
         half = half_text(value, self.interval.get(name), form)
         text = format(value, form) + half
         return text.replace("%", "", 1) if percent and half else text
+
+    def difference(self, other: Summary, name: str) -> tuple[float, list[float]] | None:
+        """A score less that of `other`, with its 95 % interval; None unless both have one at one n.
+
+        All settings of a benchmark share a seed and so their noise: see `bootstrap`.
+        """
+        both = name in self.redrawn and name in other.redrawn
+        if not both or self.score["n"] != other.score["n"]:
+            return None
+        value = self.score[name] - other.score[name]
+        ours, theirs = (torch.tensor(item.redrawn[name]) for item in (self, other))
+        return value, interval(value, ours - theirs)
 
 
 @dataclass
@@ -162,6 +179,25 @@ class Results:
     def speedup(self, item: Summary, reference: Summary) -> float:
         """How many times as fast as `reference`, by the clock that can be trusted."""
         return self.cost(reference) / self.cost(item)
+
+    def speed_interval(self, item: Summary, reference: Summary) -> list[float] | None:
+        """Both ends of the 95 % interval of `speedup`: bootstrap of the batches of both.
+
+        None for fewer than `LEAST_BATCHES` batches.
+        """
+        if min(item.batches, reference.batches) < LEAST_BATCHES:
+            return None
+        ours, theirs = (self._redrawn_costs(part) for part in (item, reference))
+        return interval(self.speedup(item, reference), theirs / ours)
+
+    def _redrawn_costs(self, item: Summary) -> Tensor:
+        """Medians of redrawn batches, [REPLICATES]."""
+        clock = "cpu_seconds" if self.by_processor_time else "seconds"
+        times = torch.tensor([line[clock] / line["images"] for line in self.batches(item.point.id)],
+                             dtype=torch.float64)  # fmt: skip
+        key = int(hashlib.sha256(item.point.id.encode()).hexdigest()[:15], 16)
+        classes = torch.zeros(len(times), dtype=torch.long)
+        return replicates(lambda rows: times[rows].quantile(0.5).item(), classes, key)
 
     def baseline(self, batch_size: int, backend: str | None = None) -> Summary | None:
         """The target with as many autoregressive steps as everything else, at one batch size."""

@@ -33,7 +33,8 @@ from cspd.tools.metrics import (
 )
 
 INCEPTION_CHUNK = 32
-# weights-inception-2015-12-05-6726825d.pth, the network that FID is defined by
+# The network that FID is defined by.
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 FULL = 50_000
 NEIGHBOUR_IMAGES = 10_000
@@ -168,8 +169,8 @@ class InceptionJudge:
         """Load torch-fidelity, the weights and the statistics."""
         if image_channels not in (1, 3):
             raise CspdError(f"images have {image_channels} channels, Inception takes 1 or 3")
-        self._network  # noqa: B018
         self._statistics  # noqa: B018
+        self._network  # noqa: B018
 
     def score(self, pixels: np.ndarray, labels: np.ndarray, seed: int) -> Judged:
         """Frechet distance and Inception score by torch-fidelity's own functions."""
@@ -215,12 +216,19 @@ class InceptionJudge:
         except Exception as error:
             raise CspdError(
                 f"{self.weights}: not a plain file of weights ({str(error).splitlines()[0]}); get "
-                "weights-inception-2015-12-05-6726825d.pth of the torch-fidelity project"
+                f"{INCEPTION_FILE} of the torch-fidelity project"
             ) from None
-        return create_feature_extractor(
-            "inception-v3-compat", ["2048", "logits_unbiased"], cuda=False, verbose=False,
-            feature_extractor_weights_path=str(self.weights),
-        )  # fmt: skip
+        try:
+            return create_feature_extractor(
+                "inception-v3-compat", ["2048", "logits_unbiased"], cuda=False, verbose=False,
+                feature_extractor_weights_path=str(self.weights),
+            )  # fmt: skip
+        except RuntimeError as error:
+            found = " ".join(str(error).split())
+            raise CspdError(
+                f"{self.weights}: not the weights of torch-fidelity's Inception network "
+                f"({found:.200}); get {INCEPTION_FILE} of that project"
+            ) from None
 
     @cached_property
     def _statistics(self) -> dict[str, np.ndarray]:

@@ -151,26 +151,39 @@ def frechet_distance(first: FeatureStats, second: FeatureStats) -> float:
 
 
 class FrechetTo:
-    """Frechet distance to `reference` of any rows of `features` [N, D], cheap to call many times.
+    """Frechet distance to `reference` of rows of `features` [N, D], cheap to call many times.
 
-    C^(1/2) X'X C^(1/2) has the eigenvalues of X C X', which is the smaller for few rows.
+    For centred rows X the roots of the eigenvalues of C X'X are summed. X C X', [N, N], has the
+    same ones and is the smaller for few images; R'X'X R, [D, D], with C = R R' for many.
     """
 
     def __init__(self, reference: FeatureStats, features: Tensor) -> None:
-        values, vectors = torch.linalg.eigh(reference.cov.double())
         self.reference, self.features = reference, features.double()
-        self.turned = self.features @ (vectors * values.clamp(min=0).sqrt())
+        self.few = len(features) < features.shape[1]
+        cov = reference.cov.double()
+        if self.few:
+            self.turned = self.features @ cov @ self.features.T
+        else:
+            values, vectors = torch.linalg.eigh(cov)
+            self.turned = self.features @ (vectors * values.clamp(min=0).sqrt())
 
     def __call__(self, rows: Tensor) -> float:
         """The distance of the rows [M] to the reference."""
-        images, turned = self.features[rows], self.turned[rows]
-        mean, free = images.mean(0), len(rows) - 1
-        turned = turned - turned.mean(0)
-        few = len(rows) < turned.shape[1]
-        products = (turned @ turned.T if few else turned.T @ turned) / free
-        cross = torch.linalg.eigvalsh(products).clamp(min=0).sqrt().sum()
+        images, free = self.features[rows], len(rows) - 1
+        mean = images.mean(0)
+        cross = torch.linalg.eigvalsh(self._products(rows) / free).clamp(min=0).sqrt().sum()
         trace = (images - mean).square().sum() / free + self.reference.cov.trace()
         return ((mean - self.reference.mean).square().sum() + trace - 2 * cross).item()
+
+    def _products(self, rows: Tensor) -> Tensor:
+        """X C X' or R'X'X R of the rows X less their mean."""
+        if self.few:
+            products = self.turned[rows][:, rows]
+            products = products - products.mean(0)
+            return products - products.mean(1, keepdim=True)
+        turned = self.turned[rows]
+        turned = turned - turned.mean(0)
+        return turned.T @ turned
 
 
 def precision_recall(

@@ -14,6 +14,7 @@ from cspd.tools.evaluate_tables import tables
 from cspd.tools.report_parts import Card, PairRow, Pairs, Picture, Section
 from cspd.tools.report_plots import FIGURES, errors_by_step, save
 from cspd.tools.report_sources import Source
+from cspd.tools.verdict import verdict_table
 
 GRID = "grid.png"
 SHOWN_IMAGES = 10
@@ -80,9 +81,16 @@ GROUPS = (
 def bench_sections(source: Source, number: int, plots: Path | None) -> list[Section]:
     """Tables and figures of a benchmark, grouped; without groups that hold nothing."""
     results = Results(source.record["lines"])
-    made = [bench_section(results, group, f"bench-{number}-{index}", plots)
+    made = [verdict_section(results, f"bench-{number}-verdict")]
+    made += [bench_section(results, group, f"bench-{number}-{index}", plots)
             for index, group in enumerate(GROUPS)]  # fmt: skip
     return [section for section in made if section.tables or section.plots]
+
+
+def verdict_section(results: Results, anchor: str) -> Section:
+    """Which method to use, before the figures that say so."""
+    table = verdict_table(results)
+    return Section("Which method?", anchor, tables=[table] if table.rows else [])
 
 
 def bench_section(results: Results, group: Group, anchor: str, plots: Path | None) -> Section:

@@ -1,8 +1,8 @@
-"""Do two sets of images of the shipped pair have one output distribution? `python -m cspd.tools.twosample`.
+"""Do two sets of images have one output distribution? `python -m cspd.tools.twosample`.
 
-Meant for `lossless` against `target` with other seeds, on the folders that `cspd-run evaluate`
-leaves. Sets with equal seeds start from the same noise, image by image: they are pairs and no
-independent samples, which every test here assumes, and are refused.
+For the shipped pair: `lossless` against `target` with other seeds, on the folders that `cspd-run
+evaluate` leaves. Sets with equal seeds start from the same noise, image by image: they are pairs
+and no independent samples, which every test here assumes, and are refused.
 
 Three answers: the share of images that the classifier takes for their label, with a test of equal
 shares; the Frechet distance of either set to real images, beside that of their seeds alone; and a
@@ -225,9 +225,9 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print all figures.")
 def command(first: tuple[Path, ...], second: tuple[Path, ...], as_json: bool) -> None:
     """Test whether --first and --second have one output distribution; every seed differs."""
-    sides = [find_set(path) for path in first], [find_set(path) for path in second]
-    check_sides(*sides)
-    found = compare(*([read_set(stored) for stored in side] for side in sides))
+    ours, theirs = ([find_set(path) for path in paths] for paths in (first, second))
+    check_sides(ours, theirs)
+    found = compare([read_set(stored) for stored in ours], [read_set(stored) for stored in theirs])
     record: dict[str, Any] = asdict(found)
     click.echo(json.dumps(record, indent=1) if as_json else "\n".join(lines(found)))
 

@@ -19,6 +19,7 @@ from cspd.tools.bootstrap import Judged
 from cspd.tools.replay import AcceptancePattern, ReplayPipeline, load_pattern
 from cspd.tools.report_sections import bench_cards
 from cspd.tools.report_sources import Source
+from cspd.tools.verdict import verdict_table
 
 OPTIONS = ["--quick", "--num-iter", "4", "--head-steps", "3", "--batch-size", "1"]
 OPTIONS += ["--batch-size", "2", "--threads", "1", "--repeats", "1"]
@@ -306,7 +307,7 @@ def test_costs_are_measured_before_the_clock(tiny_bundle, tmp_path, monkeypatch)
 
 def test_a_busy_machine_is_judged_by_processor_time(finished, tmp_path):
     lines = read_lines(finished[0] / JOURNAL)
-    cpus = lines[0]["host"]["cpus"]
+    cpus = int(lines[0]["host"]["cpus"])
 
     def results(load: float) -> Results:
         changed = [line if line["kind"] != "batch" else
@@ -338,3 +339,78 @@ def test_what_is_known_to_fail_is_refused_before_the_work(tiny_bundle, tmp_path)
         result = CliRunner().invoke(bench.command, arguments)
         assert isinstance(result.exception, CspdError) and words in str(result.exception)
         assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture(scope="module")
+def crafted(tiny_bundle):
+    """Makes results of the README's settings from a time and scores for each method and steps."""
+    scale = Scale(repeats=10, quality_images=100, batch_sizes=(10,), peers=())
+    points = make_plan(tiny_bundle.manifest, {}, scale)
+    header = make_header(tiny_bundle, points, 1)
+    wave = torch.tensor([-1.0, 1.0]).repeat(100)
+
+    def batch(point, repeat, seconds):
+        return {"kind": "batch", "point": point.id, "repeat": repeat, "images": 10,
+                "seconds": 10 * seconds * (1 + 0.01 * (repeat % 3)), "cpu_seconds": 1.0,
+                "graphs": {}, "host_seconds": 0.0, "peak_memory_mb": 1.0, "load": 0.0,
+                "rounds": {}, "target_calls": point.config.num_iter, "draft_calls": 0,
+                "distance_sum": 0.0, "verdicts": dict.fromkeys(COUNTS, 0)}  # fmt: skip
+
+    def make(measured: dict[tuple[str, int | None], tuple[float, float | None, float]]) -> Results:
+        lines = [header]
+        for point in points:
+            config = point.config
+            found = measured.get(
+                (config.method, config.num_iter), measured.get((config.method, None))
+            )
+            seconds, accuracy, noise = found
+            lines += [batch(point, repeat, seconds) for repeat in range(10)]
+            if accuracy is not None:
+                redrawn = {"accuracy": (accuracy + noise * wave).tolist()}
+                scored = {"score": {"n": 100, "accuracy": accuracy}, "redrawn": redrawn}
+                lines.append({"kind": "score", "point": point.id, "repeat": -2, **scored})
+        return Results(lines)
+
+    return make
+
+
+COUNTS = ("proposed", "accepted", "resampled", "fallback", "discarded")
+OTHERS = {("draft", None): (0.1, 0.5, 0.01), ("lossless", None): (1.5, 0.9, 0.01)}
+
+
+def test_the_verdict_names_the_fastest_ways(crafted):
+    # 4 steps: worse beyond the noise. 8 steps: within it. cspd: as good as 8 steps, and slower.
+    table = verdict_table(crafted({
+        **OTHERS, ("target", None): (0.2, 0.7, 0.01), ("target", 16): (1.0, 0.90, 0.0),
+        ("target", 8): (0.5, 0.89, 0.01), ("cspd", None): (0.8, 0.89, 0.01),
+    }))  # fmt: skip
+    answers = {row[0]: row[1:] for row in table.rows}
+    assert answers["fastest exact way"][0] == "target, 16 steps"
+    equal = answers["fastest way at equal quality"]
+    assert equal[0] == "target, 8 steps" and equal[1].startswith("2.00x ± 0.0")
+    assert equal[2] == "-1.0% ± 2.0%"
+    cspd = answers["where cspd stands"]
+    assert cspd[0] == "cspd, gamma 8: slower than target, 8 steps at this quality"
+    assert cspd[1].startswith("1.25x ± 0.0")
+
+
+def test_a_lossless_that_is_faster_is_the_exact_way(crafted):
+    table = verdict_table(crafted({
+        **OTHERS, ("lossless", None): (0.4, 0.9, 0.01), ("target", None): (0.5, 0.7, 0.01),
+        ("target", 16): (1.0, 0.90, 0.0), ("cspd", None): (0.3, 0.95, 0.01),
+    }))  # fmt: skip
+    answers = {row[0]: row[1] for row in table.rows}
+    assert answers["fastest exact way"].startswith("lossless")
+    assert answers["fastest way at equal quality"].startswith("cspd")
+    assert answers["where cspd stands"].endswith("better than every target measured")
+
+
+def test_a_verdict_without_scores_says_nothing_about_quality(crafted, finished):
+    table = verdict_table(crafted({
+        ("draft", None): (0.1, None, 0), ("lossless", None): (2.0, None, 0),
+        ("target", None): (1.0, None, 0), ("cspd", None): (0.5, None, 0),
+    }))  # fmt: skip
+    assert [row[0] for row in table.rows] == ["fastest exact way", "where cspd stands"]
+    assert "quality not measured" in table.rows[1][1] and len(table.columns) == 3
+    assert not any("accuracy" in column for column in json.loads(finished[1].stdout)[
+        "tables"]["readme"]["columns"])  # fmt: skip

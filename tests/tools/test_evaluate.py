@@ -339,3 +339,7 @@ def test_what_is_known_to_fail_is_refused_before_the_work(tmp_path):
     np.savez(tmp_path / "stats.npz", other=np.zeros(3))
     judge = ("--inception", str(tmp_path / "w.pth"), "--reference", str(tmp_path / "stats.npz"))
     assert "not mu and sigma" in refused(shipped, tmp_path, "--num-images", "100", *judge)
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
+    assert "shapes" in refused(shipped, tmp_path, "--num-images", "100", *judge)
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
+    assert "not the weights of" in refused(shipped, tmp_path, "--num-images", "100", *judge)
