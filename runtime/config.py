@@ -174,10 +174,10 @@ def parse_labels(text: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
     labels: list[int] = []
     for part in (piece.strip() for piece in text.split(",")):
         span = re.fullmatch(r"([0-9]{1,9}) *- *([0-9]{1,9})", part)
-        if part.lower() in by_name:
-            labels.append(by_name[part.lower()])
-        elif re.fullmatch(r"-?[0-9]{1,9}", part):
+        if re.fullmatch(r"-?[0-9]{1,9}", part):
             labels.append(int(part))
+        elif part.lower() in by_name:
+            labels.append(by_name[part.lower()])
         elif span:
             labels += _span(int(span[1]), int(span[2]), len(class_names))
         else:

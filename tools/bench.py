@@ -32,7 +32,7 @@ PATH = click.Path(path_type=Path)
     type=PATH,
     default=Path("out/bench"),
     show_default=True,
-    help="Results; goes on where it was.",
+    help="Results; resumes behind the last one.",
 )
 @click.option(
     "--quick",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cspd.engines.errors import CspdError
 from cspd.tools.bench_plan import Point
-from cspd.tools.bootstrap import half_text, interval, replicates
+from cspd.tools.bootstrap import interval, replicates, score_text
 
 Line = dict[str, Any]
 LEAST_BATCHES = 5  # for an interval of a speed
@@ -54,11 +54,7 @@ class Summary:
         """A score with half its interval, "-" if it was not measured."""
         if name not in self.score:
             return "-"
-        value = self.score[name]
-        percent = form.endswith("%")
-        half = half_text(value, self.interval.get(name), form)
-        text = format(value, form) + half
-        return text.replace("%", "", 1) if percent and half else text
+        return score_text(self.score[name], self.interval.get(name), form)
 
     def difference(self, other: Summary, name: str) -> tuple[float, list[float]] | None:
         """A score less that of `other`, with its 95 % interval; None unless both have one at one n.

@@ -27,6 +27,8 @@ class Table:
 
     def filled(self) -> Table:
         """The table without columns that hold nothing, as scores do where nothing was scored."""
+        if not self.rows:
+            return self
         kept = [column for column in range(len(self.columns))
                 if any(row[column] != DASH for row in self.rows)]  # fmt: skip
         return Table(

@@ -76,6 +76,13 @@ def interval(value: float, redrawn: Tensor) -> list[float]:
     return [value - half, value + half]
 
 
+def score_text(value: float, ends: list[float] | None, form: str) -> str:
+    """A value with half its interval `ends`, in one unit: "93.5 ± 3.4%"."""
+    half = half_text(value, ends, form)
+    text = format(value, form)
+    return (text.removesuffix("%") if half else text) + half
+
+
 def half_text(value: float, ends: list[float] | None, form: str = ".2g") -> str:
     """Half the interval `ends` of `value`, after a sign; nothing without one."""
     return "" if ends is None else f" ± {format(ends[1] - value, form)}"

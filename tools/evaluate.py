@@ -217,7 +217,7 @@ def command(
     threads: int, inception: Path | None, reference: Path | None, out: Path, as_json: bool,
     quiet: bool,
 ) -> None:  # fmt: skip
-    """Score the images of BUNDLE, by default the shipped pair; goes on where it was interrupted."""
+    """Score the images of BUNDLE, by default the shipped pair; resumes where it was interrupted."""
     from cspd.runtime.cli import shipped_bundle
 
     opened = open_bundle(bundle or shipped_bundle())

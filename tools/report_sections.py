@@ -10,6 +10,7 @@ from typing import Any
 
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_tables import TABLES, Table, percent, ratio
+from cspd.tools.bootstrap import score_text
 from cspd.tools.evaluate_tables import tables
 from cspd.tools.report_parts import Card, PairRow, Pairs, Picture, Section
 from cspd.tools.report_plots import FIGURES, errors_by_step, save
@@ -117,16 +118,17 @@ def bench_cards(source: Source) -> list[Card]:
         return []
     reference, cards, equal = results.summary(results.main), [], None
     shown = results.serving("readme")
+    clock = f", {results.clock}" if results.by_processor_time else ""
     cspd = next((item for item in shown if item.point.config.method == "cspd"), None)
     for item in shown:
         config, speed = item.point.config, ratio(results, item, reference)
         if config.method == "target" and cspd and item.target_calls == cspd.target_calls:
-            equal = Card(speed, f"target with as many calls ({config.num_iter} steps)")
+            equal = Card(speed, f"target with as many calls ({config.num_iter} steps){clock}")
         elif item is cspd:
-            cards.append(Card(speed, f"speed of cspd, gamma {config.gamma}"))
+            cards.append(Card(speed, f"speed of cspd, gamma {config.gamma}{clock}"))
             cards.append(Card(percent(item.acceptance), "of judged tokens accepted"))
         elif config.method == "lossless" and config.window:
-            label = f"speed of lossless, window {config.window}, law exact"
+            label = f"speed of lossless, window {config.window}, exact{clock}"
             cards.append(Card(speed, label))
     return [*cards[:1], *([equal] if equal else []), *cards[1:]]
 
@@ -229,10 +231,15 @@ def parity_cards(source: Source) -> list[Card]:
 
 
 def evaluate_cards(source: Source) -> list[Card]:
-    """Accuracy of the first setting, where the judge measures one."""
+    """Accuracy of the first setting with half its interval, where the judge measures one."""
     rows = [row for row in source.record["spread"] if row["score"] == "accuracy"]
-    return [Card(f"{row['mean']:.1%}", f"accuracy of {row['setting']}, {row['seeds']} x "
-                 f"n = {source.record['n']}") for row in rows[:1]]  # fmt: skip
+    return [
+        Card(
+            score_text(row["mean"], row.get("interval"), ".1%"),
+            f"accuracy of {row['setting']}, {row['seeds']} x n = {source.record['n']}",
+        )
+        for row in rows[:1]
+    ]
 
 
 def run_section(source: Source, number: int) -> Section:

@@ -89,7 +89,10 @@ def find_set(path: Path) -> StoredSet:
     if missing:
         raise CspdError(f"{path}: image {missing[0]} is missing; run cspd-run evaluate again")
     labels = torch.tensor([by_image[image] for image in range(len(by_image))])
-    return StoredSet(folder, labels, read_metadata(folder / f"{0:05d}.png")["config"]["seed"])
+    config = read_metadata(folder / f"{0:05d}.png").get("config")
+    if not isinstance(config, dict) or "seed" not in config:
+        raise CspdError(f"{path}: the images do not say their seed; run cspd-run evaluate again")
+    return StoredSet(folder, labels, config["seed"])
 
 
 def check_sides(first: list[StoredSet], second: list[StoredSet]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cspd.runtime.tables import ratio_text
 from cspd.tools.bench_results import Results, Summary
 from cspd.tools.bench_tables import DASH, Table, law, name_of
-from cspd.tools.bootstrap import half_text
+from cspd.tools.bootstrap import half_text, score_text
 
 # Scores that decide about quality, and the sign of a difference for the better.
 BETTER = {"accuracy": 1, "frechet": -1}
@@ -96,4 +96,4 @@ def _difference(item: Summary, reference: Summary, name: str) -> str:
     if found is None or item.point.id == reference.point.id:
         return DASH
     value, ends = found
-    return format(value, "+" + FORMS[name]) + half_text(value, ends, FORMS[name])
+    return ("+" if value >= 0 else "") + score_text(value, ends, FORMS[name])

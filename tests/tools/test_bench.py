@@ -388,7 +388,7 @@ def test_the_verdict_names_the_fastest_ways(crafted):
     assert answers["fastest exact way"][0] == "target, 16 steps"
     equal = answers["fastest way at equal quality"]
     assert equal[0] == "target, 8 steps" and equal[1].startswith("2.00x ± 0.0")
-    assert equal[2] == "-1.0% ± 2.0%"
+    assert equal[2] == "-1.0 ± 2.0%"
     cspd = answers["where cspd stands"]
     assert cspd[0] == "cspd, gamma 8: slower than target, 8 steps at this quality"
     assert cspd[1].startswith("1.25x ± 0.0")
