@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from cspd.engines.errors import CspdError
+
 
 @contextlib.contextmanager
 def atomic_file(out: Path) -> Iterator[IO[bytes]]:
@@ -30,3 +32,15 @@ def link_file(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def check_writable(out: Path) -> None:
+    """Make the folder of `out`; raises CspdError, before any work, if no file can be put there."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CspdError(f"{out.parent}: no folder can be made: {error.strerror}") from None
+    if out.is_dir():
+        raise CspdError(f"{out}: is a folder, expected the name of a file to write")
+    if not os.access(out.parent, os.W_OK):
+        raise CspdError(f"{out.parent}: cannot be written to; choose another place")

@@ -19,6 +19,7 @@ from cspd.engines.trt_api import import_trt, supported_capabilities
 
 BACKENDS = ("torch", "onnxruntime", "tensorrt-rtx", "tensorrt")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu")  # both write the module onnxruntime
 INSTALL_DRIVER = "sudo ubuntu-drivers install"
 
 
@@ -143,6 +144,14 @@ def _onnxruntime() -> Check:
         import onnxruntime
     except ModuleNotFoundError:
         return _missing("onnxruntime", "cpu")
+    both = [name for name in RUNTIMES if _version(name)]
+    if len(both) > 1:
+        found = " and ".join(f"{name} {_version(name)}" for name in both)
+        fix = f"pip uninstall --yes {' '.join(both)} && pip install {both[-1]}"
+        return Check(
+            subject="onnxruntime", ok=False, mend=fix,
+            found=f"{found} are installed over each other; keep one",
+        )  # fmt: skip
     providers = ", ".join(p.removesuffix("ExecutionProvider") for p in _providers())
     return Check(subject="onnxruntime", found=f"{onnxruntime.__version__} ({providers})", ok=True)
 
@@ -154,10 +163,15 @@ def _providers() -> list[str]:
 
 
 def _library(name: str, extra: str) -> Check:
+    version = _version(name)
+    return Check(subject=name, found=version, ok=True) if version else _missing(name, extra)
+
+
+def _version(name: str) -> str | None:
     try:
-        return Check(subject=name, found=importlib.metadata.version(name), ok=True)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return _missing(name, extra)
+        return None
 
 
 def _missing(name: str, extra: str) -> Check:

@@ -60,7 +60,8 @@ def ort_session(path: str, spec: GraphSpec, device: str = "cpu", threads: int = 
     if provider not in ort.get_available_providers():
         raise CspdError(
             f"onnxruntime {ort.__version__} has no {provider}; "
-            "install the GPU build with: pip install 'cspd[gpu]'"
+            "install the GPU build in its place: pip uninstall --yes onnxruntime && "
+            "pip install 'cspd[gpu]'"
         )
     try:
         session = ort.InferenceSession(path, options, providers=[provider])

@@ -257,3 +257,7 @@ def graph_table(manifest: Manifest) -> Table:
 def note(message: Any) -> None:
     """A line of progress or a warning."""
     click.echo(message, err=True)
+
+
+if __name__ == "__main__":
+    main()

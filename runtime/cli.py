@@ -132,7 +132,10 @@ def sampling_options(command: Command) -> Command:
 
 @main.command()
 @click.argument("bundle", type=FOLDER, required=False)
-@click.option("--labels", help='Classes in turn: "207,360" or "sneaker,bag".  [default: all]')
+@click.option(
+    "--labels", multiple=True,
+    help='Classes, cycled: "207,360", "0-3" or "sneaker,bag"; given twice, both.  [default: all]',
+)  # fmt: skip
 @sampling_options
 @machine_options
 @click.option(
@@ -171,7 +174,8 @@ def sampling_options(command: Command) -> Command:
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print run.json instead of a table.")
 def generate(
-    bundle: Path | None, labels: str | None, device: str, threads: int, baseline: bool, out: Path,
+    bundle: Path | None, labels: tuple[str, ...], device: str, threads: int, baseline: bool,
+    out: Path,
     overwrite: bool, format_name: Format, shard_size: int, address: str | None,
     workers: int | None, quiet: bool, as_json: bool, **sampling: Any,
 ) -> None:  # fmt: skip
@@ -180,7 +184,7 @@ def generate(
     A run that was stopped, killed or ran out of disk goes on with the same command.
     """
     opened = open_bundle(bundle or shipped_bundle())
-    config = configure(opened, labels, sampling)
+    config = configure(opened, ",".join(labels) if labels else None, sampling)
     if workers is not None and address is None:
         raise click.UsageError("--workers needs --ray")
     if baseline and address is not None:
@@ -239,3 +243,7 @@ def doctor(backend: str, as_json: bool) -> None:  # fmt: skip
         Console().print(doctor_table(diagnosis))
     if not diagnosis.runs(backend):
         raise click.ClickException(f"{backend} cannot run here")
+
+
+if __name__ == "__main__":
+    main()

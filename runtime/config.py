@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -182,18 +183,50 @@ def _check_heads(config: RunConfig) -> None:
         )
 
 
+LABEL_SYNTAX = "numbers, ranges like 0-3 and names, with commas between them"
+
+
 def parse_labels(text: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
-    """Class numbers from "207,360" or "sneaker,bag"; CspdError suggests the nearest name."""
+    """Class numbers from "207,360", "0-3" (both ends included) or "sneaker,bag".
+
+    Raises CspdError that suggests the nearest name, or says how labels are written.
+    """
     by_name = {name.lower(): index for index, name in reversed(list(enumerate(class_names)))}
-    labels = []
+    labels: list[int] = []
     for part in (piece.strip() for piece in text.split(",")):
+        span = re.fullmatch(r"([0-9]{1,9}) *- *([0-9]{1,9})", part)
         if re.fullmatch(r"-?[0-9]{1,9}", part):
             labels.append(int(part))
         elif part.lower() in by_name:
             labels.append(by_name[part.lower()])
+        elif span:
+            labels += _span(int(span[1]), int(span[2]), len(class_names))
         else:
-            near = difflib.get_close_matches(part[:60].lower(), by_name, n=1, cutoff=0.0)
+            near = nearest_name(part[:60].lower(), by_name)
+            hint = f"; the nearest is {near!r}" if near else ""
             raise CspdError(
-                f"{setting('labels')}: no class {part!r:.60}; the nearest is {near[0]!r}"
+                f"{setting('labels')}: no class {part!r:.60}{hint}; expected {LABEL_SYNTAX}"
             )
     return tuple(labels)
+
+
+def _span(first: int, last: int, num_classes: int) -> range:
+    if not first <= last < num_classes:
+        raise CspdError(
+            f"{setting('labels')}: {first}-{last} is no range of classes; expected ascending numbers within "
+            f"0-{num_classes - 1}"
+        )
+    return range(first, last + 1)
+
+
+def nearest_name(part: str, names: Iterable[str]) -> str | None:
+    """The name that `part` may stand for: one it begins, one with a word it begins, the most like.
+
+    None if `part` holds no letter. All in lower case.
+    """
+    if not re.search(r"[^\W\d_]", part):
+        return None
+    known = sorted(names, key=len)
+    begun = [name for name in known if name.startswith(part)]
+    begun += [name for name in known if any(word.startswith(part) for word in name.split())]
+    return (begun or difflib.get_close_matches(part, known, n=1, cutoff=0.0))[0]

@@ -75,6 +75,8 @@ def generate(
     with opened as folder, StopWish() as stop:
         if folder.record is not None:
             return folder.record, []
+        if job.baseline and folder.missing:
+            warm_up(pipeline, config)
         progress = _progress(folder, job.quiet)
         session = _write(folder, _here(pipeline, folder, stop, progress), stop, progress)
         outcomes = [Outcome(config, folder.tally)]
@@ -164,9 +166,15 @@ def _record(folder: RunFolder, session: dict[str, Any], choices: dict[str, str])
     return record | ({"choices": choices} if choices else {})
 
 
+def warm_up(pipeline: Pipeline, config: RunConfig) -> None:
+    """One batch that is thrown away: the first one allocates, compiles and records."""
+    next(pipeline.generate(config, list(range(min(config.batch_size, config.num_images)))))
+
+
 def measure(pipeline: Pipeline, config: RunConfig, stop: StopWish, quiet: bool) -> Outcome:
     """Generate every image of `config` without keeping any."""
     pipeline.open(config)
+    warm_up(pipeline, config)
     total = Tally()
     with RunProgress(config.method, config.num_images, quiet) as progress:
         progress.begin_batch(min(config.batch_size, config.num_images))

@@ -39,7 +39,7 @@ def configure(
 def _classes(labels: str | Iterable[int | str] | None, bundle: Bundle) -> tuple[int, ...]:
     """Class numbers; whether the bundle has them is checked with the rest, by `check_config`."""
     names = bundle.manifest.class_names
-    if labels is None or labels == "":
+    if labels is None:
         return tuple(range(bundle.manifest.geometry.num_classes))
     found: list[int] = []
     for label in [labels] if isinstance(labels, str) else labels:

@@ -19,7 +19,7 @@ def outcome_table(outcomes: list[Outcome], bundle: Bundle) -> Table:
     table = Table(
         "method", "images", "seconds", "acceptance", "target calls", "draft calls", title=title
     )
-    table.add_column("speed vs target")
+    table.add_column("speed vs target", min_width=len("about 1.0x"))
     for outcome in outcomes:
         tally = outcome.tally
         rate = tally.statistics.verdicts.acceptance_rate
@@ -36,10 +36,17 @@ def outcome_table(outcomes: list[Outcome], bundle: Bundle) -> Table:
 
 
 def _speed(tally: Tally, baseline: Tally | None) -> str:
-    """Images per second against those of `baseline`."""
+    """Images per second against those of `baseline`, each of one run."""
     if baseline is None or not tally.images:
         return "-"
-    return f"{baseline.seconds / baseline.images * tally.images / tally.seconds:.2f}x"
+    if tally is baseline:
+        return "1.00x"
+    return ratio_text(baseline.seconds / baseline.images * tally.images / tally.seconds, 1)
+
+
+def ratio_text(value: float, runs: int) -> str:
+    """A ratio of times that were each measured `runs` times: one run does not give two digits."""
+    return f"{value:.2f}x" if runs > 1 else f"about {value:.1f}x"
 
 
 def doctor_table(diagnosis: Diagnosis) -> Group:

@@ -11,15 +11,16 @@ import numpy as np
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.errors import CspdError
+from cspd.runtime.config import check_config
 from cspd.tools.bench_plan import Point, Scale, make_plan
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_run import JOURNAL, Bench, Journal, make_header, read_lines
 from cspd.tools.bench_tables import TABLES, readme_table
-from cspd.tools.evaluate_judges import Judge, find_judge
-from cspd.tools.metrics import MIN_IMAGES
+from cspd.tools.evaluate_judges import Judge, check_count, find_judge
 from cspd.tools.provenance import command_line, commit
 from cspd.tools.replay import AcceptancePattern, load_pattern
 from cspd.tools.terminal import print_table
+from cspd.tools.verdict import verdict_table
 
 PATH = click.Path(path_type=Path)
 
@@ -31,7 +32,7 @@ PATH = click.Path(path_type=Path)
     type=PATH,
     default=Path("out/bench"),
     show_default=True,
-    help="Results; goes on where it was.",
+    help="Results; resumes behind the last one.",
 )
 @click.option(
     "--quick",
@@ -94,6 +95,8 @@ def command(
     options = {"num_iter": num_iter, "head_steps": head_steps, "seed": seed, "backend": backend}
     base = {name: value for name, value in options.items() if value is not None}
     points = make_plan(opened.manifest, base, scale)
+    for point in points:
+        check_config(point.config, opened.manifest)
     if dry_run:
         click.echo(plan_text(points))
         return
@@ -104,9 +107,10 @@ def command(
 
     origin = {"command": command_line(), "commit": commit()}
     pattern = acceptance_pattern(opened, replayed)
+    judge = quality_judge(opened, points, inception, reference)
     journal = Journal(out, make_header(opened, points, threads, pattern) | origin)
     Bench(opened, journal, device, threads, say, pattern).run(points)
-    judge_points(journal, points, quality_judge(opened, points, inception, reference))
+    judge_points(journal, points, judge)
     show(Results(journal.lines), out, as_json)
 
 
@@ -117,8 +121,8 @@ def make_scale(
     """How much to measure."""
     usual = Scale.quick() if quick else Scale()
     images = usual.quality_images if images is None else images
-    if 0 < images < MIN_IMAGES:
-        raise CspdError(f"--images is {images}; scores need 0 (none) or {MIN_IMAGES} and more")
+    if images:
+        check_count("--images", images)
     peers = tuple(p for p in usual.peers if not (no_compile and p == "torch.compile"))
     sizes = tuple(sorted(set(batch_sizes))) or usual.batch_sizes
     return Scale(repeats or usual.repeats, images, sizes, peers, usual.steps)
@@ -149,10 +153,12 @@ def plan_text(points: list[Point]) -> str:
 def quality_judge(
     bundle: Bundle, points: list[Point], inception: Path | None, reference: Path | None
 ) -> Judge | None:
-    """The judge, if anything is to be scored."""
+    """The judge, if anything is to be scored; CspdError if it could not score."""
     if not any(point.quality for point in points):
         return None
-    return find_judge(bundle.manifest, inception, reference)
+    judge = find_judge(bundle.manifest, inception, reference)
+    judge.check(bundle.manifest.geometry.image_channels)
+    return judge
 
 
 def judge_points(journal: Journal, points: list[Point], judge: Judge | None) -> None:
@@ -166,9 +172,11 @@ def judge_points(journal: Journal, points: list[Point], judge: Judge | None) -> 
             continue  # skipped on this machine
         pixels = np.concatenate([np.load(path) for path in found[: point.repeats]])
         labels = np.array([point.config.label_of(index) for index in range(len(pixels))])
+        judged = judge.score(pixels, labels, point.config.seed)
         journal.append({
             "kind": "score", "point": point.id, "repeat": -2, "judge": judge.identity,
-            "score": judge.score(pixels, labels),
+            "score": judged.score, "interval": judged.intervals(),
+            "redrawn": {name: found.tolist() for name, found in judged.redrawn.items()},
         })  # fmt: skip
 
 
@@ -182,7 +190,8 @@ def load_results(folder: Path) -> Results:
 
 def show(results: Results, out: Path, as_json: bool) -> None:
     """Write `tables.md` and print all tables."""
-    tables = {name: make(results) for name, make in TABLES.items()}
+    makers = {**TABLES, "verdict": verdict_table}
+    tables = {name: make(results) for name, make in makers.items()}
     filled = {name: table for name, table in tables.items() if table.rows}
     text = "\n".join(table.markdown() for table in filled.values())
     (out / "tables.md").write_text(text)

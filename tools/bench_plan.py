@@ -22,6 +22,12 @@ PREFILLS = (0.0, 0.05, 0.15)
 TEMPERATURES = (0.9, 0.95, 1.0, 1.05, 1.1)
 TRIES = (1, 3, 10, 30, 100)
 COMPILED = "torch.compile"
+# Options that change the numbers of a run but neither its graphs nor, by much, their sizes.
+NUMBERS = (
+    "labels", "num_images", "class_balanced", "seed", "cfg", "cfg_schedule", "temperature",
+    "prefill", "accept_temperature", "align",
+)  # fmt: skip
+CSPD_OPTIONS = ("gamma", "verify", "on_reject")
 
 
 class Point(Record):
@@ -39,9 +45,13 @@ class Point(Record):
     serves: tuple[str, ...] = ()
 
     @property
-    def warm_key(self) -> tuple[str, str, int]:
-        """Points of one key share their warm-up."""
-        return self.backend, self.config.method, self.config.batch_size
+    def warm_key(self) -> str:
+        """Points of one key do the same work, with other numbers, and share their warm-up."""
+        work = self.config.model_dump(mode="json", exclude=set(NUMBERS))
+        if self.config.method != "cspd":
+            work = {name: value for name, value in work.items() if name not in CSPD_OPTIONS}
+        guided = self.config.cfg != 1
+        return json.dumps([self.backend, guided, work], sort_keys=True)
 
 
 @dataclass(frozen=True)

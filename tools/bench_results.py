@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from cspd.engines.errors import CspdError
 from cspd.tools.bench_plan import Point
+from cspd.tools.bootstrap import interval, replicates, score_text
 
 Line = dict[str, Any]
+LEAST_BATCHES = 5  # for an interval of a speed
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,27 @@ class Summary:
     fallback: float | None
     distance: float | None
     score: dict[str, float]
+    # Of every score that has one: both ends of its 95 % interval, and its redrawn values.
+    interval: dict[str, list[float]]
+    redrawn: dict[str, list[float]]
+
+    def scored(self, name: str, form: str) -> str:
+        """A score with half its interval, "-" if it was not measured."""
+        if name not in self.score:
+            return "-"
+        return score_text(self.score[name], self.interval.get(name), form)
+
+    def difference(self, other: Summary, name: str) -> tuple[float, list[float]] | None:
+        """A score less that of `other`, with its 95 % interval; None unless both have one at one n.
+
+        All settings of a benchmark share a seed and so their noise: see `bootstrap`.
+        """
+        both = name in self.redrawn and name in other.redrawn
+        if not both or self.score["n"] != other.score["n"]:
+            return None
+        value = self.score[name] - other.score[name]
+        ours, theirs = (torch.tensor(item.redrawn[name]) for item in (self, other))
+        return value, interval(value, ours - theirs)
 
 
 @dataclass
@@ -118,7 +146,54 @@ class Results:
             fallback=_total(lines, "fallback") / judged if judged else None,
             distance=sum(line["distance_sum"] for line in lines) / judged if judged else None,
             score=scores[-1]["score"] if scores else {},
+            interval=scores[-1].get("interval", {}) if scores else {},
+            redrawn=scores[-1].get("redrawn", {}) if scores else {},
         )
+
+    @cached_property
+    def load(self) -> float | None:
+        """Median load of the machine while it measured."""
+        return _median(line["load"] for line in self.lines[1:] if "load" in line)
+
+    @cached_property
+    def by_processor_time(self) -> bool:
+        """Whether speeds are compared by processor time: other programs kept the machine busy."""
+        busy = self.load is not None and self.load > float(self.header["host"]["cpus"]) + 0.5
+        batches = [line for line in self.lines[1:] if line["kind"] == "batch"]
+        return busy and all(line["cpu_seconds"] is not None for line in batches)
+
+    @property
+    def clock(self) -> str:
+        """What times are compared by."""
+        return "processor time" if self.by_processor_time else "wall-clock time"
+
+    def cost(self, item: Summary) -> float:
+        """Seconds per image by the clock that can be trusted."""
+        by_processor = self.by_processor_time and item.cpu_seconds is not None
+        return item.cpu_seconds if by_processor else item.seconds  # type: ignore[return-value]
+
+    def speedup(self, item: Summary, reference: Summary) -> float:
+        """How many times as fast as `reference`, by the clock that can be trusted."""
+        return self.cost(reference) / self.cost(item)
+
+    def speed_interval(self, item: Summary, reference: Summary) -> list[float] | None:
+        """Both ends of the 95 % interval of `speedup`: bootstrap of the batches of both.
+
+        None for fewer than `LEAST_BATCHES` batches.
+        """
+        if min(item.batches, reference.batches) < LEAST_BATCHES:
+            return None
+        ours, theirs = (self._redrawn_costs(part) for part in (item, reference))
+        return interval(self.speedup(item, reference), theirs / ours)
+
+    def _redrawn_costs(self, item: Summary) -> Tensor:
+        """Medians of redrawn batches, [REPLICATES]."""
+        clock = "cpu_seconds" if self.by_processor_time else "seconds"
+        times = torch.tensor([line[clock] / line["images"] for line in self.batches(item.point.id)],
+                             dtype=torch.float64)  # fmt: skip
+        key = int(hashlib.sha256(item.point.id.encode()).hexdigest()[:15], 16)
+        classes = torch.zeros(len(times), dtype=torch.long)
+        return replicates(lambda rows: times[rows].quantile(0.5).item(), classes, key)
 
     def baseline(self, batch_size: int, backend: str | None = None) -> Summary | None:
         """The target with as many autoregressive steps as everything else, at one batch size."""

@@ -112,7 +112,7 @@ class Bench:
     say: Callable[[str], None] = print
     pattern: AcceptancePattern | None = None
     pipelines: dict[str, Pipeline] = field(default_factory=dict)
-    warmed: set[tuple[str, str, int]] = field(default_factory=set)
+    warmed: set[str] = field(default_factory=set)
 
     def run(self, points: list[Point]) -> None:
         """Measure what the journal does not hold yet: start-up, warm-up, probes, batches."""
@@ -130,7 +130,7 @@ class Bench:
 
     def _jobs(self, points: list[Point]) -> Iterator[tuple[Point, int]]:
         """Warm-ups first, then the points in turn, so that drift of the machine hits all alike."""
-        warm: dict[tuple[str, str, int], Point] = {}
+        warm: dict[str, Point] = {}
         for point in points:
             warm.setdefault(point.warm_key, point)
         for point in warm.values():
@@ -163,7 +163,9 @@ class Bench:
 
     def measure(self, point: Point, repeat: int) -> Line:
         """One batch of `point`: wall-clock and session time, calls, memory, verdicts."""
-        pipeline, config = self.pipeline(point.backend), point.config
+        pipeline = self.pipeline(point.backend)
+        config, _ = pipeline.resolve(point.config)  # measures costs, where a choice needs them
+        pipeline.open(config)
         first = max(repeat, 0) * config.batch_size
         before = {name: (s.calls, s.seconds) for name, s in pipeline.calls.items()}
         reset_peak_memory(self.device)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 from cspd.runtime.config import RunConfig
+from cspd.runtime.tables import ratio_text
 from cspd.tools.bench_plan import Point
 from cspd.tools.bench_results import Results, Summary, neutral
+from cspd.tools.bootstrap import METHOD
 from cspd.tools.settings import setting_name
 
 DASH = "-"
@@ -23,6 +24,17 @@ class Table:
     columns: tuple[str, ...]
     rows: list[list[str]]
     note: str = ""
+
+    def filled(self) -> Table:
+        """The table without columns that hold nothing, as scores do where nothing was scored."""
+        if not self.rows:
+            return self
+        kept = [column for column in range(len(self.columns))
+                if any(row[column] != DASH for row in self.rows)]  # fmt: skip
+        return Table(
+            self.title, tuple(self.columns[k] for k in kept),
+            [[row[k] for k in kept] for row in self.rows], self.note,
+        )  # fmt: skip
 
     def markdown(self) -> str:
         """The table in Markdown, its title as a heading."""
@@ -57,17 +69,17 @@ def readme_table(results: Results) -> Table:
         )  # fmt: skip
         rows.append([
             name_of(item) + (" (as many target calls as cspd)" if equal else ""),
-            law(item, main), seconds(item), ratio(item, reference), cpu_ratio(item, reference),
+            law(item, main), seconds(item), ratio(results, item, reference),
             percent(item.acceptance),
             f"{item.target_calls:.0f}", f"{item.draft_calls:.0f}",
-            percent(item.score.get("accuracy")), figure(item.score.get("frechet"), ".2f"),
+            item.scored("accuracy", ".1%"), item.scored("frechet", ".1f"),
         ])  # fmt: skip
     counts = sorted({int(item.score["n"]) for item in results.serving("readme") if item.score})
     columns = (
-        "method", "law", "seconds per image", "speed vs target", "by CPU time", "acceptance",
+        "method", "law", "seconds per image", "speed vs target", "acceptance",
         "target calls", "draft calls", "classifier accuracy", f"Frechet distance{_n(counts)}",
     )  # fmt: skip
-    return Table("Methods side by side", columns, rows, host_note(results))
+    return Table("Methods side by side", columns, rows, host_note(results)).filled()
 
 
 def _n(counts: list[int]) -> str:
@@ -90,16 +102,16 @@ def host_note(results: Results) -> str:
     if header["replayed"]:
         source = header["replayed"]["source"][:12]
         warning += f"Acceptance REPLAYED from a run of bundle {source}, not measured here. "
-    loads = [line["load"] for line in results.lines[1:] if "load" in line]
-    if loads and statistics.median(loads) > float(host["cpus"]) + 0.5:
-        warning += f"The machine was busy (median load {statistics.median(loads):.1f}): "
-        warning += "the ratios of processor time are the ones to trust. "
+    if results.by_processor_time:
+        warning += f"The machine was busy (median load {results.load:.1f}): speeds are compared by "
+        warning += "processor time; seconds are by the clock and hold what others took. "
     return (
         f"{warning}{names}; {where} ({host['machine']}), {results.main.backend}; batch "
         f"{main.batch_size}, {main.num_iter} autoregressive and {main.head_steps} denoising steps, "
         f"guidance {main.cfg:g} {main.cfg_schedule}; median and quartiles of batches; calls "
         "are per batch. The "
-        "Frechet distance is measured in the features of the judge named in the run, see evaluate."
+        "Frechet distance is measured in the features of the judge named in the run, see evaluate. "
+        f"± {METHOD}."
     )
 
 
@@ -118,16 +130,13 @@ def seconds(item: Summary) -> str:
     return f"{item.seconds:.3g} ({item.low:.3g} to {item.high:.3g})"
 
 
-def ratio(item: Summary, reference: Summary | None) -> str:
-    """Speed ratio to the reference."""
-    return DASH if reference is None else f"{reference.seconds / item.seconds:.2f}x"
-
-
-def cpu_ratio(item: Summary, reference: Summary | None) -> str:
-    """Ratio of the reference's processor time to this: what a busy machine does not spoil."""
-    if reference is None or reference.cpu_seconds is None or item.cpu_seconds is None:
+def ratio(results: Results, item: Summary, reference: Summary | None) -> str:
+    """Speed ratio to the reference, by the clock that can be trusted; rough if measured once."""
+    if reference is None:
         return DASH
-    return f"{reference.cpu_seconds / item.cpu_seconds:.2f}x"
+    if item.point.id == reference.point.id:
+        return "1.00x"
+    return ratio_text(results.speedup(item, reference), min(item.batches, reference.batches))
 
 
 def percent(value: float | None) -> str:
@@ -147,12 +156,12 @@ def table_1(results: Results) -> Table:
         config = item.point.config
         reference = results.baseline(config.batch_size)
         rows.append([
-            str(config.batch_size), str(config.gamma), seconds(item), ratio(item, reference),
-            cpu_ratio(item, reference), percent(item.acceptance), f"{item.target_calls:.0f}",
+            str(config.batch_size), str(config.gamma), seconds(item),
+            ratio(results, item, reference), percent(item.acceptance), f"{item.target_calls:.0f}",
             f"{item.draft_calls:.0f}",
         ])  # fmt: skip
-    columns = ("batch", "gamma", "seconds per image", "speed vs target", "by CPU time",
-               "acceptance", "target calls", "draft calls")  # fmt: skip
+    columns = ("batch", "gamma", "seconds per image", "speed vs target", "acceptance",
+               "target calls", "draft calls")  # fmt: skip
     return Table("Table 1: speed and acceptance", columns, rows)
 
 
@@ -161,16 +170,17 @@ def table_2(results: Results) -> Table:
     rows = [
         [
             item.point.config.method, f"{item.point.config.cfg:g}",
-            figure(item.score.get("n"), "d"), percent(item.score.get("accuracy")),
-            figure(item.score.get("frechet")),
+            figure(item.score.get("n"), "d"), item.scored("accuracy", ".1%"),
+            item.scored("frechet", ".1f"),
             figure(item.score.get("inception_score")), percent(item.score.get("precision")),
             percent(item.score.get("recall")), seconds(item),
         ]
         for item in results.serving("table 2")
+        if item.score
     ]  # fmt: skip
     columns = ("method", "guidance", "n", "accuracy", "Frechet distance", "Inception score",
                "precision", "recall", "seconds per image")  # fmt: skip
-    return Table("Table 2: quality with and without guidance", columns, rows)
+    return Table("Table 2: quality with and without guidance", columns, rows).filled()
 
 
 def sweep_table(results: Results, tag: str, title: str, option: str) -> Table:
@@ -183,11 +193,10 @@ def sweep_table(results: Results, tag: str, title: str, option: str) -> Table:
         rows.append([
             ("on" if value else "off") if isinstance(value, bool) else f"{value:g}",
             percent(item.acceptance), percent(item.fallback), figure(item.distance),
-            seconds(item), ratio(item, reference), cpu_ratio(item, reference),
-            f"{item.target_calls:.0f}",
+            seconds(item), ratio(results, item, reference), f"{item.target_calls:.0f}",
         ])  # fmt: skip
     columns = (option, "acceptance", "target's own", "mean token distance", "seconds per image",
-               "speed vs target", "by CPU time", "target calls")  # fmt: skip
+               "speed vs target", "target calls")  # fmt: skip
     return Table(title, columns, rows)
 
 
@@ -249,16 +258,13 @@ def start_table(results: Results) -> Table:
         if line["kind"] != "batch" or line["repeat"] >= 0 or not results.batches(line["point"]):
             continue
         item, images = results.summary(results.points[line["point"]]), line["images"]
-        cpu = DASH
-        if item.cpu_seconds is not None:
-            cpu = f"{line['cpu_seconds'] / (item.cpu_seconds * images):.2f}x"
+        first = line["cpu_seconds"] if results.by_processor_time else line["seconds"]
         rows.append([
             item.point.backend, name_of(item), str(images), f"{line['seconds']:.2f}",
-            f"{item.seconds * images:.2f}", f"{line['seconds'] / (item.seconds * images):.2f}x",
-            cpu,
+            f"{item.seconds * images:.2f}", ratio_text(first / (results.cost(item) * images), 1),
         ])  # fmt: skip
-    columns = ("backend", "method", "batch", "first batch, s", "later batches, s", "cold / warm",
-               "by CPU time")  # fmt: skip
+    columns = ("backend", "method", "batch", "first batch, s", "later batches, s",
+               "cold / warm")  # fmt: skip
     starts = [line for line in results.lines[1:] if line["kind"] == "start"]
     note = "; ".join(f"{line['backend']}: sessions opened in {line['seconds']:.2f} s "
                      f"({line['which']})" for line in starts)  # fmt: skip
@@ -292,11 +298,12 @@ def pareto_table(results: Results) -> Table:
     reference = results.summary(results.main) if results.batches(results.main.id) else None
     rows = [
         [
-            name_of(item), law(item, results.main), seconds(item), ratio(item, reference),
-            percent(item.score.get("accuracy")), figure(item.score.get("frechet")),
+            name_of(item), law(item, results.main), seconds(item),
+            ratio(results, item, reference),
+            item.scored("accuracy", ".1%"), item.scored("frechet", ".1f"),
             figure(item.score.get("n"), "d"),
         ]
-        for item in sorted(results.serving("pareto"), key=lambda item: item.seconds)
+        for item in sorted(results.serving("pareto"), key=results.cost)
         if item.score
     ]  # fmt: skip
     columns = ("method", "law", "seconds per image", "speed vs target", "accuracy",

@@ -16,16 +16,18 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.errors import CspdError
-from cspd.runtime.config import make_config
+from cspd.runtime.config import check_config, make_config
 from cspd.runtime.outputs import environment, law, tool_version
 from cspd.runtime.pipeline import Pipeline
-from cspd.tools.bench_tables import Table
-from cspd.tools.evaluate_judges import FULL, Judge, find_judge, frechet_name
+from cspd.tools.bootstrap import METHOD, Judged, interval
+from cspd.tools.evaluate_judges import FULL, Judge, check_count, find_judge, frechet_name
 from cspd.tools.evaluate_run import Variant, balanced_labels, load_images, make_images
+from cspd.tools.evaluate_tables import tables
 from cspd.tools.parity_measure import finite
 from cspd.tools.provenance import command_line, commit
 from cspd.tools.settings import setting_name
@@ -50,17 +52,18 @@ class Evaluation:
 
     def run(self, pipeline: Pipeline) -> dict[str, Any]:
         """Make what is missing, score everything, and return the record of `evaluate.json`."""
-        scores, pixels = [], {}
+        scores, pixels, judged = [], {}, {}
         for variant in self.variants:
             folder = self.out / variant.name
             make_images(pipeline, variant, folder, self.say)
             pixels[variant.name] = load_images(folder, variant.config.num_images)
             labels = np.array(variant.config.labels)
-            found = self.judge.score(pixels[variant.name], labels)
+            found = self.judge.score(pixels[variant.name], labels, variant.config.seed)
+            judged[variant.name] = found
             scores.append({
                 "variant": variant.name, "setting": variant.setting, "law": law(variant.config),
                 "config": variant.config.model_dump(mode="json", exclude={"labels"}),
-                "folder": variant.name, "score": found,
+                "folder": variant.name, "score": found.score, "interval": found.intervals(),
             })  # fmt: skip
         count = self.variants[0].config.num_images
         return finite({
@@ -68,29 +71,39 @@ class Evaluation:
             "bundle": {"sha256": self.bundle.sha256, "synthetic": self.bundle.manifest.synthetic},
             "n": count, "judge": self.judge.identity,
             "frechet_name": frechet_name(self.judge.identity["name"], count),
-            "scores": scores, "spread": spread(scores), "paired": self._paired(pixels),
+            "intervals": METHOD, "scores": scores, "spread": spread(self.variants, judged),
+            "paired": self._paired(pixels, judged),
         })  # fmt: skip
 
-    def _paired(self, pixels: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    def _paired(
+        self, pixels: dict[str, np.ndarray], judged: dict[str, Judged]
+    ) -> list[dict[str, Any]]:
         """Differences of every setting from the first one at equal seeds, and the noise floor."""
         first = self.variants[0].setting
         by_seed = {(v.setting, v.config.seed): v for v in self.variants}
-        rows = []
-        for variant in self.variants:
-            base = by_seed[first, variant.config.seed]
-            if variant.setting != first:
-                rows.append(self._pair(variant, base, pixels, "same noise"))
+        pairs = [(v, by_seed[first, v.config.seed], "same noise")
+                 for v in self.variants if v.setting != first]  # fmt: skip
         seeds = [v for v in self.variants if v.setting == first]
-        for a, b in combinations(seeds, 2):
-            rows.append(self._pair(b, a, pixels, "noise floor: other seed"))
-        return rows
+        pairs += [(b, a, "noise floor: other seed") for a, b in combinations(seeds, 2)]
+        return [
+            {"variant": one.name, "setting": one.setting, "against": base.name, "comparison": what,
+             "seed": one.config.seed, **paired_difference(pixels[one.name], pixels[base.name]),
+             "differences": score_differences(judged[one.name], judged[base.name])}
+            for one, base, what in pairs
+        ]  # fmt: skip
 
-    def _pair(
-        self, variant: Variant, base: Variant, pixels: dict[str, np.ndarray], what: str
-    ) -> dict[str, Any]:
-        values = paired_difference(pixels[variant.name], pixels[base.name])
-        return {"variant": variant.name, "setting": variant.setting, "against": base.name,
-                "comparison": what, "seed": variant.config.seed, **values}  # fmt: skip
+
+def score_differences(one: Judged, base: Judged) -> dict[str, dict[str, Any]]:
+    """Scores of `one` less those of `base`, with the 95 % interval of each difference.
+
+    Sets with one seed were redrawn alike, so what their shared noise does cancels in it.
+    """
+    found = {}
+    for name in one.redrawn:
+        value = one.score[name] - base.score[name]
+        ends = interval(value, one.redrawn[name] - base.redrawn[name])
+        found[name] = {"value": value, "interval": ends}
+    return found
 
 
 def paired_difference(images: np.ndarray, base: np.ndarray) -> dict[str, float]:
@@ -118,19 +131,23 @@ def _difference(image: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     return float(np.sqrt(np.square(difference).mean())), float(difference.mean())
 
 
-def spread(scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the seeds of every setting, for every score."""
-    settings: dict[str, list[dict[str, float]]] = {}
-    for item in scores:
-        settings.setdefault(item["setting"], []).append(item["score"])
-    rows = []
-    for setting, found in settings.items():
-        for name in found[0]:
-            values = [score[name] for score in found]
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            rows.append({"setting": setting, "score": name, "seeds": len(values),
-                         "mean": statistics.fmean(values), "sd": deviation})  # fmt: skip
-    return rows
+def spread(variants: list[Variant], judged: dict[str, Judged]) -> list[dict[str, Any]]:
+    """Every score of every setting over its seeds: mean, its 95 % interval, standard deviation."""
+    settings: dict[str, list[Judged]] = {}
+    for variant in variants:
+        settings.setdefault(variant.setting, []).append(judged[variant.name])
+    return [_over_seeds(setting, found, name)
+            for setting, found in settings.items() for name in found[0].score]  # fmt: skip
+
+
+def _over_seeds(setting: str, found: list[Judged], name: str) -> dict[str, Any]:
+    values = [judged.score[name] for judged in found]
+    mean, ends = statistics.fmean(values), None
+    if all(name in judged.redrawn for judged in found):
+        ends = interval(mean, torch.stack([judged.redrawn[name] for judged in found]).mean(0))
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"setting": setting, "score": name, "seeds": len(values), "mean": mean,
+            "interval": ends, "sd": deviation}  # fmt: skip
 
 
 def make_variants(
@@ -139,7 +156,7 @@ def make_variants(
 ) -> list[Variant]:  # fmt: skip
     """Every method with every seed; the first method is the one that others are compared with.
 
-    Raises CspdError if a setting is asked for twice.
+    Raises CspdError if a setting is asked for twice, or if the bundle cannot run one.
     """
     manifest = bundle.manifest
     labels = balanced_labels(num_images, manifest.geometry.num_classes)
@@ -155,6 +172,7 @@ def make_variants(
             setting = setting_name(config, usual)
             if (setting, config.seed) in found:
                 raise CspdError(f"evaluate: {setting}, seed {seed} is asked for twice")
+            check_config(config, manifest)
             found[setting, config.seed] = Variant(config=config, setting=setting)
     return list(found.values())
 
@@ -169,47 +187,6 @@ def parse_method(text: str) -> dict[str, Any]:
             raise CspdError(f"--method {text}: {part!r} is not of the form option=value")
         values[name.strip().replace("-", "_")] = value.strip()
     return values
-
-
-def score_table(record: dict[str, Any]) -> Table:
-    """Mean and spread over the seeds, a row per setting."""
-    names = list(dict.fromkeys(row["score"] for row in record["spread"] if row["score"] != "n"))
-    settings = list(dict.fromkeys(row["setting"] for row in record["spread"]))
-    cells = {(row["setting"], row["score"]): row for row in record["spread"]}
-    rows = []
-    for setting in settings:
-        seeds = cells[setting, names[0]]["seeds"]
-        figures = [_with_spread(cells[setting, name]) for name in names]
-        rows.append([setting, str(record["n"]), str(seeds), *figures])
-    note = (
-        f"frechet: {record['frechet_name']}. Judge: {record['judge']['name']}, extractor "
-        f"{record['judge']['extractor_sha256'][:12]}, statistics "
-        f"{record['judge']['statistics_sha256'][:12]}."
-    )
-    if record["bundle"]["synthetic"]:
-        note = "SYNTHETIC random weights: these figures mean nothing. " + note
-    return Table("Scores", ("setting", "n", "seeds", *names), rows, note)
-
-
-def _with_spread(row: dict[str, Any]) -> str:
-    return f"{row['mean']:.4g}" + (f" ± {row['sd']:.2g}" if row["sd"] is not None else "")
-
-
-def paired_table(record: dict[str, Any]) -> Table:
-    """Image-by-image differences, a row per pair of sets."""
-    rows = [
-        [row["setting"], row["comparison"], str(row["seed"]), f"{row['rmse']:.4f}",
-         f"{row['psnr_db']:.1f}", f"{row['identical']:.1%}", f"{row['shift']:+.4f}"]
-        for row in record["paired"]
-    ]  # fmt: skip
-    columns = ("setting", "against the first setting", "seed", "RMSE", "median PSNR, dB",
-               "identical", "brightness shift")  # fmt: skip
-    return Table("Paired differences", columns, rows)
-
-
-def tables(record: dict[str, Any]) -> list[Table]:
-    """The tables of an evaluation; differences only if it has a pair."""
-    return [score_table(record)] + ([paired_table(record)] if record["paired"] else [])
 
 
 @click.command("evaluate")
@@ -240,7 +217,7 @@ def command(
     threads: int, inception: Path | None, reference: Path | None, out: Path, as_json: bool,
     quiet: bool,
 ) -> None:  # fmt: skip
-    """Score the images of BUNDLE, by default the shipped pair; goes on where it was interrupted."""
+    """Score the images of BUNDLE, by default the shipped pair; resumes where it was interrupted."""
     from cspd.runtime.cli import shipped_bundle
 
     opened = open_bundle(bundle or shipped_bundle())
@@ -248,6 +225,7 @@ def command(
     base: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     base |= {"batch_size": batch_size, "backend": backend}
     count = num_images or usual_count(opened)
+    check_count("--num-images", count)
     variants = make_variants(opened, [parse_method(m) for m in methods], _seeds(seeds), count, base)
 
     def say(text: str) -> None:
@@ -255,6 +233,7 @@ def command(
             click.echo(text, err=True)
 
     judge = find_judge(opened.manifest, inception, reference)
+    judge.check(opened.manifest.geometry.image_channels)
     record = Evaluation(opened, variants, judge, out, say).run(
         Pipeline(opened, backend, device, threads)
     )

@@ -20,10 +20,21 @@ import torch
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.engines.manifest import Manifest
 from cspd.export.pairs import FASHION_CLASSES
-from cspd.tools.metrics import MIN_IMAGES, precision_recall, score_images
+from cspd.tools.bootstrap import Judged, replicates
+from cspd.tools.metrics import (
+    MIN_IMAGES,
+    FeatureStats,
+    FrechetTo,
+    image_features,
+    load_judge,
+    precision_recall,
+    redrawn_scores,
+    score_features,
+)
 
 INCEPTION_CHUNK = 32
-# weights-inception-2015-12-05-6726825d.pth, the network that FID is defined by
+# The network that FID is defined by.
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 FULL = 50_000
 NEIGHBOUR_IMAGES = 10_000
@@ -37,9 +48,22 @@ class Judge(Protocol):
         """Names and hashes of the feature extractor and the reference statistics."""
         ...
 
-    def score(self, pixels: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
-        """Scores by name of `pixels` [N, H, W, C] uint8 that were made for `labels` [N]."""
+    def check(self, image_channels: int) -> None:
+        """Raise CspdError if images of so many channels could not be scored."""
         ...
+
+    def score(self, pixels: np.ndarray, labels: np.ndarray, seed: int) -> Judged:
+        """Scores by name of `pixels` [N, H, W, C] uint8 that were made for `labels` [N].
+
+        `seed` is that of the images: sets with one seed are redrawn alike for their intervals.
+        """
+        ...
+
+
+def check_count(option: str, count: int) -> None:
+    """Raise CspdError for fewer images than are scored; `option` says who asked for so many."""
+    if count < MIN_IMAGES:
+        raise CspdError(f"{option} is {count}; scores need {MIN_IMAGES} images or more")
 
 
 def frechet_name(extractor: str, count: int) -> str:
@@ -108,11 +132,17 @@ class ClassifierJudge:
             for role, name in names.items()
         }
 
-    def score(self, pixels: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
+    def check(self, image_channels: int) -> None:
+        """Load the classifier and the statistics."""
+        load_judge()
+
+    def score(self, pixels: np.ndarray, labels: np.ndarray, seed: int) -> Judged:
         """Accuracy, Frechet distance, precision, recall, diversity; at least 100 images."""
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-        found = score_images(images, torch.from_numpy(labels).long())
-        return dict(vars(found))
+        classes = torch.from_numpy(labels).long()
+        features = image_features(images, classes)
+        found = score_features(features, classes)
+        return Judged(dict(vars(found)), redrawn_scores(features, classes, seed))
 
 
 @dataclass(frozen=True)
@@ -135,10 +165,16 @@ class InceptionJudge:
             "statistics_sha256": _sha256(self.reference),
         }
 
-    def score(self, pixels: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
+    def check(self, image_channels: int) -> None:
+        """Load torch-fidelity, the weights and the statistics."""
+        if image_channels not in (1, 3):
+            raise CspdError(f"images have {image_channels} channels, Inception takes 1 or 3")
+        self._statistics  # noqa: B018
+        self._network  # noqa: B018
+
+    def score(self, pixels: np.ndarray, labels: np.ndarray, seed: int) -> Judged:
         """Frechet distance and Inception score by torch-fidelity's own functions."""
-        if len(pixels) < MIN_IMAGES:
-            raise CspdError(f"scores need {MIN_IMAGES} images or more, got {len(pixels)}")
+        check_count("the number of images", len(pixels))
         import_torch_fidelity()
         from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
         from torch_fidelity.metric_isc import isc_features_to_metric
@@ -153,7 +189,10 @@ class InceptionJudge:
             "inception_score": inception["inception_score_mean"],
             "inception_score_std": inception["inception_score_std"],
         }
-        return scores | self._neighbours(features)
+        classes = torch.from_numpy(labels).long()
+        reference = FeatureStats(*(torch.from_numpy(self._statistics[k]) for k in ("mu", "sigma")))
+        redrawn = {"frechet": replicates(FrechetTo(reference, features), classes, seed)}
+        return Judged(scores | self._neighbours(features), redrawn)
 
     def _features(self, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [N, 2048] and logits [N, 1008] of `pixels` [N, H, W, 3] uint8, or grey."""
@@ -177,19 +216,31 @@ class InceptionJudge:
         except Exception as error:
             raise CspdError(
                 f"{self.weights}: not a plain file of weights ({str(error).splitlines()[0]}); get "
-                "weights-inception-2015-12-05-6726825d.pth of the torch-fidelity project"
+                f"{INCEPTION_FILE} of the torch-fidelity project"
             ) from None
-        return create_feature_extractor(
-            "inception-v3-compat", ["2048", "logits_unbiased"], cuda=False, verbose=False,
-            feature_extractor_weights_path=str(self.weights),
-        )  # fmt: skip
+        try:
+            return create_feature_extractor(
+                "inception-v3-compat", ["2048", "logits_unbiased"], cuda=False, verbose=False,
+                feature_extractor_weights_path=str(self.weights),
+            )  # fmt: skip
+        except RuntimeError as error:
+            found = " ".join(str(error).split())
+            raise CspdError(
+                f"{self.weights}: not the weights of torch-fidelity's Inception network "
+                f"({found:.200}); get {INCEPTION_FILE} of that project"
+            ) from None
 
     @cached_property
     def _statistics(self) -> dict[str, np.ndarray]:
         with np.load(self.reference, allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files):
                 raise CspdError(f"{self.reference}: holds {sorted(file.files)}, not mu and sigma")
-            return {name: file[name].astype(np.float64) for name in ("mu", "sigma")}
+            found = {name: file[name].astype(np.float64) for name in ("mu", "sigma")}
+        size = found["mu"].size
+        if found["mu"].shape != (size,) or found["sigma"].shape != (size, size):
+            shapes = {name: list(array.shape) for name, array in found.items()}
+            raise CspdError(f"{self.reference}: shapes {shapes}, expected [D] and [D, D]")
+        return found
 
     def _neighbours(self, features: torch.Tensor) -> dict[str, float]:
         with np.load(self.reference, allow_pickle=False) as file:

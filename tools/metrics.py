@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cspd.engines.errors import CspdError
 from cspd.export.pairs import FASHION_CLASSES
+from cspd.tools.bootstrap import replicates
 from cspd.tools.classifier import Classifier, embed, load_classifier
 from cspd.tools.fashion import load_images
 
@@ -85,9 +86,19 @@ def score_images(images: Tensor, labels: Tensor) -> Score:
     give every class equally many images, as the reference does. Raises CspdError for fewer than 100
     images, other shapes, values that are not finite or out of range.
     """
+    return score_features(image_features(images, labels), labels)
+
+
+def image_features(images: Tensor, labels: Tensor) -> Tensor:
+    """Features [N, D] of `images`; raises as `score_images` does."""
     _check_images(images, labels)
+    classifier, _ = load_judge()
+    return embed(classifier, images.float())
+
+
+def score_features(features: Tensor, labels: Tensor) -> Score:
+    """The score of images with these `features` [N, D]."""
     classifier, reference = load_judge()
-    features = embed(classifier, images.float())
     predicted = classifier.logits(features).argmax(1)
     stats = feature_stats(features)
     count = min(len(features), len(reference.features))
@@ -96,7 +107,7 @@ def score_images(images: Tensor, labels: Tensor) -> Score:
     precision, recall = precision_recall(real, features[chosen])
     ratios = diversity(features, labels, reference.class_distance)
     return Score(
-        n=len(images),
+        n=len(features),
         accuracy=(predicted == labels).double().mean().item(),
         real_accuracy=reference.accuracy,
         frechet=frechet_distance(stats, reference.train),
@@ -107,6 +118,17 @@ def score_images(images: Tensor, labels: Tensor) -> Score:
         diversity=ratios.mean().item(),
         diversity_min=ratios.min().item(),
     )
+
+
+def redrawn_scores(features: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
+    """Accuracy and Frechet distance of redrawn sets, see `bootstrap.replicates`."""
+    classifier, reference = load_judge()
+    correct = (classifier.logits(features).argmax(1) == labels).double()
+    distance = FrechetTo(reference.train, features)
+    return {
+        "accuracy": replicates(lambda rows: correct[rows].mean().item(), labels, seed),
+        "frechet": replicates(distance, labels, seed),
+    }
 
 
 def feature_stats(features: Tensor) -> FeatureStats:
@@ -126,6 +148,42 @@ def frechet_distance(first: FeatureStats, second: FeatureStats) -> float:
     cross = torch.linalg.eigvalsh(root @ second.cov @ root).clamp(min=0).sqrt().sum()
     shift = (first.mean - second.mean).square().sum()
     return max(0.0, (shift + first.cov.trace() + second.cov.trace() - 2 * cross).item())
+
+
+class FrechetTo:
+    """Frechet distance to `reference` of rows of `features` [N, D], cheap to call many times.
+
+    For centred rows X the roots of the eigenvalues of C X'X are summed. X C X', [N, N], has the
+    same ones and is the smaller for few images; R'X'X R, [D, D], with C = R R' for many.
+    """
+
+    def __init__(self, reference: FeatureStats, features: Tensor) -> None:
+        self.reference, self.features = reference, features.double()
+        self.few = len(features) < features.shape[1]
+        cov = reference.cov.double()
+        if self.few:
+            self.turned = self.features @ cov @ self.features.T
+        else:
+            values, vectors = torch.linalg.eigh(cov)
+            self.turned = self.features @ (vectors * values.clamp(min=0).sqrt())
+
+    def __call__(self, rows: Tensor) -> float:
+        """The distance of the rows [M] to the reference."""
+        images, free = self.features[rows], len(rows) - 1
+        mean = images.mean(0)
+        cross = torch.linalg.eigvalsh(self._products(rows) / free).clamp(min=0).sqrt().sum()
+        trace = (images - mean).square().sum() / free + self.reference.cov.trace()
+        return ((mean - self.reference.mean).square().sum() + trace - 2 * cross).item()
+
+    def _products(self, rows: Tensor) -> Tensor:
+        """X C X' or R'X'X R of the rows X less their mean."""
+        if self.few:
+            products = self.turned[rows][:, rows]
+            products = products - products.mean(0)
+            return products - products.mean(1, keepdim=True)
+        turned = self.turned[rows]
+        turned = turned - turned.mean(0)
+        return turned.T @ turned
 
 
 def precision_recall(

@@ -15,6 +15,7 @@ import click
 import torch
 from rich.table import Table
 
+from cspd.engines.atomic import check_writable
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
 from cspd.runtime.config import make_config
@@ -162,6 +163,8 @@ def command(
     """Compare every network of BUNDLE with PyTorch; exit code 1 if one differs too much."""
     from cspd.runtime.cli import shipped_bundle
 
+    if out is not None:
+        check_writable(out)
     opened = open_bundle(bundle or shipped_bundle())
     if polygraphy:
         _polygraphy(opened, backends or ("tensorrt",), as_json, out)

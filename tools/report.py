@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cspd.engines.atomic import check_writable
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.runtime.outputs import tool_version
 from cspd.tools.report_markdown import markdown
@@ -88,6 +89,9 @@ def write(path: Path, text: str) -> None:
 @click.option("--markdown", "text", type=PATH, help="Also write the tables, with links to --plots.")
 def command(runs: tuple[Path, ...], out: Path, plots: Path | None, text: Path | None) -> None:
     """Write one HTML page about RUNS: folders of bench, evaluate, generate; files of parity."""
+    for path in (out, text):
+        if path is not None:
+            check_writable(path)
     report = build_report(load_sources(runs), plots)
     write(out, report.html())
     if text is not None:

@@ -131,7 +131,7 @@ style="grid-template-columns: 7rem repeat({{ p.count }}, minmax(3.2rem, 5rem))">
 
 LOOKS = {"pass": "pass", "FAIL": "fail", "would fail": "would"}
 LONG = 40  # characters; longer cells may break
-NUMBER = re.compile(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?( ?%|x| dB)?( [(±].*)?|-")
+NUMBER = re.compile(r"(about )?[-+]?[0-9.]+(e[-+]?[0-9]+)?( ?%|x| dB)?( [(±].*)?|-")
 
 
 def look(cell: str) -> str:

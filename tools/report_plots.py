@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,18 +61,24 @@ def pareto(results: Results) -> Figure | None:
         return None
     count = scored[0].score["n"]
     figure, axes = new_figure(
-        "Quality against time", "seconds per image", f"Frechet distance, n = {count:.0f}"
+        "Quality against time",
+        f"seconds per image, {results.clock}",
+        f"Frechet distance, n = {count:.0f}, 95 %",
     )
     for method in METHODS:
         items = [item for item in scored if item.point.config.method == method]
-        items.sort(key=lambda item: item.seconds)
+        items.sort(key=results.cost)
         if items:
-            x, y = [i.seconds for i in items], [i.score["frechet"] for i in items]
+            x, y = [results.cost(i) for i in items], [i.score["frechet"] for i in items]
+            error = [
+                i.interval.get("frechet", [v, v])[1] - v for i, v in zip(items, y, strict=True)
+            ]
             style = "o-" if len(items) > 2 else "o"
-            axes.plot(x, y, style, label=method, color=METHOD_COLOURS[method])
+            axes.errorbar(x, y, error, fmt=style, label=method, color=METHOD_COLOURS[method],
+                          elinewidth=1, capsize=2)  # fmt: skip
             for item in items:
                 label = name_of(item).partition(", ")[2]
-                axes.annotate(label, (item.seconds, item.score["frechet"]), fontsize=8,
+                axes.annotate(label, (results.cost(item), item.score["frechet"]), fontsize=8,
                               xytext=(4, 4), textcoords="offset points")  # fmt: skip
     axes.set(xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
@@ -91,17 +96,14 @@ def speed_against_gamma(results: Results) -> Figure | None:
     items = results.serving("table 1", method="cspd")
     if not items:
         return None
-    figure, axes = new_figure("Speed against gamma", "gamma", "speed ratio (dotted: CPU time)")
+    figure, axes = new_figure("Speed against gamma", "gamma", f"speed ratio, {results.clock}")
     for size in sorted({item.point.config.batch_size for item in items}):
         reference = results.baseline(size)
         group = [item for item in items if item.point.config.batch_size == size]
         if reference is not None:
             x = [item.point.config.gamma for item in group]
-            ratios = [reference.seconds / i.seconds for i in group]
-            (line,) = axes.plot(x, ratios, "o-", label=f"batch {size}")
-            if reference.cpu_seconds is not None:
-                ratios = [reference.cpu_seconds / (i.cpu_seconds or math.nan) for i in group]
-                axes.plot(x, ratios, ":", color=line.get_color())
+            ratios = [results.speedup(i, reference) for i in group]
+            axes.plot(x, ratios, "o-", label=f"batch {size}")
     axes.axhline(1, color="grey", linewidth=1)
     gammas = sorted({item.point.config.gamma for item in items})
     axes.set_xscale("log", base=2)

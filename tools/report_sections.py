@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cspd.tools.bench_results import Results
-from cspd.tools.bench_tables import TABLES, Table, percent
-from cspd.tools.evaluate import tables
+from cspd.tools.bench_tables import TABLES, Table, percent, ratio
+from cspd.tools.bootstrap import score_text
+from cspd.tools.evaluate_tables import tables
 from cspd.tools.report_parts import Card, PairRow, Pairs, Picture, Section
 from cspd.tools.report_plots import FIGURES, errors_by_step, save
 from cspd.tools.report_sources import Source
+from cspd.tools.verdict import verdict_table
 
 GRID = "grid.png"
 SHOWN_IMAGES = 10
@@ -80,9 +82,16 @@ GROUPS = (
 def bench_sections(source: Source, number: int, plots: Path | None) -> list[Section]:
     """Tables and figures of a benchmark, grouped; without groups that hold nothing."""
     results = Results(source.record["lines"])
-    made = [bench_section(results, group, f"bench-{number}-{index}", plots)
+    made = [verdict_section(results, f"bench-{number}-verdict")]
+    made += [bench_section(results, group, f"bench-{number}-{index}", plots)
             for index, group in enumerate(GROUPS)]  # fmt: skip
     return [section for section in made if section.tables or section.plots]
+
+
+def verdict_section(results: Results, anchor: str) -> Section:
+    """Which method to use, before the figures that say so."""
+    table = verdict_table(results)
+    return Section("Which method?", anchor, tables=[table] if table.rows else [])
 
 
 def bench_section(results: Results, group: Group, anchor: str, plots: Path | None) -> Section:
@@ -109,17 +118,18 @@ def bench_cards(source: Source) -> list[Card]:
         return []
     reference, cards, equal = results.summary(results.main), [], None
     shown = results.serving("readme")
+    clock = f", {results.clock}" if results.by_processor_time else ""
     cspd = next((item for item in shown if item.point.config.method == "cspd"), None)
     for item in shown:
-        config, ratio = item.point.config, reference.seconds / item.seconds
+        config, speed = item.point.config, ratio(results, item, reference)
         if config.method == "target" and cspd and item.target_calls == cspd.target_calls:
-            equal = Card(f"{ratio:.2f}x", f"target with as many calls ({config.num_iter} steps)")
+            equal = Card(speed, f"target with as many calls ({config.num_iter} steps){clock}")
         elif item is cspd:
-            cards.append(Card(f"{ratio:.2f}x", f"speed of cspd, gamma {config.gamma}"))
+            cards.append(Card(speed, f"speed of cspd, gamma {config.gamma}{clock}"))
             cards.append(Card(percent(item.acceptance), "of judged tokens accepted"))
         elif config.method == "lossless" and config.window:
-            label = f"speed of lossless, window {config.window}, law exact"
-            cards.append(Card(f"{ratio:.2f}x", label))
+            label = f"speed of lossless, window {config.window}, exact{clock}"
+            cards.append(Card(speed, label))
     return [*cards[:1], *([equal] if equal else []), *cards[1:]]
 
 
@@ -221,10 +231,15 @@ def parity_cards(source: Source) -> list[Card]:
 
 
 def evaluate_cards(source: Source) -> list[Card]:
-    """Accuracy of the first setting, where the judge measures one."""
+    """Accuracy of the first setting with half its interval, where the judge measures one."""
     rows = [row for row in source.record["spread"] if row["score"] == "accuracy"]
-    return [Card(f"{row['mean']:.1%}", f"accuracy of {row['setting']}, {row['seeds']} x "
-                 f"n = {source.record['n']}") for row in rows[:1]]  # fmt: skip
+    return [
+        Card(
+            score_text(row["mean"], row.get("interval"), ".1%"),
+            f"accuracy of {row['setting']}, {row['seeds']} x n = {source.record['n']}",
+        )
+        for row in rows[:1]
+    ]
 
 
 def run_section(source: Source, number: int) -> Section:

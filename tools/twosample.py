@@ -1,10 +1,13 @@
-"""Do two sets of images of the shipped pair have one law? `python -m cspd.tools.twosample`.
+"""Do two sets of images have one output distribution? `python -m cspd.tools.twosample`.
 
-Meant for `lossless` against `target` with other seeds, on the folders that `cspd-run evaluate`
-leaves. Three answers: the share of images that the classifier takes for their label, with a test of
-equal shares; the Frechet distance of either set to real images, beside that of their seeds alone;
-and a permutation test of the energy distance of the classifier's features within the classes, whose
-false-alarm rate is its level. A law that differs by less than n images can show passes.
+For the shipped pair: `lossless` against `target` with other seeds, on the folders that `cspd-run
+evaluate` leaves. Sets with equal seeds start from the same noise, image by image: they are pairs
+and no independent samples, which every test here assumes, and are refused.
+
+Three answers: the share of images that the classifier takes for their label, with a test of equal
+shares; the Frechet distance of either set to real images, beside that of their seeds alone; and a
+permutation test of the energy distance of the classifier's features within the classes, whose
+false-alarm rate is its level. A distribution that differs by less than n images can show passes.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from torch import Tensor
 
 from cspd.engines.commands import Commands
 from cspd.engines.errors import CspdError
+from cspd.runtime.images import read_metadata
 from cspd.tools.classifier import embed
+from cspd.tools.evaluate_judges import check_count
 from cspd.tools.evaluate_run import IMAGES, load_images
 from cspd.tools.metrics import feature_stats, frechet_distance, load_judge
 
@@ -59,18 +64,61 @@ class Comparison:
     energy_p: float
 
 
-def read_set(folder: Path) -> ImageSet:
-    """The images below `folder`, judged by the shipped classifier."""
-    found = sorted(path.parent for path in folder.rglob(IMAGES))
+@dataclass(frozen=True)
+class StoredSet:
+    """A set of images on disk: its folder, the class of every image, the seed behind them."""
+
+    folder: Path
+    labels: Tensor
+    seed: int
+
+
+def find_set(path: Path) -> StoredSet:
+    """The one set of images below `path`, none of them opened but the first."""
+    found = sorted(path.parent for path in path.rglob(IMAGES))
     if len(found) != 1:
         raise CspdError(
-            f"{folder}: holds {len(found)} sets of images, expected one; name the folder that "
+            f"{path}: holds {len(found)} sets of images, expected one; name the folder that "
             "cspd-run evaluate made for a method and seed"
         )
-    lines = [json.loads(line) for line in (found[0] / IMAGES).read_text().splitlines()]
+    folder = found[0]
+    lines = [json.loads(line) for line in (folder / IMAGES).read_text().splitlines()]
     by_image = {line["image"]: line["label"] for line in lines}
+    check_count(f"{path}: the number of images", len(by_image))
+    missing = sorted(set(range(len(by_image))) - set(by_image))
+    if missing:
+        raise CspdError(f"{path}: image {missing[0]} is missing; run cspd-run evaluate again")
     labels = torch.tensor([by_image[image] for image in range(len(by_image))])
-    pixels = load_images(found[0], len(labels))
+    config = read_metadata(folder / f"{0:05d}.png").get("config")
+    if not isinstance(config, dict) or "seed" not in config:
+        raise CspdError(f"{path}: the images do not say their seed; run cspd-run evaluate again")
+    return StoredSet(folder, labels, config["seed"])
+
+
+def check_sides(first: list[StoredSet], second: list[StoredSet]) -> None:
+    """Raise CspdError unless the sets are independent and hold equally many images of a class."""
+    seeds = [stored.seed for stored in (*first, *second)]
+    twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+    if twice is not None:
+        raise CspdError(
+            f"two of the sets have seed {twice}: they start from the same noise, image by image, "
+            "and are pairs, no independent samples; give every set a seed of its own (differences "
+            "of pairs: cspd-run evaluate)"
+        )
+    sides = [torch.cat([stored.labels for stored in side]) for side in (first, second)]
+    _check_classes(*sides)
+
+
+def _check_classes(first: Tensor, second: Tensor) -> None:
+    if not torch.equal(first.bincount(), second.bincount()):
+        raise CspdError(
+            "the two sides have different numbers of images of a class; make them equal"
+        )
+
+
+def read_set(stored: StoredSet) -> ImageSet:
+    """The images of a set, judged by the shipped classifier."""
+    pixels, labels = load_images(stored.folder, len(stored.labels)), stored.labels
     images = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
     classifier, _ = load_judge()
     features = embed(classifier, images)
@@ -78,12 +126,9 @@ def read_set(folder: Path) -> ImageSet:
 
 
 def compare(first: list[ImageSet], second: list[ImageSet], seed: int = 0) -> Comparison:
-    """Compare two methods; each list holds a set per seed."""
+    """Compare two methods; each list holds a set per seed, all seeds being different."""
     a, b = ImageSet.join(first), ImageSet.join(second)
-    if not torch.equal(a.labels.bincount(), b.labels.bincount()):
-        raise CspdError(
-            "the two sides have different numbers of images of a class; make them equal"
-        )
+    _check_classes(a.labels, b.labels)
     _, reference = load_judge()
 
     def distance(images: ImageSet) -> float:
@@ -182,8 +227,10 @@ def main() -> None:
 @click.option("--second", "second", multiple=True, required=True, type=FOLDER, help="A seed each.")
 @click.option("--json", "as_json", is_flag=True, help="Print all figures.")
 def command(first: tuple[Path, ...], second: tuple[Path, ...], as_json: bool) -> None:
-    """Test whether the images of --first and of --second have the same law."""
-    found = compare([read_set(path) for path in first], [read_set(path) for path in second])
+    """Test whether --first and --second have one output distribution; every seed differs."""
+    ours, theirs = ([find_set(path) for path in paths] for paths in (first, second))
+    check_sides(ours, theirs)
+    found = compare([read_set(stored) for stored in ours], [read_set(stored) for stored in theirs])
     record: dict[str, Any] = asdict(found)
     click.echo(json.dumps(record, indent=1) if as_json else "\n".join(lines(found)))
 

@@ -98,3 +98,17 @@ def test_no_tensorrt_is_imported_with_the_engines():
         "sys.exit(any(name in sys.modules for name in heavy))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_two_onnxruntimes_over_each_other_are_a_finding(tmp_path, monkeypatch):
+    for name in ("onnxruntime", "onnxruntime_gpu"):
+        folder = tmp_path / f"{name}-1.30.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.30.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check = next(c for c in diagnose().checks if c.subject == "onnxruntime")
+    assert not check.ok
+    assert check.found == "onnxruntime 1.30.0 and onnxruntime-gpu 1.30.0 are installed over each " \
+        "other; keep one"  # fmt: skip
+    assert check.mend == "pip uninstall --yes onnxruntime onnxruntime-gpu && " \
+        "pip install onnxruntime-gpu"  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -37,7 +38,12 @@ BAD = {
     "negative class": (("--labels", "-1"), 1, ["--labels: class -1, expected 0..999"]),
     "no number": (("--labels", "--5"), 1, ["--labels"]),
     "endless number": (("--labels", "9" * 5000), 1, ["--labels"]),
-    "empty label": (("--labels", "3,,4"), 1, ["--labels: no class ''"]),
+    "empty label": (("--labels", "3,,4"), 1, ["--labels: no class ''; expected numbers"]),
+    "no label": (("--labels", ""), 1, ["--labels: no class ''; expected numbers"]),
+    "label and nothing": (("--labels", "3,"), 1, ["--labels: no class ''; expected numbers"]),
+    "slice": (("--labels", "0:3"), 1, ["no class '0:3'; expected numbers, ranges like 0-3"]),
+    "falling range": (("--labels", "3-1"), 1, ["3-1 is no range", "within 0-999"]),
+    "range too far": (("--labels", "0-999999999"), 1, ["no range of classes", "within 0-999"]),
     "gamma 0": (("--gamma", "0"), 1, ["--gamma is 0", "expected 1 or more"]),
     "gamma too high": (("--gamma", "17"), 1, ["--gamma is 17, expected 1..16"]),
     "num-iter 0": (("--num-iter", "0"), 1, ["--num-iter is 0", "expected 1 or more"]),
@@ -183,6 +189,38 @@ def test_labels_default_to_one_image_per_class_in_turn():
 
 def test_a_name_that_occurs_twice_is_its_first_class():
     assert parse_labels("crane", ("crane", "dog", "crane")) == (0,)
+
+
+def test_ranges_hold_both_ends():
+    names = ("cat", "dog", "cow", "2-step")
+    assert parse_labels("0-2,1", names) == (0, 1, 2, 1)
+    assert parse_labels("2-step", names) == (3,)
+
+
+def test_labels_given_twice_add_up(tiny_bundle, tmp_path):
+    arguments = (*FAST, "--labels", "1,2", "--labels", "417")
+    assert generate(tiny_bundle.folder, tmp_path / "out", *arguments).exit_code == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["config"]["labels"] == [1, 2, 417]
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    # By letters alone "sea" is nearest to "bag" and "retriever" to "terrier".
+    [("sea", "sea slug"), ("retriever", "golden retriever"), ("terier", "terrier")],
+)
+def test_a_beginning_is_preferred_to_similar_letters(text, near):
+    with pytest.raises(CspdError, match=f"nearest is '{near}'"):
+        parse_labels(text, ("bag", "golden retriever", "terrier", "sea slug"))
+
+
+@pytest.mark.parametrize(
+    ("program", "verb"), [("cspd.runtime.cli", "generate"), ("cspd.export.cli", "inspect")]
+)
+def test_the_modules_are_the_commands(program, verb):
+    command = [sys.executable, "-m", program, verb, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and f"{verb} [OPTIONS]" in done.stdout
 
 
 @pytest.mark.parametrize("text", ["sneeker", "SNEAKR", "sneakers"])

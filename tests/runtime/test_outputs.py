@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import shutil
 from dataclasses import fields
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from cspd.runtime.cli import main
 from cspd.runtime.config import RunConfig
 from cspd.runtime.formats import Layout
 from cspd.runtime.images import CAPTION, grid, read_metadata, shorten, to_pillow, write_png
+from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.resume import open_run
 from cspd.runtime.stats import Verdicts
 
@@ -82,6 +84,24 @@ def test_run_json(finished, tiny_bundle):
     assert all(graph["calls"] > 0 for graph in record["graphs"].values())
     baseline = record["baseline"]
     assert baseline["speed_ratio"] == pytest.approx(baseline["seconds"] / record["seconds"])
+
+
+def test_both_sides_of_a_baseline_are_warmed_up(tiny_bundle, tmp_path, monkeypatch):
+    made, real = [], Pipeline.generate
+
+    def watched(self, config, indices=None, *rest):
+        made.append((config.method, list(indices)))
+        return real(self, config, indices, *rest)
+
+    monkeypatch.setattr(Pipeline, "generate", watched)
+    quick = ("--num-images", "3", "--batch-size", "2", "--num-iter", "2", "--head-steps", "2")
+    arguments = ("generate", tiny_bundle.folder, *quick, "--threads", "1", "--baseline")
+    result = cspd_run(*arguments, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert made == [(method, images) for method in ("cspd", "target")
+                    for images in ([0, 1], [0, 1, 2])]  # fmt: skip
+    # One run each: no second digit.
+    assert re.search(r"cspd .* about \d+\.\dx", result.stdout)
 
 
 def test_statistics_of_run_json_add_up(finished):

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from cspd.engines.errors import CspdError
@@ -14,7 +15,11 @@ from cspd.tools.bench_plan import TRIES, Scale, cspd_target_calls, make_plan, pl
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_run import JOURNAL, Journal, make_header, read_lines
 from cspd.tools.bench_tables import acceptance_by_known, law, tries_shares
+from cspd.tools.bootstrap import Judged
 from cspd.tools.replay import AcceptancePattern, ReplayPipeline, load_pattern
+from cspd.tools.report_sections import bench_cards
+from cspd.tools.report_sources import Source
+from cspd.tools.verdict import verdict_table
 
 OPTIONS = ["--quick", "--num-iter", "4", "--head-steps", "3", "--batch-size", "1"]
 OPTIONS += ["--batch-size", "2", "--threads", "1", "--repeats", "1"]
@@ -23,8 +28,13 @@ OPTIONS += ["--batch-size", "2", "--threads", "1", "--repeats", "1"]
 class FixedJudge:
     identity: ClassVar = {"name": "test", "extractor_sha256": "0", "statistics_sha256": "1"}
 
-    def score(self, pixels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        return {"n": len(pixels), "accuracy": 0.5, "frechet": float(pixels.mean())}
+    def check(self, image_channels: int) -> None:
+        pass
+
+    def score(self, pixels: np.ndarray, labels: np.ndarray, seed: int) -> Judged:
+        scores = {"n": len(pixels), "accuracy": 0.5, "frechet": float(pixels.mean())}
+        wide = torch.tensor([-1.0, 1.0]).repeat(100) / 10
+        return Judged(scores, {"accuracy": wide})
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +218,7 @@ def test_kept_images_are_scored_once(tiny_bundle, tmp_path):
     assert all(line["score"]["n"] >= 4 for line in scores)
     table = bench.readme_table(Results(journal.lines))
     assert len({row[0] for row in table.rows}) == len(points)
-    assert "n = 4" in table.columns[-1] and table.rows[0][-2] == "50.0%"
+    assert "n = 4" in table.columns[-1] and table.rows[0][-2] == "50.0 ± 19.6%"
 
 
 def test_readme_option_prints_finished_results(finished):
@@ -261,3 +271,146 @@ def test_borrowed_acceptance_is_for_random_weights_and_says_so(finished, tiny_bu
     assert "SYNTHETIC" in note and "REPLAYED" in note
     with pytest.raises(CspdError, match="trained weights"):
         load_pattern(results)
+
+
+def test_points_of_other_work_warm_up_apart(tiny_bundle):
+    (point, *_) = make_plan(tiny_bundle.manifest, {}, Scale.quick())
+
+    def key(**changes) -> str:
+        config = point.config.model_copy(update=changes)
+        return point.model_copy(update={"config": config}).warm_key
+
+    lossless = {"method": "lossless", "window": 8}
+    work = [{}, lossless, {"method": "lossless"}, {"method": "cspd"}, {"num_iter": 3},
+            {"method": "cspd", "gamma": 4}, {"method": "cspd", "on_reject": "residual"},
+            {"head_steps": 7}, {"batch_size": 3}, {"cfg": 3.0}, {"head": "lossless"},
+            {"modulation_memory": 1}, {"method": "cspd", "verify": "prefix"}]  # fmt: skip
+    assert len({key(**{"cfg": 1.0, **changes}) for changes in work}) == len(work)
+    # Other numbers in the same graphs.
+    for same in ({"temperature": 0.9}, {"gamma": 4}, {"seed": 5}, {"align": False}):
+        assert key(**same) == key()
+
+
+def test_costs_are_measured_before_the_clock(tiny_bundle, tmp_path, monkeypatch):
+    """A measured batch of `lossless` makes no call that its own image does not need."""
+    scale = Scale(repeats=1, quality_images=0, batch_sizes=(1,), peers=())
+    points = make_plan(tiny_bundle.manifest, {"num_iter": 3, "head_steps": 4}, scale)
+    point = next(p for p in points if p.config.head_mode == "auto")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    journal = Journal(tmp_path, make_header(tiny_bundle, [point], 1))
+    bench_ = bench_run.Bench(tiny_bundle, journal, threads=1, say=lambda _: None)
+    first, second = (bench_.measure(point, repeat) for repeat in (0, 0))
+    calls = [{name: graph["calls"] for name, graph in line["graphs"].items()}
+             for line in (first, second)]  # fmt: skip
+    assert calls[0] == calls[1]
+
+
+def test_a_busy_machine_is_judged_by_processor_time(finished, tmp_path):
+    lines = read_lines(finished[0] / JOURNAL)
+    cpus = int(lines[0]["host"]["cpus"])
+
+    def results(load: float) -> Results:
+        changed = [line if line["kind"] != "batch" else
+                   {**line, "load": load, "seconds": 3.0 * line["images"],
+                    "cpu_seconds": line["images"] * (2.0 if "target-" in line["point"] else 1.0)}
+                   for line in lines]  # fmt: skip
+        return Results(changed)
+
+    quiet, busy = results(cpus), results(cpus + 1)
+    for found, clock, expected in ((quiet, "wall-clock time", 1.0), (busy, "processor time", 2.0)):
+        reference = found.summary(found.main)
+        item = next(iter(found.serving("readme", method="cspd")))
+        assert found.clock == clock and found.speedup(item, reference) == expected
+        rows = bench.readme_table(found).rows
+        assert next(row for row in rows if row[0].startswith("cspd"))[3] == f"about {expected:.1f}x"
+        source = Source("bench", finished[0], {"lines": found.lines})
+        card = next(c for c in bench_cards(source) if "speed of cspd" in c.label)
+        assert card.value == f"about {expected:.1f}x"
+
+
+def test_what_is_known_to_fail_is_refused_before_the_work(tiny_bundle, tmp_path):
+    cases = {
+        ("--num-iter", "99"): "--num-iter is 99",
+        ("--images", "40"): "--images is 40; scores need 100",
+        ("--images", "100"): "no judge for this bundle",
+    }
+    for options, words in cases.items():
+        arguments = [str(tiny_bundle.folder), *OPTIONS, *options, "--out", str(tmp_path / "o")]
+        result = CliRunner().invoke(bench.command, arguments)
+        assert isinstance(result.exception, CspdError) and words in str(result.exception)
+        assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture(scope="module")
+def crafted(tiny_bundle):
+    """Makes results of the README's settings from a time and scores for each method and steps."""
+    scale = Scale(repeats=10, quality_images=100, batch_sizes=(10,), peers=())
+    points = make_plan(tiny_bundle.manifest, {}, scale)
+    header = make_header(tiny_bundle, points, 1)
+    wave = torch.tensor([-1.0, 1.0]).repeat(100)
+
+    def batch(point, repeat, seconds):
+        return {"kind": "batch", "point": point.id, "repeat": repeat, "images": 10,
+                "seconds": 10 * seconds * (1 + 0.01 * (repeat % 3)), "cpu_seconds": 1.0,
+                "graphs": {}, "host_seconds": 0.0, "peak_memory_mb": 1.0, "load": 0.0,
+                "rounds": {}, "target_calls": point.config.num_iter, "draft_calls": 0,
+                "distance_sum": 0.0, "verdicts": dict.fromkeys(COUNTS, 0)}  # fmt: skip
+
+    def make(measured: dict[tuple[str, int | None], tuple[float, float | None, float]]) -> Results:
+        lines = [header]
+        for point in points:
+            config = point.config
+            found = measured.get(
+                (config.method, config.num_iter), measured.get((config.method, None))
+            )
+            seconds, accuracy, noise = found
+            lines += [batch(point, repeat, seconds) for repeat in range(10)]
+            if accuracy is not None:
+                redrawn = {"accuracy": (accuracy + noise * wave).tolist()}
+                scored = {"score": {"n": 100, "accuracy": accuracy}, "redrawn": redrawn}
+                lines.append({"kind": "score", "point": point.id, "repeat": -2, **scored})
+        return Results(lines)
+
+    return make
+
+
+COUNTS = ("proposed", "accepted", "resampled", "fallback", "discarded")
+OTHERS = {("draft", None): (0.1, 0.5, 0.01), ("lossless", None): (1.5, 0.9, 0.01)}
+
+
+def test_the_verdict_names_the_fastest_ways(crafted):
+    # 4 steps: worse beyond the noise. 8 steps: within it. cspd: as good as 8 steps, and slower.
+    table = verdict_table(crafted({
+        **OTHERS, ("target", None): (0.2, 0.7, 0.01), ("target", 16): (1.0, 0.90, 0.0),
+        ("target", 8): (0.5, 0.89, 0.01), ("cspd", None): (0.8, 0.89, 0.01),
+    }))  # fmt: skip
+    answers = {row[0]: row[1:] for row in table.rows}
+    assert answers["fastest exact way"][0] == "target, 16 steps"
+    equal = answers["fastest way at equal quality"]
+    assert equal[0] == "target, 8 steps" and equal[1].startswith("2.00x ± 0.0")
+    assert equal[2] == "-1.0 ± 2.0%"
+    cspd = answers["where cspd stands"]
+    assert cspd[0] == "cspd, gamma 8: slower than target, 8 steps at this quality"
+    assert cspd[1].startswith("1.25x ± 0.0")
+
+
+def test_a_lossless_that_is_faster_is_the_exact_way(crafted):
+    table = verdict_table(crafted({
+        **OTHERS, ("lossless", None): (0.4, 0.9, 0.01), ("target", None): (0.5, 0.7, 0.01),
+        ("target", 16): (1.0, 0.90, 0.0), ("cspd", None): (0.3, 0.95, 0.01),
+    }))  # fmt: skip
+    answers = {row[0]: row[1] for row in table.rows}
+    assert answers["fastest exact way"].startswith("lossless")
+    assert answers["fastest way at equal quality"].startswith("cspd")
+    assert answers["where cspd stands"].endswith("better than every target measured")
+
+
+def test_a_verdict_without_scores_says_nothing_about_quality(crafted, finished):
+    table = verdict_table(crafted({
+        ("draft", None): (0.1, None, 0), ("lossless", None): (2.0, None, 0),
+        ("target", None): (1.0, None, 0), ("cspd", None): (0.5, None, 0),
+    }))  # fmt: skip
+    assert [row[0] for row in table.rows] == ["fastest exact way", "where cspd stands"]
+    assert "quality not measured" in table.rows[1][1] and len(table.columns) == 3
+    assert not any("accuracy" in column for column in json.loads(finished[1].stdout)[
+        "tables"]["readme"]["columns"])  # fmt: skip

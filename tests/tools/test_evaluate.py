@@ -13,6 +13,7 @@ from cspd.engines.errors import CspdError
 from cspd.runtime.cli import shipped_bundle
 from cspd.runtime.pipeline import Pipeline
 from cspd.tools import evaluate
+from cspd.tools.bootstrap import Judged, half_width, replicates
 from cspd.tools.evaluate import Evaluation, make_variants, paired_difference, spread
 from cspd.tools.evaluate_judges import (
     ClassifierJudge,
@@ -30,9 +31,14 @@ FAST = {"num_iter": 2, "head_steps": 2, "batch_size": 4}
 class MeanJudge:
     identity: ClassVar = {"name": "test", "extractor_sha256": "e" * 64, "statistics_sha256": "s"}
 
-    def score(self, pixels, labels):
+    def check(self, image_channels):
+        pass
+
+    def score(self, pixels, labels, seed):
         assert len(pixels) == len(labels)
-        return {"n": len(pixels), "frechet": float(pixels.mean())}
+        means = torch.from_numpy(pixels.mean(axis=(1, 2, 3)))
+        redrawn = replicates(lambda rows: means[rows].mean().item(), torch.from_numpy(labels), seed)
+        return Judged({"n": len(pixels), "frechet": means.mean().item()}, {"frechet": redrawn})
 
 
 @pytest.fixture
@@ -77,13 +83,19 @@ def test_a_setting_asked_for_twice_is_refused(tiny_bundle):
         settings_of(tiny_bundle, {"method": "target"}, {"method": "target", "num_iter": 6})
 
 
+def plainly_judged(variants, **scores: list[float]) -> dict[str, Judged]:
+    """Scores of `variants` in their order, without intervals."""
+    return {variant.name: Judged({name: values[i] for name, values in scores.items()})
+            for i, variant in enumerate(variants)}  # fmt: skip
+
+
 def test_settings_of_one_method_are_not_averaged(tiny_bundle):
     methods = [{"method": "cspd"}, {"method": "cspd", "on_reject": "residual"}]
     variants = make_variants(tiny_bundle, methods, [0, 1], 1000, {})
-    scores = [
-        {"setting": v.setting, "score": {"frechet": float(i)}} for i, v in enumerate(variants)
-    ]
-    assert [(row["seeds"], row["mean"]) for row in spread(scores)] == [(2, 0.5), (2, 2.5)]
+    judged = plainly_judged(variants, frechet=[0.0, 1.0, 2.0, 3.0])
+    rows = spread(variants, judged)
+    assert [(row["seeds"], row["mean"]) for row in rows] == [(2, 0.5), (2, 2.5)]
+    assert [row["interval"] for row in rows] == [None, None]
 
 
 def silent(_: str) -> None:
@@ -150,6 +162,20 @@ def test_record_of_an_evaluation(tiny_bundle, tmp_path, variants):
     assert target["mean"] == pytest.approx(np.mean(values))
     assert target["sd"] == pytest.approx(np.std(values, ddof=1))
     assert [len(table.rows) for table in evaluate.tables(record)] == [2, 3]
+    for item in record["scores"]:
+        low, high = item["interval"]["frechet"]
+        assert low < item["score"]["frechet"] < high
+    # Two independent seeds: the interval of their mean is narrower than that of either.
+    halves = [s["interval"]["frechet"][1] - s["score"]["frechet"] for s in record["scores"][:2]]
+    both = target["interval"][1] - target["mean"]
+    assert both == pytest.approx(math.hypot(*halves) / 2, rel=0.2)
+    for row in record["paired"]:
+        one, base = (next(s["score"]["frechet"] for s in record["scores"] if s["variant"] == name)
+                     for name in (row["variant"], row["against"]))  # fmt: skip
+        assert row["differences"]["frechet"]["value"] == pytest.approx(one - base)
+    shown = evaluate.tables(record)
+    assert " ± " in shown[0].rows[0][-1] and " ± " in shown[1].rows[0][-1]
+    assert "paired, not independent" in shown[1].note
     assert [table.title for table in evaluate.tables({**record, "paired": []})] == ["Scores"]
 
 
@@ -163,8 +189,9 @@ def test_paired_difference_by_hand():
     assert found["psnr_db"] == pytest.approx((99 - 20 * math.log10(0.2)) / 2)
 
 
-def test_spread_of_one_seed_is_unknown():
-    (row,) = spread([{"setting": "a", "score": {"frechet": 2.0}}])
+def test_spread_of_one_seed_is_unknown(tiny_bundle):
+    variants = make_variants(tiny_bundle, [{"method": "target"}], [0], 1000, {})
+    (row,) = spread(variants, plainly_judged(variants, frechet=[2.0]))
     assert row["sd"] is None and row["mean"] == 2.0
 
 
@@ -199,6 +226,11 @@ def test_the_command_on_the_shipped_pair(tmp_path):
     record = json.loads(result.stdout)
     assert "not FID" in record["frechet_name"] and "n = 100" in record["frechet_name"]
     (item,) = record["scores"]
+    low, high = item["interval"]["accuracy"]
+    n, share = 100, item["score"]["accuracy"]
+    # At most that of n independent trials, less what the classes explain.
+    assert high - share == pytest.approx(share - low)
+    assert 0 < high - share < 1.2 * 1.96 * (share * (1 - share) / n) ** 0.5
     assert item["score"]["n"] == 100 and item["score"]["frechet"] > item["score"]["frechet_floor"]
     assert len(record["judge"]["extractor_sha256"]) == 64
     assert record["command"].startswith("evaluate --method draft --num-images 100")
@@ -210,7 +242,7 @@ def test_inception_weights_are_looked_at_before_they_are_loaded(tmp_path):
     torch.save({"x": print}, tmp_path / "weights.pth")
     judge = InceptionJudge(tmp_path / "weights.pth", tmp_path / "none.npz")
     with pytest.raises(CspdError, match="not a plain file of weights"):
-        judge.score(np.zeros((100, 8, 8, 3), np.uint8), np.zeros(100))
+        judge.score(np.zeros((100, 8, 8, 3), np.uint8), np.zeros(100), 0)
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +303,9 @@ def test_inception_scores_against_known_gaussians(tmp_path, monkeypatch):
     monkeypatch.setattr(
         InceptionJudge, "_features", lambda self, _: (features.float(), torch.zeros(200, 5))
     )
-    score = judge.score(np.zeros((200, 4, 4, 3), np.uint8), np.zeros(200))
+    judged = judge.score(np.zeros((200, 4, 4, 3), np.uint8), np.zeros(200), 0)
+    score = judged.score
+    assert 0 < half_width(judged.redrawn["frechet"]) < 0.6
     # Nearly equal covariances, means 0.5 apart in six dimensions.
     assert score["frechet"] == pytest.approx(6 * 0.25, abs=0.4)
     assert score["inception_score"] == pytest.approx(1.0)
@@ -282,3 +316,30 @@ def test_statistics_without_mu_are_refused(tmp_path):
     np.savez(tmp_path / "stats.npz", other=np.zeros(3))
     with pytest.raises(CspdError, match="not mu and sigma"):
         _ = InceptionJudge(tmp_path / "w", tmp_path / "stats.npz")._statistics
+
+
+def refused(bundle, tmp_path, *options: str) -> str:
+    """What the command says that refuses `options`, having made no image."""
+    arguments = [str(bundle.folder), *options, "--threads", "1", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(evaluate.command, arguments)
+    assert isinstance(result.exception, CspdError), result.output
+    assert not list(tmp_path.rglob("*.png"))
+    return str(result.exception)
+
+
+def test_what_is_known_to_fail_is_refused_before_the_work(tmp_path):
+    shipped = open_bundle(shipped_bundle())
+    few = refused(shipped, tmp_path, "--num-images", "40")
+    assert few == "--num-images is 40; scores need 100 images or more"
+    # The second method cannot run: nothing is made of the first.
+    long = refused(shipped, tmp_path, "--num-images", "100", "--method", "target",
+                   "--method", "target:num_iter=99")  # fmt: skip
+    assert "--num-iter is 99, expected 1..49" in long
+    torch.save({}, tmp_path / "w.pth")
+    np.savez(tmp_path / "stats.npz", other=np.zeros(3))
+    judge = ("--inception", str(tmp_path / "w.pth"), "--reference", str(tmp_path / "stats.npz"))
+    assert "not mu and sigma" in refused(shipped, tmp_path, "--num-images", "100", *judge)
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
+    assert "shapes" in refused(shipped, tmp_path, "--num-images", "100", *judge)
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
+    assert "not the weights of" in refused(shipped, tmp_path, "--num-images", "100", *judge)

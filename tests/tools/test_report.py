@@ -13,6 +13,7 @@ from PIL import Image
 from cspd.engines.errors import CspdError
 from cspd.runtime.pipeline import Pipeline
 from cspd.tools import bench, parity, report, report_sections
+from cspd.tools.bootstrap import Judged
 from cspd.tools.evaluate import Evaluation, make_variants
 from cspd.tools.parity_measure import Row, Skipped
 
@@ -23,8 +24,11 @@ QUICK += ["--batch-size", "2", "--threads", "1", "--repeats", "1"]
 class Judge:
     identity: ClassVar = {"name": "test", "extractor_sha256": "e" * 64, "statistics_sha256": "s"}
 
-    def score(self, pixels, labels):
-        return {"n": len(pixels), "frechet": float(pixels.mean())}
+    def check(self, image_channels):
+        pass
+
+    def score(self, pixels, labels, seed):
+        return Judged({"n": len(pixels), "frechet": float(pixels.mean())})
 
 
 class Page(HTMLParser):
@@ -94,9 +98,10 @@ def test_the_page_is_whole_and_loads_nothing(page):
 
 def test_the_page_shows_every_run(page, tiny_bundle):
     text = page[0].read_text()
-    for title in ("Methods side by side", "Table 1", "Table 4", "Figure 15", "Scores",
-                  "Worst of each output", "Paired differences", "The same noise, another method",
-                  "Where the time goes", tiny_bundle.sha256, "bench --quick"):  # fmt: skip
+    for title in ("Which method?", "Methods side by side", "Table 1", "Table 4", "Figure 15",
+                  "Scores", "Worst of each output", "Paired differences",
+                  "The same noise, another method", "Where the time goes", tiny_bundle.sha256,
+                  "bench --quick"):  # fmt: skip
         assert title in text, title
     assert "SYNTHETIC" not in text
 
@@ -197,3 +202,14 @@ def test_the_page_fits_the_screen(page, tmp_path, width):
         pixels = np.asarray(image.convert("L"))
     # Text and plots in every part of the page, not an empty sheet.
     assert all(part.std() > 5 for part in np.array_split(pixels, 4))
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(runs, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "r.html", tmp_path):
+        for command in ([report.command, str(runs[0])], [parity.command]):
+            result = CliRunner().invoke(command[0], [*command[1:], "--out", str(out)])
+            assert isinstance(result.exception, CspdError), result.output
+    out = tmp_path / "new" / "r.html"
+    assert CliRunner().invoke(report.command, [str(runs[2]), "--out", str(out)]).exit_code == 0
+    assert out.is_file()

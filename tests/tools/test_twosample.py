@@ -1,11 +1,17 @@
 """The two-sample tool: uniform where nothing differs, small where something does. Level 1e-3."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from scipy import stats
 
 from cspd.engines.errors import CspdError
+from cspd.runtime.images import write_png
 from cspd.tools import twosample
+from cspd.tools.evaluate_run import IMAGES
 from cspd.tools.twosample import ImageSet, compare, energy_test, equal_shares
 
 LEVEL = 1e-3
@@ -49,3 +55,29 @@ def test_shares():
 def test_sides_need_the_same_classes():
     with pytest.raises(CspdError, match="different numbers of images"):
         compare([images(1)], [images(2, count=210), images(3, count=10)])
+
+
+def stored(folder, seed, labels):
+    """A set as `evaluate` leaves it: black images of `labels`, the settings in the first."""
+    folder.mkdir()
+    lines = [json.dumps({"image": k, "label": label}) for k, label in enumerate(labels)]
+    (folder / IMAGES).write_text("\n".join(lines) + "\n")
+    write_png(folder / "00000.png", np.zeros((28, 28, 1), np.uint8), {"config": {"seed": seed}})
+    return folder
+
+
+def test_sets_that_are_no_independent_samples_are_refused(tmp_path):
+    labels = [k % 10 for k in range(100)]
+    same = [str(stored(tmp_path / name, 3, labels)) for name in ("a", "b")]
+    other = str(stored(tmp_path / "c", 4, labels))
+    odd = str(stored(tmp_path / "d", 5, [0] * 100))
+    few = str(stored(tmp_path / "e", 6, [0] * 40))
+    cases = {
+        ("--first", same[0], "--second", same[1]): "have seed 3: they start from the same noise",
+        ("--first", same[0], "--first", same[1], "--second", other): "have seed 3",
+        ("--first", same[0], "--second", odd): "different numbers of images of a class",
+        ("--first", same[0], "--second", few): "is 40; scores need 100",
+    }
+    for arguments, words in cases.items():
+        result = CliRunner().invoke(twosample.main, ["compare", *arguments])
+        assert result.exit_code == 1 and words in result.stderr

@@ -1,0 +1,63 @@
+"""Tables of an evaluation, from its record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cspd.tools.bench_tables import Table
+from cspd.tools.bootstrap import half_text
+
+
+def score_table(record: dict[str, Any]) -> Table:
+    """Mean over the seeds with its interval, a row per setting."""
+    names = list(dict.fromkeys(row["score"] for row in record["spread"] if row["score"] != "n"))
+    settings = list(dict.fromkeys(row["setting"] for row in record["spread"]))
+    cells = {(row["setting"], row["score"]): row for row in record["spread"]}
+    rows = []
+    for setting in settings:
+        seeds = cells[setting, names[0]]["seeds"]
+        figures = [_with_interval(cells[setting, name]) for name in names]
+        rows.append([setting, str(record["n"]), str(seeds), *figures])
+    note = (
+        f"frechet: {record['frechet_name']}. Judge: {record['judge']['name']}, extractor "
+        f"{record['judge']['extractor_sha256'][:12]}, statistics "
+        f"{record['judge']['statistics_sha256'][:12]}. ± {record['intervals']}; a score without it "
+        "has none."
+    )
+    if record["bundle"]["synthetic"]:
+        note = "SYNTHETIC random weights: these figures mean nothing. " + note
+    return Table("Scores", ("setting", "n", "seeds", *names), rows, note)
+
+
+def _with_interval(row: dict[str, Any]) -> str:
+    return f"{row['mean']:.4g}" + half_text(row["mean"], row["interval"])
+
+
+def paired_table(record: dict[str, Any]) -> Table:
+    """Image-by-image differences and those of the scores, a row per pair of sets."""
+    names = list(dict.fromkeys(name for row in record["paired"] for name in row["differences"]))
+    rows = [
+        [row["setting"], row["comparison"], str(row["seed"]), f"{row['rmse']:.4f}",
+         f"{row['psnr_db']:.1f}", f"{row['identical']:.1%}", f"{row['shift']:+.4f}",
+         *(_difference_text(row["differences"].get(name)) for name in names)]
+        for row in record["paired"]
+    ]  # fmt: skip
+    columns = ("setting", "against the first setting", "seed", "RMSE", "median PSNR, dB",
+               "identical", "brightness shift",
+               *(f"{name}, difference" for name in names))  # fmt: skip
+    note = (
+        "Sets with one seed start from the same noise, image by image: they are paired, not "
+        f"independent, and their differences are surer than their scores. ± {record['intervals']}."
+    )
+    return Table("Paired differences", columns, rows, note)
+
+
+def _difference_text(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    return f"{found['value']:+.3g}{half_text(found['value'], found['interval'])}"
+
+
+def tables(record: dict[str, Any]) -> list[Table]:
+    """The tables of an evaluation; differences only if it has a pair."""
+    return [score_table(record)] + ([paired_table(record)] if record["paired"] else [])
