@@ -213,8 +213,8 @@ def parse_labels(text: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
 def _span(first: int, last: int, num_classes: int) -> range:
     if not first <= last < num_classes:
         raise CspdError(
-            f"{setting('labels')}: {first}-{last} is no range of classes; expected ascending numbers within "
-            f"0-{num_classes - 1}"
+            f"{setting('labels')}: {first}-{last} is no range of classes; "
+            f"expected ascending numbers within 0-{num_classes - 1}"
         )
     return range(first, last + 1)
 
