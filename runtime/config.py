@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -18,6 +19,15 @@ from cspd.runtime.steps import HeadSteps
 Method = Literal["target", "draft", "cspd", "lossless", "auto"]
 HeadMode = Literal["plain", "lossless", "auto"]
 MAX_SEED = 2**64 - 1
+# `--as-released`: what the authors' runner does, but for its defects (docs/methods.md).
+AS_RELEASED: Mapping[str, Any] = {
+    "method": "cspd", "accept_temperature": 42.0, "residual_temperature": 1.0,
+    "on_reject": "residual", "verify": "parallel", "align": True, "count_in": "steps",
+}  # fmt: skip
+OF_CSPD = (
+    "gamma", "prefill", "accept_temperature", "verify", "align", "on_reject",
+    "residual_temperature", "count_in",
+)  # fmt: skip
 
 
 class HeadChoice(Record):
@@ -52,6 +62,11 @@ class RunConfig(Record):
     verify: Literal["parallel", "prefix"] = "parallel"
     align: bool = True
     on_reject: Literal["target", "residual"] = "target"
+    # Of the residual: of the paper and of the released code alike. That of the test makes both
+    # complementary, which nobody published, and adds its noise to the token.
+    residual_temperature: float = Field(1.0, gt=0, le=1000, allow_inf_nan=False)
+    # What `gamma` and `prefill` count; the released runner counts autoregressive steps.
+    count_in: Literal["tokens", "steps"] = "tokens"
     # How the heads sample; by default as the method says.
     head: HeadMode | None = None
     window: int | None = Field(None, ge=1, le=64)
@@ -118,6 +133,57 @@ def make_config(**values: object) -> RunConfig:
         raise CspdError(f"{option} is {first['input']!r:.60}: {first['msg']}") from None
 
 
+def asked_config(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> RunConfig:
+    """The `usual` settings with what was `asked` for in their place.
+
+    "as_released" stands for the settings of AS_RELEASED. Raises CspdError for an option that is
+    wrong, that contradicts it, or that changes nothing for the method that was asked for.
+    """
+    options = {name: value for name, value in asked.items() if name != "as_released"}
+    preset = AS_RELEASED if _switch("as_released", asked.get("as_released")) else {}
+    config = make_config(**{**usual, **preset, **options})
+    for name, value in preset.items():
+        if getattr(config, name) != value:
+            raise CspdError(
+                f"--as-released means {_option(name, value)}, asked for was "
+                f"{_option(name, getattr(config, name))}; leave one of them out"
+            )
+    for name in options:
+        needed = _needed_by(name, config)
+        if needed is not None:
+            raise CspdError(
+                f"{_option(name, getattr(config, name))} changes nothing with --method "
+                f"{config.method}: leave it out, or add {needed}"
+            )
+    return config
+
+
+def _switch(name: str, value: object) -> bool:
+    """A value that is on or off, from a flag or from text such as that of `evaluate --method`."""
+    known = {None: False, False: False, True: True, "false": False, "true": True}
+    if not isinstance(value, bool | str | None) or value not in known:
+        raise CspdError(f"--{name.replace('_', '-')} is {value!r:.60}, expected true or false")
+    return known[value]
+
+
+def _needed_by(name: str, config: RunConfig) -> str | None:
+    """The option without which option `name` does nothing; None if it is not missing."""
+    if name in OF_CSPD and config.method != "cspd":
+        return "--method cspd"
+    if name == "residual_temperature" and config.on_reject != "residual":
+        return "--on-reject residual"
+    if name == "window" and config.head_mode == "plain":
+        return "--head lossless"
+    return None
+
+
+def _option(name: str, value: object) -> str:
+    """An option as it is written on the command line."""
+    if isinstance(value, bool):
+        return f"--{'' if value else 'no-'}{name.replace('_', '-')}"
+    return f"--{name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
+
+
 def check_config(config: RunConfig, manifest: Manifest) -> None:
     """Raise CspdError unless the bundle can run `config`."""
     check_graphs(manifest)
@@ -125,15 +191,14 @@ def check_config(config: RunConfig, manifest: Manifest) -> None:
     for label in config.labels:
         if not 0 <= label < geometry.num_classes:
             raise CspdError(f"--labels: class {label}, expected 0..{geometry.num_classes - 1}")
-    limits = {"num_iter": config.num_iter}
+    tokens = geometry.num_tokens, "the number of tokens of an image"
+    limits = {"num_iter": (config.num_iter, *tokens)}
     if config.method == "cspd":
-        limits["gamma"] = config.gamma
-    for name, value in limits.items():
-        if value > geometry.num_tokens:
-            raise CspdError(
-                f"--{name.replace('_', '-')} is {value}, expected 1..{geometry.num_tokens}, "
-                "the number of tokens of an image"
-            )
+        in_steps = config.num_iter, "the number of autoregressive steps (--count-in steps)"
+        limits["gamma"] = (config.gamma, *(in_steps if config.count_in == "steps" else tokens))
+    for name, (value, limit, what) in limits.items():
+        if value > limit:
+            raise CspdError(f"--{name.replace('_', '-')} is {value}, expected 1..{limit}, {what}")
     last = manifest.schedule.last_timestep
     steps = HeadSteps.parse(config.head_steps)
     if max(steps.first, steps.last) > last + 1:

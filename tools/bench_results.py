@@ -10,6 +10,7 @@ from typing import Any
 from cspd.engines.errors import CspdError
 from cspd.tools.bench_plan import Point
 
+SCHEMA = 2  # 2: target calls and rounds apart, `replaced_by_target` beside `fallback`
 Line = dict[str, Any]
 
 
@@ -20,7 +21,7 @@ class Summary:
     `seconds`: median wall-clock time per image, `low` and `high` its quartiles; `cpu_seconds`:
     median processor time per image of all threads, on a CPU, which other programs hardly change;
     `host`: the share of the time outside the sessions; `graphs`: seconds per image by graph; calls
-    are per batch.
+    are per batch; `replaced`: judged tokens that the target's own sample replaced.
     """
 
     point: Point
@@ -32,11 +33,12 @@ class Summary:
     host: float | None
     graphs: dict[str, float]
     calls: dict[str, float]
+    target_rounds: float
     target_calls: float
     draft_calls: float
     peak_memory_mb: float
     acceptance: float | None
-    fallback: float | None
+    replaced: float | None
     distance: float | None
     score: dict[str, float]
 
@@ -52,6 +54,11 @@ class Results:
     def __post_init__(self) -> None:
         if not self.lines or self.lines[0].get("kind") != "bench":
             raise CspdError("not the journal of a benchmark: its first line does not say so")
+        if self.header["schema"] != SCHEMA:
+            raise CspdError(
+                f"the journal of a benchmark has schema {self.header['schema']}, expected "
+                f"{SCHEMA}; measure again with cspd-run bench"
+            )
         found = [Point.model_validate(point) for point in self.header["points"]]
         self.points = {point.id: point for point in found}
         self._by_point = {}
@@ -92,6 +99,7 @@ class Results:
                  if line["host_seconds"] is not None]  # fmt: skip
         scores = self.of(point.id, "score")
         judged = _total(lines, "proposed") - _total(lines, "discarded")
+        own = _total(lines, "replaced_by_target") + _total(lines, "fallback")
         return Summary(
             point=point,
             batches=len(lines),
@@ -111,11 +119,12 @@ class Results:
                 )
                 for name in _graphs(lines)
             },
+            target_rounds=statistics.fmean(line["target_rounds"] for line in lines),
             target_calls=statistics.fmean(line["target_calls"] for line in lines),
             draft_calls=statistics.fmean(line["draft_calls"] for line in lines),
             peak_memory_mb=max(line["peak_memory_mb"] for line in lines),
             acceptance=_total(lines, "accepted") / judged if judged else None,
-            fallback=_total(lines, "fallback") / judged if judged else None,
+            replaced=own / judged if judged else None,
             distance=sum(line["distance_sum"] for line in lines) / judged if judged else None,
             score=scores[-1]["score"] if scores else {},
         )

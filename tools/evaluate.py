@@ -20,7 +20,7 @@ import numpy as np
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.errors import CspdError
-from cspd.runtime.config import make_config
+from cspd.runtime.config import asked_config, make_config
 from cspd.runtime.outputs import environment, law, tool_version
 from cspd.runtime.pipeline import Pipeline
 from cspd.tools.bench_tables import Table
@@ -150,8 +150,7 @@ def make_variants(
     found: dict[tuple[str, int], Variant] = {}
     for method in methods:
         for seed in seeds:
-            values = {**manifest.defaults, **base, **images, **method, "seed": seed}
-            config = make_config(**values)
+            config = asked_config(method, {**manifest.defaults, **base, **images, "seed": seed})
             setting = setting_name(config, usual)
             if (setting, config.seed) in found:
                 raise CspdError(f"evaluate: {setting}, seed {seed} is asked for twice")
