@@ -191,14 +191,15 @@ def check_config(config: RunConfig, manifest: Manifest) -> None:
     for label in config.labels:
         if not 0 <= label < geometry.num_classes:
             raise CspdError(f"--labels: class {label}, expected 0..{geometry.num_classes - 1}")
-    tokens = geometry.num_tokens, "the number of tokens of an image"
-    limits = {"num_iter": (config.num_iter, *tokens)}
+    limits = {"num_iter": config.num_iter}
     if config.method == "cspd":
-        in_steps = config.num_iter, "the number of autoregressive steps (--count-in steps)"
-        limits["gamma"] = (config.gamma, *(in_steps if config.count_in == "steps" else tokens))
-    for name, (value, limit, what) in limits.items():
-        if value > limit:
-            raise CspdError(f"--{name.replace('_', '-')} is {value}, expected 1..{limit}, {what}")
+        limits["gamma"] = config.gamma
+    for name, value in limits.items():
+        if value > geometry.num_tokens:
+            raise CspdError(
+                f"--{name.replace('_', '-')} is {value}, expected 1..{geometry.num_tokens}, "
+                "the number of tokens of an image"
+            )
     last = manifest.schedule.last_timestep
     steps = HeadSteps.parse(config.head_steps)
     if max(steps.first, steps.last) > last + 1:

@@ -56,11 +56,6 @@ BAD = {
         1,
         ["--residual-temperature is 0"],
     ),
-    "gamma in steps": (
-        ("--count-in", "steps", "--num-iter", "6", "--gamma", "7"),
-        1,
-        ["--gamma is 7, expected 1..6", "autoregressive steps"],
-    ),
     "residual of nothing": (
         ("--residual-temperature", "1"),
         1,

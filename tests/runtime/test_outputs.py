@@ -15,9 +15,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from cspd.engines.errors import CspdError
 from cspd.runtime.cli import main
-from cspd.runtime.config import AS_RELEASED, RunConfig
+from cspd.runtime.config import AS_RELEASED, RunConfig, make_config
 from cspd.runtime.formats import Layout
 from cspd.runtime.images import CAPTION, grid, read_metadata, shorten, to_pillow, write_png
+from cspd.runtime.law import law
 from cspd.runtime.resume import open_run
 from cspd.runtime.stats import Verdicts
 
@@ -351,3 +352,14 @@ def test_grey_and_colour():
     grey, colour = (to_pillow(np.zeros((2, 2, c), dtype=np.uint8)) for c in (1, 3))
     assert (grey.mode, colour.mode) == ("L", "RGB")
     grey.save(io.BytesIO(), format="PNG")
+
+
+@pytest.mark.parametrize(
+    ("test", "residual", "origin"),
+    [(42, 1, "as released"), (1, 1, "as in the paper"), (42, 42, "ours, published nowhere")],
+)
+def test_law_says_who_published_the_residual(test, residual, origin):
+    options = {"accept_temperature": test, "residual_temperature": residual}
+    config = make_config(labels=(0,), num_images=1, on_reject="residual", **options)
+    words = f"test at {test} and residual at {residual} standard deviations: {origin}"
+    assert law(config).startswith("approximate") and law(config).endswith(words)

@@ -213,7 +213,7 @@ def test_kept_images_are_scored_once(tiny_bundle, tmp_path):
     for _ in range(2):
         bench.judge_points(journal, points, FixedJudge())
     scores = [line for line in journal.lines if line["kind"] == "score"]
-    assert len(scores) == len(points)
+    assert len(scores) == sum(point.quality for point in points) > 0
     assert all(line["score"]["n"] >= 4 for line in scores)
     table = bench.readme_table(Results(journal.lines))
     assert len({row[0] for row in table.rows}) == len(points)
