@@ -26,10 +26,12 @@ def setting(name: str, value: object = None) -> str:
     """The setting `name` of RunConfig or `load` in the words of whoever reads the message.
 
     `setting("num_iter")` is "--num-iter" or "num_iter"; `setting("method", "cspd")` is
-    "--method cspd" or 'method="cspd"'. A value of True is a flag: "--overwrite".
+    "--method cspd" or 'method="cspd"'. True and False are flags: "--align", "--no-align".
     """
     if _language.get() == "python":
         shown = json.dumps(value) if isinstance(value, str) else repr(value)
         return name if value is None else f"{name}={shown}"
-    option = "--" + name.replace("_", "-")
-    return option if value is None or value is True else f"{option} {value}"
+    option = "--" + ("no-" if value is False else "") + name.replace("_", "-")
+    if value is None or isinstance(value, bool):
+        return option
+    return f"{option} {value:g}" if isinstance(value, float) else f"{option} {value}"

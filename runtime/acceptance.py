@@ -27,8 +27,8 @@ class Resampled:
 def log_density(x: Tensor, mean: Tensor, log_std: Tensor, temperature: float) -> Tensor:
     """Log density [..., C] -> [...] of a diagonal Gaussian up to a constant.
 
-    `temperature` multiplies the standard deviation; `temperature` 1 is the paper's formula, the
-    authors' released code uses 42.
+    `temperature` multiplies the standard deviation. It holds the factor that the kernel was sampled
+    with, and the width of the test: 1 in the paper's formula, 42 in the authors' released code.
     """
     scaled = (x - mean) * (-log_std).exp() / temperature
     return (-0.5 * scaled.square() - log_std).sum(-1)
@@ -60,10 +60,11 @@ def resample(
 ) -> Resampled:
     """Draw from the residual of the target by acceptance-rejection, all tries at once.
 
-    Candidates come from the target's last kernel at the same `temperature` as the test, and are
-    kept with probability max(0, 1 - q / (Sigma p)). `normal` [M, N, C] and `uniform` [M, N] hold
-    the random numbers of M tries; the first success counts. (Paper, section 3.3; both densities as
-    in the test, so that acceptance and residual are complementary.)
+    Candidates come from the target's last kernel at `temperature`, and are kept with probability
+    max(0, 1 - q / (Sigma p)), all densities at this temperature. Acceptance and residual are
+    complementary where it is that of the test. `normal` [M, N, C] and `uniform` [M, N] hold the
+    random numbers of M tries; the first success counts. A candidate that is not finite has no
+    density and is never kept. (Paper, section 3.3.)
     """
     candidates = target.mean + temperature * target.log_std.exp() * normal
     log_ratio = accept_log_ratio(candidates, drafted, target, temperature)

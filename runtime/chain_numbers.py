@@ -1,7 +1,8 @@
 """The random numbers of speculative denoising chains, each used at most once.
 
 A step is tested at most once and candidates are taken in order, so that tests are numbered by their
-step and candidates by how many came before: how far a round speculates changes nothing.
+step and candidates by how many came before: how far a round speculates changes nothing. Chains that
+do not share their noise share no other number either.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ import torch
 from torch import Tensor
 
 from cspd.runtime.noise import Noise, Purpose
+
+# Purposes of the candidates and of the tests of a chain, by the purpose of its noise.
+SPECULATION = {
+    Purpose.DENOISE: (Purpose.SPECULATE, Purpose.SPECULATE_TEST),
+    Purpose.DENOISE_DRAFT: (Purpose.SPECULATE_DRAFT, Purpose.SPECULATE_TEST_DRAFT),
+}
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,8 @@ class ChainNumbers:
 
     def uniform(self, images: Tensor, positions: Tensor, num_steps: int) -> Tensor:
         """Uniform numbers by step [N, S]: a draft passes if its ratio of densities is greater."""
-        zero = torch.zeros_like(images)
-        return self.noise.uniform(Purpose.SPECULATE_TEST, images, positions, zero, num_steps)
+        _, tests = SPECULATION[self.purpose]
+        return self.noise.uniform(tests, images, positions, torch.zeros_like(images), num_steps)
 
     def candidates(
         self, images: Tensor, positions: Tensor, first: Tensor | int, count: int, channels: int
@@ -49,7 +56,8 @@ class ChainNumbers:
         first = torch.as_tensor(first, device=images.device).expand(len(images))
         keys = first[:, None] + torch.arange(count, device=images.device)
         where = images[:, None], positions[:, None], keys
-        normal, choices = self.noise.normal_and_uniform(Purpose.SPECULATE, *where, channels, 3)
+        candidates, _ = SPECULATION[self.purpose]
+        normal, choices = self.noise.normal_and_uniform(candidates, *where, channels, 3)
         choices[..., 1] = -2 * choices[..., 1].log()
         return normal, choices
 

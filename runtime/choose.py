@@ -14,6 +14,7 @@ import numpy as np
 
 from cspd.engines.manifest import Role
 from cspd.runtime.config import HeadChoice, RunConfig
+from cspd.runtime.cspd import CspdOptions
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.window import MARGIN, WINDOWS, WindowChooser, cost_at, predict
 
@@ -32,11 +33,12 @@ def tokens_together(role: Role, config: RunConfig, num_tokens: int) -> list[int]
 
     For the target of `cspd`: about what a window of drafts holds, in every verification.
     """
+    plan = MaskPlan(num_tokens, config.num_iter)
     if role == "target" and config.method == "cspd":
-        return [config.batch_size * min(config.gamma, num_tokens)]
-    boundaries = MaskPlan(num_tokens, config.num_iter).boundaries
-    widths = np.diff((0, *boundaries))
-    return [config.batch_size * int(width) for width in widths]
+        windows = CspdOptions.of(config).windows(plan)
+        widths = windows.widths if windows.in_steps else [min(config.gamma, num_tokens)]
+        return [config.batch_size * width for width in widths]
+    return [config.batch_size * int(width) for width in np.diff((0, *plan.boundaries))]
 
 
 def choose(

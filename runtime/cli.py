@@ -15,10 +15,10 @@ from cspd.engines.bundle import open_bundle
 from cspd.engines.commands import Commands
 from cspd.engines.doctor import diagnose
 from cspd.runtime import run
-from cspd.runtime.config import HeadMode, Method, RunConfig
+from cspd.runtime.config import HeadMode, Method
 from cspd.runtime.formats import Format, Layout
 from cspd.runtime.images import write_png
-from cspd.runtime.outputs import image_metadata
+from cspd.runtime.outputs import image_metadata, recorded_config
 from cspd.runtime.settings import configure, shipped_bundle
 from cspd.runtime.tables import doctor_table, outcome_table
 
@@ -95,6 +95,19 @@ SAMPLING = (
     click.option(
         "--on-reject", type=click.Choice(["residual", "target"]),
         help="cspd: what replaces a rejected token.",
+    ),
+    click.option(
+        "--residual-temperature", type=float,
+        help="cspd --on-reject residual: width of the residual; 1 in the paper and the released "
+        "code.  [default: 1]",
+    ),
+    click.option(
+        "--count-in", type=click.Choice(["tokens", "steps"]),
+        help="cspd: what --gamma and --prefill count; steps in the released code.",
+    ),
+    click.option(
+        "--as-released", is_flag=True, default=None,
+        help="cspd as the authors released it: test at 42, residual at 1, count in steps.",
     ),
     click.option(
         "--head", type=click.Choice(get_args(HeadMode)),
@@ -216,7 +229,7 @@ def replay(image: Path, bundle: Path | None, device: str, threads: int, out: Pat
     opened = open_bundle(bundle or shipped_bundle())
     made, same = run.replay(opened, image, device=device, threads=threads)
     if out is not None:
-        config = RunConfig.model_validate(run.read_metadata(image)["config"])
+        config = recorded_config(run.read_metadata(image), image)
         write_png(out, made.pixels, image_metadata(config, opened, made))
     if not same:
         raise click.ClickException(

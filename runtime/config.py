@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -22,6 +22,15 @@ from cspd.runtime.steps import HeadSteps
 Method = Literal["target", "draft", "cspd", "lossless", "auto"]
 HeadMode = Literal["plain", "lossless", "auto"]
 MAX_SEED = 2**64 - 1
+# `--as-released`: what the authors' runner does, but for its defects (docs/methods.md).
+AS_RELEASED: Mapping[str, Any] = {
+    "method": "cspd", "accept_temperature": 42.0, "residual_temperature": 1.0,
+    "on_reject": "residual", "verify": "parallel", "align": True, "count_in": "steps",
+}  # fmt: skip
+OF_CSPD = (
+    "gamma", "prefill", "accept_temperature", "verify", "align", "on_reject",
+    "residual_temperature", "count_in",
+)  # fmt: skip
 
 
 class HeadChoice(Record):
@@ -56,6 +65,11 @@ class RunConfig(Record):
     verify: Literal["parallel", "prefix"] = "parallel"
     align: bool = True
     on_reject: Literal["target", "residual"] = "target"
+    # Of the residual: of the paper and of the released code alike. That of the test makes both
+    # complementary, which nobody published, and adds its noise to the token.
+    residual_temperature: float = Field(1.0, gt=0, le=1000, allow_inf_nan=False)
+    # What `gamma` and `prefill` count; the released runner counts autoregressive steps.
+    count_in: Literal["tokens", "steps"] = "tokens"
     # How the heads sample; by default as the method says.
     head: HeadMode | None = None
     window: int | None = Field(None, ge=1, le=64)
@@ -133,6 +147,50 @@ def _wrong(error: ErrorDetails) -> str:
     own = error.get("ctx", {}).get("error")
     wanted = str(own) if own else f"expected {expected(RunConfig, name, value)}"
     return f"{setting(name)} is {value!r:.60}, {wanted}"
+
+
+def asked_config(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> RunConfig:
+    """The `usual` settings with what was `asked` for in their place.
+
+    "as_released" stands for the settings of AS_RELEASED. Raises CspdError for an option that is
+    wrong, that contradicts it, or that changes nothing for the method that was asked for.
+    """
+    options = {name: value for name, value in asked.items() if name != "as_released"}
+    preset = AS_RELEASED if _switch("as_released", asked.get("as_released")) else {}
+    config = make_config(**{**usual, **preset, **options})
+    for name, value in preset.items():
+        if getattr(config, name) != value:
+            raise CspdError(
+                f"{setting('as_released', True)} means {setting(name, value)}, asked for was "
+                f"{setting(name, getattr(config, name))}; leave one of them out"
+            )
+    for name in options:
+        needed = _needed_by(name, config)
+        if needed is not None:
+            raise CspdError(
+                f"{setting(name, getattr(config, name))} changes nothing with "
+                f"{setting('method', config.method)}: leave it out, or add {needed}"
+            )
+    return config
+
+
+def _switch(name: str, value: object) -> bool:
+    """A value that is on or off, from a flag or from text such as that of `evaluate --method`."""
+    known = {None: False, False: False, True: True, "false": False, "true": True}
+    if not isinstance(value, bool | str | None) or value not in known:
+        raise CspdError(f"{setting(name)} is {value!r:.60}, expected true or false")
+    return known[value]
+
+
+def _needed_by(name: str, config: RunConfig) -> str | None:
+    """The option without which option `name` does nothing; None if it is not missing."""
+    if name in OF_CSPD and config.method != "cspd":
+        return setting("method", "cspd")
+    if name == "residual_temperature" and config.on_reject != "residual":
+        return setting("on_reject", "residual")
+    if name == "window" and config.head_mode == "plain":
+        return setting("head", "lossless")
+    return None
 
 
 def check_config(config: RunConfig, manifest: Manifest) -> None:

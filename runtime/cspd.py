@@ -9,29 +9,31 @@ step on the drafts before it, and the first rejection discards everything after 
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from cspd.runtime import acceptance
 from cspd.runtime.canvas import Batch, Canvas, Span
+from cspd.runtime.config import RunConfig
 from cspd.runtime.member import HeadSample, Member
 from cspd.runtime.noise import Purpose
+from cspd.runtime.plan import MaskPlan, WindowPlan
 from cspd.runtime.sampler import Sampler
 from cspd.runtime.stats import Statistics, Verdicts
 
 
 @dataclass(frozen=True)
 class CspdOptions:
-    """Settings of the method; tokens are counted, not steps.
+    """Settings of the method.
 
     `gamma` tokens at least are drafted per window, `prefill` is the share of tokens that the target
-    generates first. `accept_temperature` widens both densities of the test: 1 is the paper's
-    formula, 42 what the authors released. `align` shares the noise between draft and target.
-    `on_reject` "target" takes the target's own aligned sample; "residual" draws from the residual
-    as the paper does, which at a temperature of 42 adds visible noise (docs/results.md).
+    generates first; `count_in` "steps" counts autoregressive steps instead (`WindowPlan`).
+    `accept_temperature` widens both densities of the test: 1 is the paper's formula, 42 what the
+    authors released. `align` shares the noise between draft and target. `on_reject` "target" takes
+    the target's own aligned sample; "residual" draws from the residual at `residual_temperature`,
+    which is 1 in the paper and in the released code; as in the test, it adds visible noise.
     """
 
     gamma: int = 8
@@ -40,7 +42,19 @@ class CspdOptions:
     verify: str = "parallel"
     align: bool = True
     on_reject: str = "target"
+    residual_temperature: float = 1.0
+    count_in: str = "tokens"
     max_tries: int = 100
+
+    @classmethod
+    def of(cls, config: RunConfig) -> CspdOptions:
+        """The settings of a run; fields are called the same."""
+        names = (item.name for item in fields(cls) if item.name in RunConfig.model_fields)
+        return cls(**{name: getattr(config, name) for name in names})
+
+    def windows(self, plan: MaskPlan) -> WindowPlan:
+        """Where the windows of an image end that is generated in the steps of `plan`."""
+        return WindowPlan(plan, self.gamma, self.prefill, self.count_in == "steps")
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,6 @@ def decode_cspd(
     while not canvas.done:
         window = propose(sampler, draft, options, batch, canvas, statistics)
         judged = verify(sampler, target, options, batch, canvas, window)
-        statistics.target_steps += 1
         settle(sampler, options, batch, canvas, window, judged, statistics)
         sampler.on_step(canvas, statistics)
     return canvas, statistics
@@ -86,10 +99,10 @@ def prefill(
     statistics: Statistics,
 ) -> None:  # fmt: skip
     """Let the target generate the first tokens."""
-    wanted = math.floor(options.prefill * sampler.plan.num_tokens)
-    while canvas.known[0] < wanted:
+    first = options.windows(sampler.plan).first
+    while canvas.known[0] < first:
         sampler.step(target, canvas, batch)
-        statistics.target_steps += 1
+        statistics.count_target()
         sampler.on_step(canvas, statistics)
     statistics.prefilled += sum(canvas.known[: batch.count])
 
@@ -98,18 +111,17 @@ def propose(
     sampler: Sampler, draft: Member, options: CspdOptions, batch: Batch, canvas: Canvas,
     statistics: Statistics,
 ) -> Window:  # fmt: skip
-    """Draft steps of each sample until it has `gamma` new tokens or is complete."""
-    ahead = canvas.clone()
-    length = sampler.plan.num_tokens
-    goal = [min(k + options.gamma, length) for k in canvas.known]
+    """Draft the steps of each sample's next window."""
+    ahead, windows = canvas.clone(), options.windows(sampler.plan)
+    goal = [windows.stop(known) for known in canvas.known]
     purpose = Purpose.DENOISE if options.align else Purpose.DENOISE_DRAFT
     steps, starts = [], []
     while any(k < g for k, g in zip(ahead.known, goal, strict=True)):
         starts.append(list(ahead.known))
         span, sampled = sampler.step(draft, ahead, batch, purpose, goal)
         steps.append((span, sampled, sampler.guidance(span)))
-        statistics.draft_steps += 1
-    widest = min(options.gamma - 1 + sampler.plan.widest, length) if sampler.widened else None
+        statistics.draft_calls += 1
+    widest = windows.widest if sampler.widened else None
     return gather_window(canvas, ahead, steps, starts, widest)
 
 
@@ -198,36 +210,49 @@ def _prefixes(
     return z.reshape(z.shape[0], len(batch), groups, *z.shape[2:]).clone()
 
 
+def weigh(
+    sampler: Sampler, options: CspdOptions, batch: Batch, window: Window, judged: HeadSample
+) -> tuple[Tensor, Tensor]:
+    """Log acceptance ratio of every drafted token, and its uniform number: both [B, P].
+
+    The densities are those of the kernels that were sampled, the sampler's temperature included.
+    """
+    positions = window.span.positions.long()
+    images = batch.images[:, None].expand_as(positions)
+    zero = torch.zeros((), dtype=torch.int64, device=positions.device)
+    uniform = sampler.noise.uniform(Purpose.ACCEPT, images, positions, zero)[..., 0]
+    temperature = options.accept_temperature * sampler.temperature
+    drafted = window.drafted
+    return acceptance.accept_log_ratio(drafted.sample, drafted, judged, temperature), uniform
+
+
 def settle(
     sampler: Sampler, options: CspdOptions, batch: Batch, canvas: Canvas, window: Window,
     judged: HeadSample, statistics: Statistics,
 ) -> None:  # fmt: skip
     """Accept or replace the drafted tokens, write the result to `canvas` and count it."""
+    statistics.count_target(len(window.starts[0]) if options.verify == "prefix" else 1)
     span = window.span
-    images = batch.images[:, None].expand_as(span.positions)
-    positions = span.positions.long()
-    zero = torch.zeros((), dtype=torch.int64, device=positions.device)
-    uniform = sampler.noise.uniform(Purpose.ACCEPT, images, positions, zero)[..., 0]
-    log_ratio = acceptance.accept_log_ratio(
-        window.drafted.sample, window.drafted, judged, options.accept_temperature
-    )
-    accepted = acceptance.accept(log_ratio, uniform) & span.valid
+    accepted = acceptance.accept(*weigh(sampler, options, batch, window, judged)) & span.valid
     rejected = span.valid & ~accepted
     kept = span.valid
     if options.verify == "prefix":
         # Keep everything before the first rejection, and the rejected token itself, replaced.
         kept = span.valid & (rejected.cumsum(1) - rejected.int() == 0)
         accepted, rejected = accepted & kept, rejected & kept
-    replaced = judged.sample.clone()
-    found = replace(sampler, options, images, positions, window.drafted, judged, rejected, replaced)
-    values = torch.where(accepted[..., None], window.drafted.sample, replaced)
+    # Never zeros: where nothing else is drawn, the target's own aligned sample.
+    values = torch.where(accepted[..., None], window.drafted.sample, judged.sample)
+    found = torch.zeros_like(rejected)
+    if options.on_reject == "residual":
+        found = resample(sampler, options, batch, window, judged, rejected, values)
     canvas.place(Span(span.start, span.stop, span.positions, kept), values)
     canvas.judge(span, accepted, rejected)
     known = canvas.known
     canvas.known = [k + n for k, n in zip(known, kept.sum(1).tolist(), strict=True)]
     distance = (window.drafted.sample - judged.sample).norm(dim=-1)
     statistics.distance_sum += float((distance * kept)[: batch.count].sum())
-    masks = (span.valid, accepted, found, rejected & ~found, span.valid & ~kept)
+    own, asked = rejected & ~found, options.on_reject == "target"
+    masks = (span.valid, accepted, found, own & asked, own & (not asked), span.valid & ~kept)
     counts = torch.stack(masks).sum(-1).T.tolist()
     for row, start in enumerate(known[: batch.count]):
         verdicts = Verdicts(*counts[row])
@@ -235,30 +260,28 @@ def settle(
         statistics.per_image[row].add(verdicts)
 
 
-def replace(
-    sampler: Sampler, options: CspdOptions, images: Tensor, positions: Tensor,
-    drafted: HeadSample, judged: HeadSample, rejected: Tensor, values: Tensor,
+def resample(
+    sampler: Sampler, options: CspdOptions, batch: Batch, window: Window, judged: HeadSample,
+    rejected: Tensor, values: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Put residual samples into `values` where `rejected`; returns [B, P] where one was found.
+    """Put residual samples into `values` [B, P, C] where `rejected`; returns where one was found.
 
-    Elsewhere `values` keeps the target's own aligned sample: never zeros, never NaN.
+    Candidates and their test have the temperature of the sampler, like the kernels they replace.
     """
     found = torch.zeros_like(rejected)
     rows, columns = rejected.nonzero(as_tuple=True)
-    if options.on_reject == "target" or not len(rows):
+    if not len(rows):
         return found
-    drafted_rows, judged_rows = (
+    drafted, target = (
         HeadSample(*(t[rows, columns] for t in (s.sample, s.mean, s.log_std, s.sum_log_std)))
-        for s in (drafted, judged)
+        for s in (window.drafted, judged)
     )
     tries = torch.arange(options.max_tries, device=rows.device)[:, None]
-    keys = (images[rows, columns], positions[rows, columns], tries)
+    keys = (batch.images[rows], window.span.positions[rows, columns].long(), tries)
     normal = sampler.noise.normal(Purpose.RESAMPLE, *keys, values.shape[-1])
     uniform = sampler.noise.uniform(Purpose.RESAMPLE_ACCEPT, *keys)[..., 0]
-    drawn = acceptance.resample(
-        drafted_rows, judged_rows, options.accept_temperature, normal, uniform
-    )
-    usable = drawn.found & drawn.values.isfinite().all(-1)
-    values[rows[usable], columns[usable]] = drawn.values[usable]
-    found[rows, columns] = usable
+    temperature = options.residual_temperature * sampler.temperature
+    drawn = acceptance.resample(drafted, target, temperature, normal, uniform)
+    values[rows[drawn.found], columns[drawn.found]] = drawn.values[drawn.found]
+    found[rows, columns] = drawn.found
     return found

@@ -9,7 +9,7 @@ import json
 import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -20,13 +20,14 @@ from cspd.engines.atomic import atomic_file
 from cspd.engines.errors import MissingExtraError
 from cspd.engines.spec import Record
 from cspd.runtime.images import decode_png
+from cspd.runtime.stats import Verdicts
 
 Format = Literal["png", "webdataset", "npz", "parquet"]
 SUFFIX = {"webdataset": "tar", "npz": "npz", "parquet": "parquet"}
 # Rows that parquet holds in memory at once; the unit that readers load.
 ROW_GROUP = 64
 # Verdicts of an image, each a column of a parquet shard.
-COUNTS = ("proposed", "accepted", "resampled", "fallback", "discarded")
+COUNTS = tuple(field.name for field in fields(Verdicts))
 
 
 class Layout(Record):

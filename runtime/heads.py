@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cspd.engines.schedule import Schedule
 from cspd.runtime.config import HeadChoice, RunConfig
+from cspd.runtime.cspd import CspdOptions
 from cspd.runtime.member import Head, HeadSample, Rows
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.plan import MaskPlan
@@ -32,9 +33,10 @@ class MixedHead:
 
 def most_tokens(role: str, config: RunConfig, num_tokens: int) -> int:
     """Most tokens that a head samples together in a run of `config`."""
-    widest = MaskPlan(num_tokens, config.num_iter).widest
+    plan = MaskPlan(num_tokens, config.num_iter)
+    widest = plan.widest
     if role == "target" and config.method == "cspd":
-        widest = min(num_tokens, widest + config.gamma - 1)
+        widest = CspdOptions.of(config).windows(plan).widest
     return config.batch_size * widest
 
 

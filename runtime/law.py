@@ -28,13 +28,22 @@ def certificate(config: RunConfig) -> str | None:
 
 def _base(config: RunConfig) -> str:
     if config.method == "cspd":
-        return "approximate: acceptance test on two different paths (see DESIGN.md, What is exact)"
+        test = "approximate: acceptance test on two different paths (see DESIGN.md, What is exact)"
+        return test if config.on_reject == "target" else f"{test}, {_residual(config)}"
     name = "draft" if config.method == "draft" else "target"
     if config.relax:
         return f"approximate: relaxed denoising of the {name} model (--relax {config.relax})"
     if not HeadSteps.parse(config.head_steps).constant:
         return f"samples of the {name} model with fewer and fewer denoising steps"
     return f"exact: samples of the {name} model"
+
+
+def _residual(config: RunConfig) -> str:
+    """The temperatures of test and residual, and who published them."""
+    test, residual = config.accept_temperature, config.residual_temperature
+    published = {(42.0, 1.0): "as released", (1.0, 1.0): "as in the paper"}
+    origin = published.get((test, residual), "ours, published nowhere")
+    return f"test at {test:g} and residual at {residual:g} standard deviations: {origin}"
 
 
 def _losses(config: RunConfig, manifest: Manifest | None) -> list[str]:

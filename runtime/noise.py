@@ -31,9 +31,11 @@ class Purpose(IntEnum):
     RESAMPLE = 4
     RESAMPLE_ACCEPT = 5
     # Speculative denoising: candidates of the residual law, keyed by their number within a token;
-    # the tests of drafts, one number per step.
+    # the tests of drafts, one number per step. Chains with noise of their own have their own.
     SPECULATE = 6
     SPECULATE_TEST = 7
+    SPECULATE_DRAFT = 8
+    SPECULATE_TEST_DRAFT = 9
 
 
 class Noise:
@@ -51,14 +53,14 @@ class Noise:
     ) -> Tensor:
         """Standard normal numbers [..., channels] float32 for index tensors [...]."""
         words = self._words(purpose, images, positions, steps, -(-channels // 4))
-        return _normal(words)[..., :channels]
+        return to_normal(words)[..., :channels]
 
     def uniform(
         self, purpose: Purpose, images: Tensor, positions: Tensor, steps: Tensor, count: int = 1
     ) -> Tensor:
         """Uniform numbers [..., count] float32 in (0, 1), both ends excluded."""
         words = self._words(purpose, images, positions, steps, -(-count // 4))
-        return _uniform(words[..., :count])
+        return to_uniform(words[..., :count])
 
     def normal_and_uniform(
         self, purpose: Purpose, images: Tensor, positions: Tensor, steps: Tensor, channels: int,
@@ -68,7 +70,7 @@ class Noise:
         blocks = -(-channels // 4)
         words = self._words(purpose, images, positions, steps, blocks + -(-count // 4))
         normal, uniform = words[..., : 4 * blocks], words[..., 4 * blocks :]
-        return _normal(normal)[..., :channels], _uniform(uniform[..., :count])
+        return to_normal(normal)[..., :channels], to_uniform(uniform[..., :count])
 
     def chain(
         self, purpose: Purpose, images: Tensor, positions: Tensor, num_steps: int, channels: int
@@ -121,16 +123,16 @@ class RowNoise(Noise):
         return _philox(counter, (low[..., None], high[..., None])).flatten(-2)
 
 
-def _normal(words: Tensor) -> Tensor:
-    """Normal numbers float32 from random words, by Box-Muller on pairs of them."""
-    # The radius comes from a number in (0, 1].
+def to_normal(words: Tensor) -> Tensor:
+    """Normal numbers float32, all finite, from 32-bit words [..., 2 K], by Box-Muller on pairs."""
+    # The radius comes from a number in (0, 1).
     radius = (-2 * ((words[..., 0::2].double() + 0.5) / 2**32).log()).sqrt()
     angle = words[..., 1::2].double() * (2 * math.pi / 2**32)
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1).float()
 
 
-def _uniform(words: Tensor) -> Tensor:
-    """Uniform numbers float32 from random words."""
+def to_uniform(words: Tensor) -> Tensor:
+    """Uniform numbers float32 in (0, 1), both ends excluded, from 32-bit words."""
     # 23 bits and a half: exact in float32, so that neither 0 nor 1 can come from rounding.
     return ((words >> 9).double() + 0.5).mul(2.0**-23).float()
 

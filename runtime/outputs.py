@@ -5,20 +5,26 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.cpus import available_cpus
+from cspd.engines.errors import CspdError
 from cspd.runtime.config import RunConfig
 from cspd.runtime.law import certificate, law
 from cspd.runtime.pipeline import GeneratedImage
 from cspd.runtime.stats import Tally
 
-RUN_SCHEMA = 1
-IMAGE_SCHEMA = 1
+# 2: `target_calls` counts evaluations, `target_rounds` what it counted before; the target's tokens
+# that were asked for are `replaced_by_target` and no `fallback`.
+RUN_SCHEMA = 2
+# 2: test and residual of `cspd` hold --temperature; speculative chains of --no-align share nothing.
+IMAGE_SCHEMA = 2
 
 
 def image_metadata(config: RunConfig, bundle: Bundle, image: GeneratedImage) -> dict[str, Any]:
@@ -33,6 +39,34 @@ def image_metadata(config: RunConfig, bundle: Bundle, image: GeneratedImage) -> 
         "tool": tool_version(),
         **({"synthetic": True} if bundle.manifest.synthetic else {}),
     }
+
+
+def recorded_config(metadata: dict[str, Any], path: Path) -> RunConfig:
+    """The settings inside the image `path`, in today's words where an older version wrote them.
+
+    Raises CspdError if they are not valid, or if this version makes another image of them.
+    """
+    values = metadata.get("config")
+    if metadata.get("schema") == 1 and isinstance(values, dict):
+        # The residual had the temperature of the test.
+        values = {"residual_temperature": values.get("accept_temperature"), **values}
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise CspdError(
+            f"{path}: its settings are not valid: {str(error).splitlines()[0]}"
+        ) from None
+    if metadata.get("schema") == 1 and config.method == "cspd":
+        reasons = {
+            f"--temperature {config.temperature:g}": config.temperature != 1,
+            "--no-align with speculative heads": not config.align and config.head_mode != "plain",
+        }
+        for reason in (name for name, holds in reasons.items() if holds):
+            raise CspdError(
+                f"{path}: was made by an older version, which sampled otherwise with {reason}; "
+                "make it again with cspd-run generate and the settings inside it"
+            )
+    return config
 
 
 def run_record(config: RunConfig, bundle: Bundle, tally: Tally) -> dict[str, Any]:
@@ -58,8 +92,9 @@ def run_record(config: RunConfig, bundle: Bundle, tally: Tally) -> dict[str, Any
             "acceptance_rate": verdicts.acceptance_rate,
             "mean_distance": statistics.mean_distance,
             "prefilled": statistics.prefilled,
-            "target_calls": statistics.target_steps,
-            "draft_calls": statistics.draft_steps,
+            "target_rounds": statistics.target_rounds,
+            "target_calls": statistics.target_calls,
+            "draft_calls": statistics.draft_calls,
             "rounds": {str(k): asdict(v) for k, v in sorted(statistics.rounds.items())},
         },
         "graphs": {name: asdict(stats) for name, stats in tally.calls.items()},

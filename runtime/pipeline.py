@@ -264,11 +264,8 @@ class Pipeline:
     ) -> tuple[Canvas, Statistics]:
         channels = self._channels
         if config.method == "cspd":
-            options = CspdOptions(
-                config.gamma, config.prefill, config.accept_temperature, config.verify,
-                config.align, config.on_reject,
-            )  # fmt: skip
             target, draft = self.members(config)
+            options = CspdOptions.of(config)
             return decode_cspd(sampler, target, draft, options, batch, channels)
         return decode_alone(sampler, self.members(config)[0], batch, channels)
 

@@ -1,4 +1,4 @@
-"""Which tokens each autoregressive step generates, and with how much guidance."""
+"""Which tokens each autoregressive step and each window of drafts generates, and its guidance."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from cspd.engines.errors import CspdError
 from cspd.engines.words import setting
@@ -61,3 +62,57 @@ class MaskPlan:
     def widest(self) -> int:
         """Largest number of tokens that one step generates."""
         return max(b - a for a, b in zip((0, *self.boundaries), self.boundaries, strict=False))
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Where the windows of `cspd` end: each begins with the tokens known so far.
+
+    `gamma` and `prefill` count tokens: a window is the least number of steps that bring `gamma`
+    new tokens. With `in_steps` they count autoregressive steps as the released runner does, which
+    verifies after the steps 0, `gamma`, 2 `gamma`, ... of the image and after its last.
+    """
+
+    plan: MaskPlan
+    gamma: int
+    prefill: float
+    in_steps: bool = False
+
+    @property
+    def first(self) -> int:
+        """Tokens that the target generates before the first window."""
+        if self.in_steps:
+            steps = math.ceil(self.prefill * self.plan.num_iter)
+            return (0, *self.plan.boundaries)[steps]
+        wanted = math.floor(self.prefill * self.plan.num_tokens)
+        return next(known for known in (0, *self.plan.boundaries) if known >= wanted)
+
+    def stop(self, known: int) -> int:
+        """Number of known tokens after the window that starts with `known` of them."""
+        if known >= self.plan.num_tokens:
+            return known
+        if self.in_steps:
+            last = -(-self.plan.index(known) // self.gamma) * self.gamma
+            return self.plan.boundaries[min(last, self.plan.num_iter - 1)]
+        goal = min(known + self.gamma, self.plan.num_tokens)
+        return next(end for end in self.plan.boundaries if end >= goal)
+
+    @cached_property
+    def widest(self) -> int:
+        """A number of tokens that no window exceeds, wherever it starts."""
+        if self.in_steps:
+            return max(self.stop(known) - known for known in range(self.plan.num_tokens))
+        return min(self.gamma - 1 + self.plan.widest, self.plan.num_tokens)
+
+    @property
+    def widths(self) -> list[int]:
+        """Tokens of every window, if each is kept whole."""
+        ends = [self.first]
+        while ends[-1] < self.plan.num_tokens:
+            ends.append(self.stop(ends[-1]))
+        return [end - start for start, end in pairwise(ends)]
+
+    @property
+    def target_rounds(self) -> int:
+        """Steps of the target, then verifications, if every window is kept whole."""
+        return sum(end <= self.first for end in self.plan.boundaries) + len(self.widths)

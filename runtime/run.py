@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pydantic import ValidationError
 from rich.console import Console
 
 from cspd.engines.bundle import Bundle
@@ -22,7 +21,7 @@ from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.folder import RunFolder
 from cspd.runtime.formats import Layout
 from cspd.runtime.images import read_metadata
-from cspd.runtime.outputs import run_record
+from cspd.runtime.outputs import recorded_config, run_record
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
 from cspd.runtime.progress import RunProgress
 from cspd.runtime.resume import open_run
@@ -202,12 +201,7 @@ def replay(bundle: Bundle, path: Path, *, device: str, threads: int) -> tuple[Ge
             f"{path}: was made with bundle {str(metadata.get('bundle'))[:12]}, this one is "
             f"{bundle.sha256[:12]}; name the bundle it was made with: cspd-run replay IMAGE BUNDLE"
         )
-    try:
-        config = RunConfig.model_validate(metadata.get("config"))
-    except ValidationError as error:
-        raise CspdError(
-            f"{path}: its settings are not valid: {str(error).splitlines()[0]}"
-        ) from None
+    config = recorded_config(metadata, path)
     index = metadata.get("image")
     if type(index) is not int:
         raise CspdError(f"{path}: its settings are not valid: image is {index!r:.20}, no number")

@@ -171,8 +171,8 @@ def decode_alone(
     while not canvas.done:
         sampler.step(member, canvas, batch)
         if member.name == "draft":
-            statistics.draft_steps += 1
+            statistics.draft_calls += 1
         else:
-            statistics.target_steps += 1
+            statistics.count_target()
         sampler.on_step(canvas, statistics)
     return canvas, statistics

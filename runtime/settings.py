@@ -11,7 +11,7 @@ from typing import Any
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.words import setting
-from cspd.runtime.config import RunConfig, make_config, parse_labels
+from cspd.runtime.config import RunConfig, asked_config, parse_labels
 
 
 def shipped_bundle() -> Path:
@@ -29,11 +29,13 @@ def configure(
     """
     manifest = bundle.manifest
     chosen = {name: value for name, value in sampling.items() if value is not None}
-    values: dict[str, Any] = {**manifest.defaults, **chosen}
-    values["labels"] = _classes(labels, bundle)
-    values.setdefault("num_images", len(values["labels"]))
-    values.setdefault("method", "cspd" if "draft" in manifest.models else "target")
-    return make_config(**values)
+    chosen["labels"] = _classes(labels, bundle)
+    usual = {
+        "num_images": len(chosen["labels"]),
+        "method": "cspd" if "draft" in manifest.models else "target",
+        **manifest.defaults,
+    }
+    return asked_config(chosen, usual)
 
 
 def _classes(labels: str | Iterable[int | str] | None, bundle: Bundle) -> tuple[int, ...]:

@@ -11,14 +11,16 @@ from cspd.engines.session import CallStats
 
 @dataclass
 class Verdicts:
-    """Fate of proposed tokens. A rejected token is `resampled`, or, if that fails, a `fallback`.
+    """Fate of proposed tokens. `discarded` ones came after a rejection and were never judged.
 
-    `discarded` tokens were proposed after a rejection and never judged (prefix verification).
+    A rejected token is `replaced_by_target` where that was asked for (`--on-reject target`). Else
+    it is `resampled` from the residual, or, if that fails, takes the target's token: a `fallback`.
     """
 
     proposed: int = 0
     accepted: int = 0
     resampled: int = 0
+    replaced_by_target: int = 0
     fallback: int = 0
     discarded: int = 0
 
@@ -38,18 +40,25 @@ class Verdicts:
 class Statistics:
     """Counts of one batch or, summed up, of a run.
 
-    `rounds` maps the number of known tokens at the start of a verification round to its verdicts;
-    `distances` are squared distances between draft and target tokens, `log_ratios` the logarithms
-    of the acceptance ratio (both only sums, for means).
+    `rounds` maps the number of known tokens at the start of a verification round to its verdicts.
+    `target_rounds` counts what the target does one after another: its own autoregressive steps and
+    verifications. `target_calls` counts evaluations of its transformer, of which a verification of
+    prefixes has one for every drafted step. `distance_sum` is over judged tokens.
     """
 
     verdicts: Verdicts = field(default_factory=Verdicts)
     rounds: dict[int, Verdicts] = field(default_factory=dict)
-    target_steps: int = 0
-    draft_steps: int = 0
+    target_rounds: int = 0
+    target_calls: int = 0
+    draft_calls: int = 0
     prefilled: int = 0
     distance_sum: float = 0.0
     per_image: list[Verdicts] = field(default_factory=list)
+
+    def count_target(self, evaluations: int = 1) -> None:
+        """Count a step of the target or a verification, with its evaluations of the transformer."""
+        self.target_rounds += 1
+        self.target_calls += evaluations
 
     def record(self, known: int, verdicts: Verdicts) -> None:
         """Count a verification round that began with `known` tokens."""
@@ -60,8 +69,9 @@ class Statistics:
         """Add the counts of another batch."""
         for known, verdicts in other.rounds.items():
             self.record(known, verdicts)
-        self.target_steps += other.target_steps
-        self.draft_steps += other.draft_steps
+        self.target_rounds += other.target_rounds
+        self.target_calls += other.target_calls
+        self.draft_calls += other.draft_calls
         self.prefilled += other.prefilled
         self.distance_sum += other.distance_sum
         self.per_image += other.per_image

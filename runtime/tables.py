@@ -17,8 +17,9 @@ def outcome_table(outcomes: list[Outcome], bundle: Bundle) -> Table:
     baseline = next((o.tally for o in outcomes if o.config.method == "target"), None)
     title = "synthetic weights: images mean nothing" if bundle.manifest.synthetic else None
     table = Table(
-        "method", "images", "seconds", "acceptance", "target calls", "draft calls", title=title
-    )
+        "method", "images", "seconds", "acceptance", "target rounds", "target calls",
+        "draft calls", title=title,
+    )  # fmt: skip
     table.add_column("speed vs target", min_width=len("about 1.0x"))
     for outcome in outcomes:
         tally = outcome.tally
@@ -28,8 +29,9 @@ def outcome_table(outcomes: list[Outcome], bundle: Bundle) -> Table:
             str(tally.images),
             f"{tally.seconds:.2f}",
             "-" if rate is None else f"{rate:.1%}",
-            str(tally.statistics.target_steps),
-            str(tally.statistics.draft_steps),
+            str(tally.statistics.target_rounds),
+            str(tally.statistics.target_calls),
+            str(tally.statistics.draft_calls),
             _speed(tally, baseline),
         )
     return table

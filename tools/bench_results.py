@@ -16,6 +16,7 @@ from cspd.engines.errors import CspdError
 from cspd.tools.bench_plan import Point
 from cspd.tools.bootstrap import interval, replicates, score_text
 
+SCHEMA = 2  # 2: target calls and rounds apart, `replaced_by_target` beside `fallback`
 Line = dict[str, Any]
 LEAST_BATCHES = 5  # for an interval of a speed
 
@@ -27,7 +28,7 @@ class Summary:
     `seconds`: median wall-clock time per image, `low` and `high` its quartiles; `cpu_seconds`:
     median processor time per image of all threads, on a CPU, which other programs hardly change;
     `host`: the share of the time outside the sessions; `graphs`: seconds per image by graph; calls
-    are per batch.
+    are per batch; `replaced`: judged tokens that the target's own sample replaced.
     """
 
     point: Point
@@ -39,11 +40,12 @@ class Summary:
     host: float | None
     graphs: dict[str, float]
     calls: dict[str, float]
+    target_rounds: float
     target_calls: float
     draft_calls: float
     peak_memory_mb: float
     acceptance: float | None
-    fallback: float | None
+    replaced: float | None
     distance: float | None
     score: dict[str, float]
     # Of every score that has one: both ends of its 95 % interval, and its redrawn values.
@@ -80,6 +82,11 @@ class Results:
     def __post_init__(self) -> None:
         if not self.lines or self.lines[0].get("kind") != "bench":
             raise CspdError("not the journal of a benchmark: its first line does not say so")
+        if self.header["schema"] != SCHEMA:
+            raise CspdError(
+                f"the journal of a benchmark has schema {self.header['schema']}, expected "
+                f"{SCHEMA}; measure again with cspd-run bench"
+            )
         found = [Point.model_validate(point) for point in self.header["points"]]
         self.points = {point.id: point for point in found}
         self._by_point = {}
@@ -120,6 +127,7 @@ class Results:
                  if line["host_seconds"] is not None]  # fmt: skip
         scores = self.of(point.id, "score")
         judged = _total(lines, "proposed") - _total(lines, "discarded")
+        own = _total(lines, "replaced_by_target") + _total(lines, "fallback")
         return Summary(
             point=point,
             batches=len(lines),
@@ -139,11 +147,12 @@ class Results:
                 )
                 for name in _graphs(lines)
             },
+            target_rounds=statistics.fmean(line["target_rounds"] for line in lines),
             target_calls=statistics.fmean(line["target_calls"] for line in lines),
             draft_calls=statistics.fmean(line["draft_calls"] for line in lines),
             peak_memory_mb=max(line["peak_memory_mb"] for line in lines),
             acceptance=_total(lines, "accepted") / judged if judged else None,
-            fallback=_total(lines, "fallback") / judged if judged else None,
+            replaced=own / judged if judged else None,
             distance=sum(line["distance_sum"] for line in lines) / judged if judged else None,
             score=scores[-1]["score"] if scores else {},
             interval=scores[-1].get("interval", {}) if scores else {},

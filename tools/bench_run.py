@@ -24,10 +24,10 @@ from cspd.runtime.outputs import environment, tool_version
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.stats import Statistics
 from cspd.tools.bench_plan import COMPILED, TRIES, Point, plan_hash
+from cspd.tools.bench_results import SCHEMA
 from cspd.tools.probe import rounds, unchanged
 from cspd.tools.replay import AcceptancePattern, ReplayPipeline
 
-SCHEMA = 1
 JOURNAL = "bench.jsonl"
 WARM_UP = -1  # repeat number of a batch that is run before anything counts
 Line = dict[str, Any]
@@ -293,8 +293,9 @@ def _counts(statistics: Statistics) -> Line:
     return {
         "verdicts": asdict(statistics.verdicts),
         "rounds": {str(known): asdict(v) for known, v in sorted(statistics.rounds.items())},
-        "target_calls": statistics.target_steps,
-        "draft_calls": statistics.draft_steps,
+        "target_rounds": statistics.target_rounds,
+        "target_calls": statistics.target_calls,
+        "draft_calls": statistics.draft_calls,
         "distance_sum": statistics.distance_sum,
     }
 

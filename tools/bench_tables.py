@@ -70,14 +70,15 @@ def readme_table(results: Results) -> Table:
         rows.append([
             name_of(item) + (" (as many target calls as cspd)" if equal else ""),
             law(item, main), seconds(item), ratio(results, item, reference),
-            percent(item.acceptance),
+            percent(item.acceptance), f"{item.target_rounds:.0f}",
             f"{item.target_calls:.0f}", f"{item.draft_calls:.0f}",
             item.scored("accuracy", ".1%"), item.scored("frechet", ".1f"),
         ])  # fmt: skip
     counts = sorted({int(item.score["n"]) for item in results.serving("readme") if item.score})
     columns = (
         "method", "law", "seconds per image", "speed vs target", "acceptance",
-        "target calls", "draft calls", "classifier accuracy", f"Frechet distance{_n(counts)}",
+        "target rounds", "target calls", "draft calls", "classifier accuracy",
+        f"Frechet distance{_n(counts)}",
     )  # fmt: skip
     return Table("Methods side by side", columns, rows, host_note(results)).filled()
 
@@ -109,7 +110,7 @@ def host_note(results: Results) -> str:
         f"{warning}{names}; {where} ({host['machine']}), {results.main.backend}; batch "
         f"{main.batch_size}, {main.num_iter} autoregressive and {main.head_steps} denoising steps, "
         f"guidance {main.cfg:g} {main.cfg_schedule}; median and quartiles of batches; calls "
-        "are per batch. The "
+        "are per batch, a round is what the target does at once. The "
         "Frechet distance is measured in the features of the judge named in the run, see evaluate. "
         f"± {METHOD}."
     )
@@ -192,7 +193,7 @@ def sweep_table(results: Results, tag: str, title: str, option: str) -> Table:
         value = getattr(config, option)
         rows.append([
             ("on" if value else "off") if isinstance(value, bool) else f"{value:g}",
-            percent(item.acceptance), percent(item.fallback), figure(item.distance),
+            percent(item.acceptance), percent(item.replaced), figure(item.distance),
             seconds(item), ratio(results, item, reference), f"{item.target_calls:.0f}",
         ])  # fmt: skip
     columns = (option, "acceptance", "target's own", "mean token distance", "seconds per image",

@@ -21,7 +21,7 @@ import torch
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.errors import CspdError
-from cspd.runtime.config import check_config, make_config
+from cspd.runtime.config import asked_config, check_config, make_config
 from cspd.runtime.outputs import environment, law, tool_version
 from cspd.runtime.pipeline import Pipeline
 from cspd.tools.bootstrap import METHOD, Judged, interval
@@ -167,8 +167,7 @@ def make_variants(
     found: dict[tuple[str, int], Variant] = {}
     for method in methods:
         for seed in seeds:
-            values = {**manifest.defaults, **base, **images, **method, "seed": seed}
-            config = make_config(**values)
+            config = asked_config(method, {**manifest.defaults, **base, **images, "seed": seed})
             setting = setting_name(config, usual)
             if (setting, config.seed) in found:
                 raise CspdError(f"evaluate: {setting}, seed {seed} is asked for twice")

@@ -15,10 +15,9 @@ from cspd.engines.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
 from cspd.export.graphs import TOLERANCES
 from cspd.export.verify import agreement
-from cspd.runtime import acceptance
 from cspd.runtime.canvas import Canvas
 from cspd.runtime.config import RunConfig
-from cspd.runtime.noise import Purpose
+from cspd.runtime.cspd import weigh
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.stats import Statistics
 from cspd.tools.parity_ladder import Case, Inputs, Ladder, walk
@@ -161,13 +160,7 @@ def decide(pipeline: Pipeline, config: RunConfig, canvas: Canvas) -> Decision:
     here = Canvas(canvas.tokens.to(device), canvas.sequence.to(device), list(canvas.known))
     window = play.propose(batch, here, Statistics())
     judged = play.verify(batch, here, window)
-    ratio = acceptance.accept_log_ratio(
-        window.drafted.sample, window.drafted, judged, play.options.accept_temperature
-    )
-    positions = window.span.positions.long()
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    images = batch.images[:, None].expand_as(positions)
-    uniform = play.sampler.noise.uniform(Purpose.ACCEPT, images, positions, zero)[..., 0]
+    ratio, uniform = weigh(play.sampler, play.options, batch, window, judged)
     return ratio.cpu(), uniform.log().cpu()
 
 

@@ -6,7 +6,7 @@ Shared by the parity ladder and the benchmark; a production run never passes thr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -140,11 +140,8 @@ class Round:
 
 def players(pipeline: Pipeline, config: RunConfig) -> Players:
     """Draft, target and sampler of `config` on the backend of `pipeline`."""
-    values = config.model_dump()
-    names = [field.name for field in fields(CspdOptions) if field.name in values]
-    options = CspdOptions(**{name: values[name] for name in names})
     target, draft = pipeline.members(config.model_copy(update={"method": "cspd"}))
-    return Players(pipeline.sampler(config), target, draft, options)
+    return Players(pipeline.sampler(config), target, draft, CspdOptions.of(config))
 
 
 def batch_of(pipeline: Pipeline, config: RunConfig) -> Batch:

@@ -93,6 +93,5 @@ class ReplayPipeline(ProbePipeline):
             window = play.propose(batch, canvas, statistics)
             judged = play.verify(batch, canvas, window)
             forced = self.pattern.force(window, judged, batch, sampler.noise, length)
-            statistics.target_steps += 1
             settle(sampler, play.options, batch, canvas, window, forced, statistics)
         return canvas, statistics

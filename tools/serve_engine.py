@@ -119,8 +119,9 @@ class RunningBatch:
             "new": new,
             "accepted": [p for p in new if fates[p] == ACCEPTED],
             "rejected": [p for p in new if fates[p] == REJECTED],
-            "target_calls": statistics.target_steps,
-            "draft_calls": statistics.draft_steps,
+            "target_rounds": statistics.target_rounds,
+            "target_calls": statistics.target_calls,
+            "draft_calls": statistics.draft_calls,
             "seconds": now - self.start - self.watching,
             "preview": _base64(encode_png(self.pipeline.preview(canvas, row), {})),
         }
@@ -141,8 +142,9 @@ class RunningBatch:
             proposed=image.verdicts.proposed - image.verdicts.discarded,
             accepted=image.verdicts.accepted,
             acceptance_rate=image.verdicts.acceptance_rate,
-            target_calls=statistics.target_steps,
-            draft_calls=statistics.draft_steps,
+            target_rounds=statistics.target_rounds,
+            target_calls=statistics.target_calls,
+            draft_calls=statistics.draft_calls,
         )
 
     def tell(self, ticket: Ticket, kind: str, value: Any) -> None:

@@ -59,6 +59,9 @@ class ImageRequest(BaseModel):
     verify: Literal["parallel", "prefix"] | None = None
     align: bool | None = None
     on_reject: Literal["target", "residual"] | None = None
+    residual_temperature: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
+    count_in: Literal["tokens", "steps"] | None = None
+    as_released: bool | None = Field(None, description="cspd as its authors released it.")
     window: int | None = Field(None, ge=1, le=64)
 
 
@@ -79,6 +82,7 @@ class ImageAnswer(Record):
     proposed: int
     accepted: int
     acceptance_rate: float | None
+    target_rounds: int
     target_calls: int
     draft_calls: int
 

@@ -16,7 +16,7 @@ import triton_python_backend_utils as pb_utils
 
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
-from cspd.runtime.config import RunConfig, make_config
+from cspd.runtime.config import RunConfig, asked_config
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
 from cspd.tools.triton_config import SETTINGS
 
@@ -55,16 +55,15 @@ class TritonPythonModel:
         labels = pb_utils.get_input_tensor_by_name(request, "labels").as_numpy()
         if labels.ndim != 1 or not 1 <= labels.size <= self._max_images:
             raise CspdError(f"labels: {list(labels.shape)}, expected [1..{self._max_images}]")
-        return make_config(
-            **{
-                "method": "cspd" if "draft" in manifest.models else "target",
-                **manifest.defaults,
-                **{name: value for name, value in chosen.items() if value is not None},
-                "labels": tuple(labels.tolist()),
-                "num_images": labels.size,
-                "backend": self._pipeline.backend,
-            }
-        )
+        usual = {
+            "method": "cspd" if "draft" in manifest.models else "target",
+            **manifest.defaults,
+            "labels": tuple(labels.tolist()),
+            "num_images": labels.size,
+            "backend": self._pipeline.backend,
+        }
+        asked = {name: value for name, value in chosen.items() if value is not None}
+        return asked_config(asked, usual)
 
     def _outputs(self, config: RunConfig, images: list[GeneratedImage]) -> list[Any]:
         """Pixels [N, H, W, C] uint8, counts of drafted tokens [N] int64, the settings as JSON."""

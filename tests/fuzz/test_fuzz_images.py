@@ -140,15 +140,17 @@ def test_the_untouched_image_is_read_and_replayed(arena):
     assert run_case("image: replay", call, path.parent).kind == "ok"
 
 
+COUNTS = {
+    "proposed": 4, "accepted": 2, "resampled": 1, "replaced_by_target": 0, "fallback": 1,
+    "discarded": 0,
+}  # fmt: skip
 RECORD = {
-    "schema": 1, "tool": "0.1.0", "bundle": {"sha256": BUNDLE.sha256, "synthetic": False},
+    "schema": 2, "tool": "0.1.0", "bundle": {"sha256": BUNDLE.sha256, "synthetic": False},
     "law": "exact", "config": CONFIG.model_dump(mode="json"), "images": 2, "seconds": 1.5,
     "seconds_per_image": 0.75,
     "statistics": {
-        "proposed": 4, "accepted": 2, "resampled": 1, "fallback": 1, "discarded": 0,
-        "acceptance_rate": 0.5, "mean_distance": 0.1, "prefilled": 2, "target_calls": 2,
-        "draft_calls": 2, "rounds": {"2": {"proposed": 4, "accepted": 2, "resampled": 1,
-                                           "fallback": 1, "discarded": 0}},
+        **COUNTS, "acceptance_rate": 0.5, "mean_distance": 0.1, "prefilled": 2,
+        "target_rounds": 2, "target_calls": 2, "draft_calls": 2, "rounds": {"2": COUNTS},
     },
     "graphs": {"decoder": {"calls": 1, "seconds": 0.1}}, "host": {"python": "3.11"},
 }  # fmt: skip

@@ -57,6 +57,41 @@ BAD = {
     "cfg nan": (("--cfg", "nan"), 1, ["--cfg is nan"]),
     "temperature": (("--temperature", "0"), 1, ["--temperature is 0"]),
     "accept": (("--accept-temperature", "-1"), 1, ["--accept-temperature is -1"]),
+    "residual": (
+        ("--on-reject", "residual", "--residual-temperature", "0"),
+        1,
+        ["--residual-temperature is 0"],
+    ),
+    "residual of nothing": (
+        ("--residual-temperature", "1"),
+        1,
+        ["--residual-temperature 1 changes nothing", "add --on-reject residual"],
+    ),
+    "gamma of the target": (
+        ("--method", "target", "--gamma", "4"),
+        1,
+        ["--gamma 4 changes nothing with --method target", "add --method cspd"],
+    ),
+    "noise of the draft": (
+        ("--method", "draft", "--no-align"),
+        1,
+        ["--no-align changes nothing with --method draft"],
+    ),
+    "window of plain heads": (
+        ("--window", "4"),
+        1,
+        ["--window 4 changes nothing", "add --head lossless"],
+    ),
+    "released target": (
+        ("--as-released", "--method", "target"),
+        1,
+        ["--as-released means --method cspd, asked for was --method target"],
+    ),
+    "released otherwise": (
+        ("--as-released", "--accept-temperature", "1"),
+        1,
+        ["--as-released means --accept-temperature 42, asked for was --accept-temperature 1"],
+    ),
     "unbalanced": (
         ("--class-balanced", "--labels", "1,2", "--num-images", "3"),
         1,
@@ -163,7 +198,7 @@ def test_cuda_where_there_is_none(tiny_bundle, tmp_path, backend):
 def test_json_is_all_there_is_on_stdout(tiny_bundle, tmp_path):
     result = generate(tiny_bundle.folder, tmp_path / "out", *FAST, "--json")
     record = json.loads(result.stdout)
-    assert record["schema"] == 1 and record["images"] == 1
+    assert record["schema"] == 2 and record["images"] == 1
     assert "1/1 images" in result.stderr
 
 

@@ -47,7 +47,7 @@ def test_image_golden(member, backend, fixed_shapes, golden_settings):
     )
     batch = make_batch([0, 1], reference["image.labels"].tolist())
     canvas, statistics = decode_alone(sampler, member, batch, 16)
-    assert statistics.target_steps == len(steps) == golden_settings["num_iter"]
+    assert statistics.target_rounds == len(steps) == golden_settings["num_iter"]
     masked = [*reference["image.mask_len"].tolist()[:-1], 0]
     for index, (tokens, known) in enumerate(steps):
         assert known == [16 - masked[index]] * 2

@@ -16,9 +16,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from cspd.engines.errors import CspdError
 from cspd.runtime.cli import main
-from cspd.runtime.config import RunConfig
+from cspd.runtime.config import AS_RELEASED, RunConfig, make_config
 from cspd.runtime.formats import Layout
 from cspd.runtime.images import CAPTION, grid, read_metadata, shorten, to_pillow, write_png
+from cspd.runtime.law import law
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.resume import open_run
 from cspd.runtime.stats import Verdicts
@@ -67,7 +68,7 @@ def test_json_output_is_run_json(finished):
 
 def test_run_json(finished, tiny_bundle):
     _, record = finished
-    assert record["schema"] == 1 and record["tool"] == version("cspd")
+    assert record["schema"] == 2 and record["tool"] == version("cspd")
     manifest = (tiny_bundle.folder / "manifest.json").read_bytes()
     assert record["bundle"]["sha256"] == hashlib.sha256(manifest).hexdigest()
     assert record["bundle"]["synthetic"] is False
@@ -115,6 +116,7 @@ def test_statistics_of_run_json_add_up(finished):
     assert statistics["acceptance_rate"] == pytest.approx(statistics["accepted"] / judged)
     # Two batches: one prefill step each, and a round for each window.
     assert statistics["target_calls"] == 2 * (1 + len(statistics["rounds"]))
+    assert statistics["target_rounds"] == statistics["target_calls"]
 
 
 def test_images_jsonl(finished):
@@ -132,7 +134,7 @@ def test_metadata_of_an_image(finished, tiny_bundle):
     out, record = finished
     for line in lines_of(out):
         metadata = read_metadata(out / line["file"])
-        assert metadata["schema"] == 1 and metadata["image"] == line["image"]
+        assert metadata["schema"] == 2 and metadata["image"] == line["image"]
         assert (metadata["label"], metadata["class"]) == (line["label"], line["class"])
         assert metadata["config"] == record["config"]
         assert metadata["bundle"] == tiny_bundle.sha256
@@ -247,6 +249,62 @@ def check_replay_error(bundle, image, fragment: str) -> None:
     assert fragment in result.stderr
 
 
+RELEASED = ("--as-released", "--gamma", "2", "--num-iter", "6", "--threads", "1")
+
+
+def test_as_released_is_written_out(tiny_bundle, tmp_path):
+    """In run.json and the image stands what the preset means, so that it can be made again."""
+    arguments = ("--labels", "1", "--batch-size", "1", "--out", tmp_path / "out", "--json")
+    result = cspd_run("generate", tiny_bundle.folder, *RELEASED, *arguments)
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    config = record["config"]
+    assert {name: config[name] for name in AS_RELEASED} == dict(AS_RELEASED)
+    assert (config["accept_temperature"], config["residual_temperature"]) == (42, 1)
+    assert record["law"].endswith("test at 42 and residual at 1 standard deviations: as released")
+    # Six steps, the first by the target; then 1 and 2, 3 and 4, 5.
+    assert record["statistics"]["target_rounds"] == 1 + 3
+    again = cspd_run("replay", tmp_path / "out/00000.png", tiny_bundle.folder, "--threads", "1")
+    assert again.exit_code == 0, again.output
+
+
+NEW = ("residual_temperature", "count_in")
+
+
+def older(path, to, **changes) -> None:
+    """The image `path` as the version before wrote it: without the options that came since."""
+    metadata = read_metadata(path)
+    settings = {name: value for name, value in metadata["config"].items() if name not in NEW}
+    metadata |= {"schema": 1, "config": settings | changes}
+    with Image.open(path) as image:
+        write_png(to, np.asarray(image)[..., None], metadata)
+
+
+def test_older_images_are_made_again(finished, tiny_bundle, tmp_path):
+    """Their residual had the temperature of the test."""
+    arguments = ("--on-reject", "residual", "--residual-temperature", "7", "--out", tmp_path / "r")
+    options = (*OPTIONS, "--accept-temperature", "7", "--num-images", "1", *arguments, "--json")
+    made = cspd_run("generate", tiny_bundle.folder, *options)
+    assert json.loads(made.stdout)["statistics"]["resampled"] > 0
+    for source in (finished[0] / "00000.png", tmp_path / "r/00000.png"):
+        older(source, tmp_path / "old.png")
+        result = cspd_run("replay", tmp_path / "old.png", tiny_bundle.folder, "--threads", "1")
+        assert result.exit_code == 0, result.output
+
+
+OTHERWISE = {
+    "temperature": ({"temperature": 0.9}, "sampled otherwise with --temperature 0.9"),
+    "chains": ({"align": False, "head": "lossless", "window": 4}, "--no-align with speculative"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_older_images_that_come_out_otherwise_are_refused(finished, tiny_bundle, tmp_path, case):
+    changes, fragment = OTHERWISE[case]
+    older(finished[0] / "00000.png", tmp_path / "old.png", **changes)
+    check_replay_error(tiny_bundle, tmp_path / "old.png", fragment)
+
+
 def test_replay_to_a_place_that_is_none(finished, tiny_bundle, tmp_path):
     out = tmp_path / "nowhere" / "x.png"
     result = cspd_run("replay", finished[0] / "00000.png", tiny_bundle.folder, "--out", out)
@@ -328,3 +386,14 @@ def test_grey_and_colour():
     grey, colour = (to_pillow(np.zeros((2, 2, c), dtype=np.uint8)) for c in (1, 3))
     assert (grey.mode, colour.mode) == ("L", "RGB")
     grey.save(io.BytesIO(), format="PNG")
+
+
+@pytest.mark.parametrize(
+    ("test", "residual", "origin"),
+    [(42, 1, "as released"), (1, 1, "as in the paper"), (42, 42, "ours, published nowhere")],
+)
+def test_law_says_who_published_the_residual(test, residual, origin):
+    options = {"accept_temperature": test, "residual_temperature": residual}
+    config = make_config(labels=(0,), num_images=1, on_reject="residual", **options)
+    words = f"test at {test} and residual at {residual} standard deviations: {origin}"
+    assert law(config).startswith("approximate") and law(config).endswith(words)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from recorded import vectors
 
 from cspd.engines.errors import CspdError
-from cspd.runtime.plan import MaskPlan
+from cspd.runtime.plan import MaskPlan, WindowPlan
 
 
 def authors_loop(length: int, num_iter: int, cfg: float) -> list[tuple[int, float]]:
@@ -86,3 +86,47 @@ def test_constant_guidance():
 def test_wrong_number_of_steps(num_iter):
     with pytest.raises(CspdError, match=rf"--num-iter is {num_iter}, expected 1\.\.16"):
         MaskPlan(16, num_iter)
+
+
+@pytest.mark.parametrize(
+    ("num_iter", "prefill", "gamma", "calls", "mean", "most"),
+    [
+        (256, 0.05, 4, 74, 4, 4),
+        (256, 0.05, 32, 21, 30.4, 32),
+        (64, 0.15, 8, 17, 35, 49),
+        (64, 0.15, 32, 12, 123, 176),
+    ],
+)
+def test_windows_in_steps_have_the_counts_of_the_released_runner(
+    num_iter, prefill, gamma, calls, mean, most
+):
+    """Target calls and tokens per verification as counted from the released code (D6, D13)."""
+    windows = WindowPlan(MaskPlan(256, num_iter), gamma, prefill, in_steps=True)
+    assert windows.target_rounds == calls
+    widths = windows.widths
+    assert sum(widths) / len(widths) == pytest.approx(mean, abs=0.5)
+    assert max(widths) == most
+
+
+def test_a_share_of_steps_is_a_smaller_share_of_tokens():
+    """15 % of 64 steps are 10 tokens of 256, 3.9 % (D13)."""
+    assert WindowPlan(MaskPlan(256, 64), 8, 0.15, in_steps=True).first == 10
+
+
+@given(plans(), st.integers(1, 300), st.floats(0, 1), st.booleans())
+def test_windows_are_whole_steps_and_make_up_the_image(plan, gamma, prefill, in_steps):
+    windows = WindowPlan(plan, gamma, prefill, in_steps)
+    ends = (0, *plan.boundaries)
+    known = windows.first
+    assert known in ends
+    if not in_steps:
+        assert known >= math.floor(prefill * plan.num_tokens)
+    for width in windows.widths:
+        known += width
+        assert known in ends and 0 < width <= windows.widest
+        steps = ends.index(known) - ends.index(known - width)
+        assert steps <= gamma if in_steps else width >= gamma or known == plan.num_tokens
+    assert known == plan.num_tokens
+    # From anywhere, as prefix verification starts: never beyond the width that shapes hold.
+    for start in range(plan.num_tokens):
+        assert start < windows.stop(start) <= start + windows.widest

@@ -8,10 +8,11 @@ import torch
 from click.testing import CliRunner
 
 from cspd.engines.errors import CspdError
+from cspd.runtime.config import AS_RELEASED
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.plan import MaskPlan
+from cspd.runtime.plan import MaskPlan, WindowPlan
 from cspd.tools import bench, bench_run
-from cspd.tools.bench_plan import TRIES, Scale, cspd_target_calls, make_plan, plan_hash
+from cspd.tools.bench_plan import TRIES, Scale, make_plan, plan_hash
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_run import JOURNAL, Journal, make_header, read_lines
 from cspd.tools.bench_tables import acceptance_by_known, law, tries_shares
@@ -66,9 +67,14 @@ def test_plan_holds_the_honest_baselines(tiny_bundle):
     length = tiny_bundle.manifest.geometry.num_tokens
     steps = {config.num_iter for config in readme if config.method == "target"}
     cspd = next(config for config in readme if config.method == "cspd")
-    equal = cspd_target_calls(MaskPlan(length, length), cspd.gamma, cspd.prefill)
+    plan = MaskPlan(length, length)
+    equal = WindowPlan(plan, cspd.gamma, cspd.prefill).target_rounds
     assert {length, length // 4, equal} == steps
     assert {"target", "draft", "cspd"} <= {config.method for config in readme}
+    variants = [config for config in readme if config.method == "cspd"]
+    assert [config.verify for config in variants].count("prefix") == 1
+    released = [config for config in variants if config.on_reject == "residual"]
+    assert [config.model_dump(include=set(AS_RELEASED)) for config in released] == [AS_RELEASED]
 
 
 @pytest.mark.parametrize(("gamma", "prefill"), [(1, 0.0), (2, 0.2), (4, 0.05), (16, 0.5)])
@@ -78,7 +84,7 @@ def test_equal_calls_are_the_calls_that_are_made(tiny_bundle, gamma, prefill):
     config = point.config.model_copy(update={**changes, "num_iter": 9, "batch_size": 2})
     (_, statistics), *_ = Pipeline(tiny_bundle, threads=1).generate(config, [0, 1])
     plan = MaskPlan(tiny_bundle.manifest.geometry.num_tokens, 9)
-    assert statistics.target_steps == cspd_target_calls(plan, gamma, prefill)
+    assert statistics.target_calls == WindowPlan(plan, gamma, prefill).target_rounds
 
 
 def test_dry_run_measures_nothing(tiny_bundle, tmp_path):
@@ -99,8 +105,11 @@ def test_every_measurement_is_complete(finished):
             assert line["host_seconds"] == pytest.approx(line["seconds"] - inside)
             assert line["peak_memory_mb"] > 50
             verdicts = line["verdicts"]
-            judged = verdicts["accepted"] + verdicts["resampled"] + verdicts["fallback"]
+            replaced = verdicts["resampled"] + verdicts["replaced_by_target"]
+            judged = verdicts["accepted"] + replaced + verdicts["fallback"]
             assert verdicts["proposed"] - verdicts["discarded"] == judged
+            prefix = point.config.method == "cspd" and point.config.verify == "prefix"
+            assert (line["target_calls"] > line["target_rounds"]) == prefix
     kinds = [line["kind"] for line in results.lines]
     assert kinds.count("start") == 2 and "probe" in kinds
 
@@ -214,11 +223,17 @@ def test_kept_images_are_scored_once(tiny_bundle, tmp_path):
     for _ in range(2):
         bench.judge_points(journal, points, FixedJudge())
     scores = [line for line in journal.lines if line["kind"] == "score"]
-    assert len(scores) == len(points)
+    assert len(scores) == sum(point.quality for point in points) > 0
     assert all(line["score"]["n"] >= 4 for line in scores)
     table = bench.readme_table(Results(journal.lines))
     assert len({row[0] for row in table.rows}) == len(points)
     assert "n = 4" in table.columns[-1] and table.rows[0][-2] == "50.0 ± 19.6%"
+
+
+def test_journal_of_an_older_version_is_refused(finished):
+    header, *rest = read_lines(finished[0] / JOURNAL)
+    with pytest.raises(CspdError, match=r"schema 1, expected 2; measure again"):
+        Results([header | {"schema": 1}, *rest])
 
 
 def test_readme_option_prints_finished_results(finished):

@@ -61,15 +61,20 @@ def settings_of(bundle, *methods: dict, **base) -> list[str]:
 CHANGED = {
     "head_steps": 5, "cfg": 2.5, "cfg_schedule": "constant", "temperature": 0.9, "prefill": 0.5,
     "accept_temperature": 1.0, "verify": "prefix", "align": False, "on_reject": "residual",
+    "residual_temperature": 2.0, "count_in": "steps",
     "window": 3, "batch_size": 3, "reproducible": False, "backend": "torch",
 }  # fmt: skip
 
 
+# Options without which another one does nothing, and is refused.
+BESIDE = {"residual_temperature": {"on_reject": "residual"}, "window": {"head": "lossless"}}
+
+
 @pytest.mark.parametrize("option", CHANGED)
 def test_a_setting_names_every_option_that_differs(tiny_bundle, option):
-    cspd = {"method": "cspd"}
+    cspd = {"method": "cspd", **BESIDE.get(option, {})}
     plain, changed = settings_of(tiny_bundle, cspd, {**cspd, option: CHANGED[option]})
-    assert plain == "cspd, 6 steps, gamma 8"
+    assert plain.startswith("cspd, 6 steps, gamma 8")
     assert changed.startswith(plain) and option.replace("_", "-") in changed
 
 
@@ -96,6 +101,18 @@ def test_settings_of_one_method_are_not_averaged(tiny_bundle):
     rows = spread(variants, judged)
     assert [(row["seeds"], row["mean"]) for row in rows] == [(2, 0.5), (2, 2.5)]
     assert [row["interval"] for row in rows] == [None, None]
+
+
+def test_options_that_change_nothing_and_contradictions_are_refused(tiny_bundle):
+    with pytest.raises(CspdError, match="--gamma 4 changes nothing with --method target"):
+        settings_of(tiny_bundle, {"method": "target", "gamma": "4"})
+    released = evaluate.parse_method("cspd:as-released=true")
+    (name,) = settings_of(tiny_bundle, released)
+    assert name == "cspd, 6 steps, gamma 8, on-reject residual, count-in steps"
+    with pytest.raises(CspdError, match="--as-released means --verify parallel"):
+        settings_of(tiny_bundle, {**released, "verify": "prefix"})
+    with pytest.raises(CspdError, match="--as-released is 'maybe', expected true or false"):
+        settings_of(tiny_bundle, {**released, "as_released": "maybe"})
 
 
 def silent(_: str) -> None:

@@ -8,14 +8,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
 from cspd.runtime.canvas import ACCEPTED, REJECTED, Canvas
 from cspd.runtime.cli import main, shipped_bundle
-from cspd.runtime.config import make_config
+from cspd.runtime.config import AS_RELEASED, OF_CSPD, make_config
 from cspd.runtime.noise import Noise, Purpose, RowNoise
 from cspd.runtime.pipeline import ImageId
 from cspd.tools.serve import is_loopback, read_key
 from cspd.tools.serve_batch import BatchQueue, Ticket, group_key
+from cspd.tools.serve_models import ImageRequest, Settings, configuration
 
 
 def config(**values):
@@ -149,3 +151,35 @@ def test_a_damaged_bundle_or_a_taken_port_is_refused_before_anything_starts(tmp_
         file.write(b"\0" * 8)
     result = CliRunner().invoke(main, ["serve", str(bundle)])
     assert result.exit_code == 1 and "differs from the hash" in result.output
+
+
+@pytest.fixture(scope="module")
+def configured():
+    """What a request to a server of the shipped pair asks for."""
+    bundle = open_bundle(shipped_bundle())
+    settings = Settings(bundle=shipped_bundle())
+    return lambda **fields: configuration(ImageRequest(label=1, **fields), bundle, settings)
+
+
+def test_options_of_cspd_are_those_of_the_command_line(configured):
+    """Every one has a field and an option, and reaches the run."""
+    options = {parameter.name for parameter in main.commands["generate"].params}
+    assert options >= {*OF_CSPD, "as_released"} <= set(ImageRequest.model_fields)
+    made = configured(on_reject="residual", residual_temperature=42.0, count_in="steps")
+    assert (made.residual_temperature, made.count_in) == (42.0, "steps")
+    released = configured(as_released=True)
+    assert released.model_dump(include=set(AS_RELEASED)) == AS_RELEASED
+    assert configured(as_released=False) == configured()
+
+
+@pytest.mark.parametrize(
+    ("fields", "fragment"),
+    [
+        ({"method": "target", "gamma": 4}, "--gamma 4 changes nothing"),
+        ({"method": "draft", "as_released": True}, "--as-released means --method cspd"),
+        ({"residual_temperature": 1.0}, "add --on-reject residual"),
+    ],
+)
+def test_request_with_an_option_that_changes_nothing_is_refused(configured, fields, fragment):
+    with pytest.raises(CspdError, match=fragment):
+        configured(**fields)

@@ -197,6 +197,7 @@ function request(method) {
   const body = { label: $("class-name").hidden ? chosen("class") : $("class-name").value,
     seed: Number($("seed").value), method };
   for (const [name, parse] of Object.entries(OPTIONS)) {
+    if (name === "gamma" && method !== "cspd") continue;
     if ($(name).value !== "") body[name] = parse($(name).value);
   }
   return body;
