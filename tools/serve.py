@@ -18,7 +18,7 @@ import click
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import open_bundle
-from cspd.engines.errors import CspdError
+from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.runtime.cli import FOLDER, machine_options, shipped_bundle
 from cspd.runtime.local_ray import local_ray
 from cspd.runtime.stopping import StopWish
@@ -77,12 +77,14 @@ def check_port(host: str, port: int) -> None:
 def running(settings: Settings, host: str, port: int, logs: Path | None) -> Iterator[Any]:
     """The handle of the gate of a server in a Ray of its own, ready; both end with the block."""
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "cspd.tools.serve_proxy.bounds"
-    failure = "the server did not start"
-    with local_ray(failure, num_cpus=max(os.cpu_count() or 1, settings.replicas)):
+    try:
         from ray import serve
         from ray.serve.config import HTTPOptions
         from ray.serve.schema import LoggingConfig
-
+    except ImportError as error:
+        raise MissingExtraError("ray[serve]", "scale") from error
+    failure = "the server did not start"
+    with local_ray(failure, num_cpus=max(os.cpu_count() or 1, settings.replicas)):
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # of this process only
         logs_config = LoggingConfig(
             encoding="JSON", logs_dir=str(logs.resolve()) if logs else None, enable_access_log=False

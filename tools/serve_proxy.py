@@ -57,6 +57,11 @@ class BoundedProtocol(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def on_response_complete(self) -> None:
+        """Begin to wait for the next request, a part of which may be here already."""
+        super().on_response_complete()
+        self._watch()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._rest()
