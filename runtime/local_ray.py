@@ -32,7 +32,6 @@ def local_ray(failure: str, **options: Any) -> Iterator[Any]:
     let anybody in.
     """
     ray = import_ray()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     around = tempfile.TemporaryDirectory(prefix="cspd-ray-", ignore_cleanup_errors=True)
     with around as folder, _closed(ray):
         begin_ray(
@@ -84,6 +83,7 @@ def _read_environment(ray: Any) -> None:
 
 def begin_ray(ray: Any, failure: str, advice: str, **options: Any) -> None:
     """`ray.init`, or a CspdError from `failure`, the reason, and `advice` or a better one."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:

@@ -144,7 +144,7 @@ def add_page(app: FastAPI) -> None:
 
 
 def add_errors(app: FastAPI, service: Service) -> None:
-    """One form for all errors: an id, a code, a message, never a trace or what was sent."""
+    """One form for all errors: an id, a code, a message, a field, never a trace."""
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:

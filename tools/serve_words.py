@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin
@@ -40,7 +41,7 @@ def explain(error: dict[str, Any], bounds: dict[str, Bound]) -> FieldProblem:
     hint = near(got, choices) if isinstance(got, str) else ""
     outside = field in bounds and _is_number(got) and not error["type"].startswith("int_")
     expected = str(bounds[field]) if outside else ask(field)
-    return FieldProblem(field=field, message=f"{field} is {got!r:.60}, expected {expected}{hint}")
+    return FieldProblem(field=field, message=f"{field} is {_shown(got)}, expected {expected}{hint}")
 
 
 def ask(field: str) -> str:
@@ -90,6 +91,13 @@ def of_request(error: CspdError) -> FieldProblem:
 def _kinds(field: str) -> set[Any]:
     annotation = ImageRequest.model_fields[field].annotation
     return {annotation, *get_args(annotation)}
+
+
+def _shown(value: Any) -> str:
+    """A value as it was sent, cut; lists and objects, which may be deep, by their name only."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return f"{value!r:.60}" if isinstance(value, str) else f"{json.dumps(value):.60}"
 
 
 def _is_number(value: Any) -> bool:

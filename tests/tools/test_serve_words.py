@@ -16,13 +16,13 @@ from cspd.tools.serve_words import explain, near, of_request
 
 # By a field: a wrong value, and what must be said of it.
 WRONG = {
-    "label": (None, "label is None, expected the number or the name of a class"),
+    "label": (None, "label is null, expected the number or the name of a class"),
     "n": (17, "n is 17, expected 1..16"),
     "method": ("cpsd", "one of target, cspd, lossless, draft; did you mean 'cspd'?"),
     "seed": (-1, "seed is -1, expected 0..18446744073709551615"),
     "num_iter": (0, "num_iter is 0, expected 1..49"),
     "head_steps": (1.5, "head_steps is 1.5, expected a whole number"),
-    "cfg": (float("nan"), "cfg is nan, expected 0..100"),
+    "cfg": (float("nan"), "cfg is NaN, expected 0..100"),
     "cfg_schedule": ("lin", "expected one of linear, constant; did you mean 'linear'?"),
     "temperature": (0, "temperature is 0, expected more than 0 and at most 10"),
     "gamma": ("8", "gamma is '8', expected a whole number"),
@@ -56,6 +56,14 @@ def test_wrong_value(bundle, field):
     problem = said({"label": 1, field: value}, bundle)
     assert problem.field == field and problem.message.startswith(f"{field} is ")
     assert fragment in problem.message
+
+
+def test_a_deep_value_is_not_repeated(bundle):
+    deep = []
+    for _ in range(10**5):
+        deep = [deep]
+    message = explain({"type": "x", "loc": ("body", "n"), "input": deep}, bounds(bundle)).message
+    assert message == "n is a list, expected a whole number"
 
 
 def test_a_missing_or_unknown_field(bundle):
