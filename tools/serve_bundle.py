@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.errors import CspdError
 from cspd.runtime.cli import configure, shipped_bundle
@@ -54,7 +56,7 @@ def _written(name: str) -> Bound | None:
     """The bound that `ImageRequest` itself has for a field; None for what is no number."""
     if name == "label":
         return Bound(min=0, max=0)
-    limits = {}
+    limits: dict[str, Any] = {}
     for item in ImageRequest.model_fields[name].metadata:
         limits |= {key: getattr(item, key) for key in ("gt", "ge", "le") if hasattr(item, key)}
     if "le" not in limits:

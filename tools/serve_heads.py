@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cspd.engines.manifest import Role
 from cspd.engines.schedule import Schedule
 from cspd.runtime.config import RunConfig
 from cspd.runtime.member import Head, HeadSample, Rows
@@ -40,8 +41,10 @@ class CountingHead:
     ) -> HeadSample:
         """Sample every row."""
         sampled = self.head(rows, schedule, noise, purpose)
-        speculated = isinstance(sampled, SpeculativeSample)
-        self.calls.made += sampled.stats.rounds if speculated else schedule.num_steps
+        if isinstance(sampled, SpeculativeSample):
+            self.calls.made += sampled.stats.rounds
+        else:
+            self.calls.made += schedule.num_steps
         self.calls.plain += schedule.num_steps
         return sampled
 
@@ -52,7 +55,7 @@ class CountingPipeline(Pipeline):
 
     head_calls: HeadCalls = field(default_factory=HeadCalls)
 
-    def head(self, role: str, config: RunConfig) -> Head:
+    def head(self, role: Role, config: RunConfig) -> Head:
         """How `role` samples tokens from their conditions."""
         head = super().head(role, config)
         return CountingHead(head, self.head_calls) if role == "target" else head
