@@ -21,11 +21,12 @@ from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.folder import RunFolder
 from cspd.runtime.formats import Layout
 from cspd.runtime.images import read_metadata
+from cspd.runtime.local_ray import import_ray
 from cspd.runtime.outputs import recorded_config, run_record
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
 from cspd.runtime.progress import RunProgress
 from cspd.runtime.resume import open_run
-from cspd.runtime.scale import Cluster, Machine, connected, import_ray, pool
+from cspd.runtime.scale import Cluster, Machine, connected, pool
 from cspd.runtime.stats import Tally
 from cspd.runtime.stopping import StopWish
 

@@ -7,7 +7,6 @@ Which worker makes an image, when, and how often decides nothing about its bytes
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import sys
 from collections import Counter, deque
@@ -19,9 +18,10 @@ import torch
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.cpus import available_cpus
-from cspd.engines.errors import CspdError, MissingExtraError
+from cspd.engines.errors import CspdError
 from cspd.runtime.batches import FinishedBatch, encode, timed_batches
 from cspd.runtime.config import RunConfig
+from cspd.runtime.local_ray import begin_ray, import_ray, local_ray
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.shipping import Shipment, ship, unpack
 from cspd.runtime.stopping import StopWish
@@ -60,26 +60,26 @@ class Refusal:
 class Worker:
     """The actor: opens the bundle of its node when it is first asked, then makes images."""
 
-    def __init__(self, shipment: Shipment, config: RunConfig, machine: Machine) -> None:
-        self._shipment, self._config, self._machine = shipment, config, machine
+    def __init__(self, config: RunConfig, machine: Machine) -> None:
+        self._config, self._machine = config, machine
         self._pipeline: Pipeline | None = None
 
     def ready(self) -> None:
         """Return once the actor runs."""
 
-    def make(self, indices: list[int]) -> FinishedBatch | Refusal:
-        """The images `indices`, at most a batch."""
+    def make(self, shipment: Shipment, indices: list[int]) -> FinishedBatch | Refusal:
+        """The images `indices`, at most a batch, by the bundle in `shipment`."""
         try:
-            pipeline = self._opened()
+            pipeline = self._opened(shipment)
             (images, tally), *_ = timed_batches(pipeline, self._config, indices)
         except CspdError as error:
             return Refusal(str(error))
         files = [encode(self._config, pipeline.bundle, image) for image in images]
         return FinishedBatch(files, tally, os.getpid())
 
-    def _opened(self) -> Pipeline:
+    def _opened(self, shipment: Shipment) -> Pipeline:
         if self._pipeline is None:
-            bundle = unpack(import_ray(), self._shipment)
+            bundle = unpack(import_ray(), shipment)
             threads = self._machine.threads
             torch.set_num_threads(max(1, threads))
             pipeline = Pipeline(bundle, self._config.backend, self._machine.device, threads)
@@ -97,6 +97,7 @@ class Pool:
     """
 
     ray: Any
+    shipment: Shipment
     workers: list[Any]
     waiting: deque[list[int]]
     flying: dict[Any, tuple[Any, list[int] | None]] = field(default_factory=dict)
@@ -161,7 +162,7 @@ class Pool:
                 continue
             for _ in range(min(IN_FLIGHT - held[id(worker)], len(self.waiting))):
                 batch = self.waiting.popleft()
-                self.flying[worker.make.remote(batch)] = (worker, batch)
+                self.flying[worker.make.remote(self.shipment, batch)] = (worker, batch)
 
 
 @contextlib.contextmanager
@@ -171,13 +172,14 @@ def pool(
 ) -> Iterator[Pool]:  # fmt: skip
     """Workers for the images `missing`, in batches of neighbours; they end with the block."""
     count, share, resources = _shares(ray, machine, cluster)
+    # The shipment goes with every batch: an actor made with references warns on stderr.
     shipment = ship(ray, bundle)
     actor = ray.remote(Worker).options(max_restarts=-1, scheduling_strategy="SPREAD", **resources)
-    workers = [actor.remote(shipment, config, share) for _ in range(count)]
+    workers = [actor.remote(config, share) for _ in range(count)]
     size = config.batch_size
     waiting = deque(missing[first : first + size] for first in range(0, len(missing), size))
     try:
-        yield Pool(ray, workers, waiting)
+        yield Pool(ray, shipment, workers, waiting)
     finally:
         for worker in workers:
             ray.kill(worker)
@@ -194,32 +196,20 @@ def connected(machine: Machine, cluster: Cluster) -> Iterator[Any]:
         if ray.is_initialized():
             yield ray
             return
-        _connect(ray, machine, cluster)
+        if cluster.address == "local":
+            wanted = (cluster.workers or 1) * max(1, machine.threads)
+            cpus = max(wanted, available_cpus())
+            with local_ray("--ray local: cannot start Ray", num_cpus=cpus):
+                yield ray
+            return
+        advice = "start Ray there with 'ray start --head', or use --ray local"
+        begin_ray(
+            ray, f"--ray {cluster.address}: cannot connect", advice, address=cluster.address
+        )  # fmt: skip
         try:
             yield ray
         finally:
             ray.shutdown()
-
-
-def _connect(ray: Any, machine: Machine, cluster: Cluster) -> None:
-    options: dict[str, Any] = {"address": cluster.address}
-    if cluster.address == "local":
-        wanted = (cluster.workers or 1) * max(1, machine.threads)
-        options |= {"num_cpus": max(wanted, available_cpus()), "include_dashboard": False}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    advice = "start Ray there with 'ray start --head', or use --ray local"
-    begin_ray(ray, f"--ray {cluster.address}: cannot connect", advice, **options)
-
-
-def begin_ray(ray: Any, failure: str, advice: str, **options: Any) -> None:
-    """`ray.init`, or a CspdError from `failure`, the reason, and `advice` or a better one."""
-    try:
-        ray.init(**options, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if "AF_UNIX" in reason:
-            advice = "set TMPDIR to a folder with a short name, such as /tmp"
-        raise CspdError(f"{failure}: {reason}; {advice}") from None
 
 
 def _shares(ray: Any, machine: Machine, cluster: Cluster) -> tuple[int, Machine, dict[str, float]]:
@@ -248,11 +238,3 @@ def split_cpus(nodes: list[int], workers: int) -> int:
         if sum(cpus // share for cpus in nodes) >= workers:
             return share
     return 1
-
-
-def import_ray() -> Any:
-    """The module `ray`; MissingExtraError if it is not installed."""
-    try:
-        return importlib.import_module("ray")
-    except ImportError:
-        raise MissingExtraError("ray", "scale") from None

@@ -20,7 +20,8 @@ from cspd.runtime.cli import FOLDER, shipped_bundle
 from cspd.runtime.images import encode_png
 from cspd.runtime.outputs import image_metadata
 from cspd.runtime.pipeline import Pipeline
-from cspd.tools.serve_models import ImageRequest, Settings, configuration
+from cspd.tools.serve_bundle import configuration
+from cspd.tools.serve_models import ImageRequest, Settings
 
 METHODS = ("cspd", "target")
 SAMPLE_SECONDS = 2.0

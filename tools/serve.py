@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import ipaddress
+import logging
 import os
-import secrets
-import signal
 import socket
-import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from cspd.engines.bundle import open_bundle
 from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.runtime.cli import FOLDER, machine_options, shipped_bundle
-from cspd.runtime.scale import begin_ray
+from cspd.runtime.local_ray import local_ray
+from cspd.runtime.stopping import StopWish
 from cspd.tools.serve_models import MAX_IMAGES, Settings
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 SHORTEST_KEY = 16
+POLL_SECONDS = 0.2
 
 
 def is_loopback(host: str) -> bool:
@@ -70,34 +74,33 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-def start(settings: Settings, host: str, port: int, logs: Path | None) -> None:
-    """Start Ray and the server in it; returns when it is ready."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Whoever reaches Ray's own ports can run code: a token that only these processes know.
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+@contextlib.contextmanager
+def running(settings: Settings, host: str, port: int, logs: Path | None) -> Iterator[Any]:
+    """The handle of the gate of a server in a Ray of its own, ready; both end with the block."""
+    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "cspd.tools.serve_proxy.bounds"
     try:
-        import ray
         from ray import serve
+        from ray.serve.config import HTTPOptions
+        from ray.serve.schema import LoggingConfig
     except ImportError as error:
         raise MissingExtraError("ray[serve]", "scale") from error
-    from ray.serve.config import HTTPOptions
-    from ray.serve.schema import LoggingConfig
-
-    logs_config = LoggingConfig(
-        encoding="JSON", logs_dir=str(logs.resolve()) if logs else None, enable_access_log=False
-    )
-    begin_ray(
-        ray, "the server did not start", "see Ray's own logs", address="local",
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1", num_cpus=max(available_cpus(), settings.replicas),
-    )  # fmt: skip
-    serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logs_config)
-    try:
-        serve.run(application(settings), name="cspd", logging_config=logs_config)
-    except RuntimeError as error:
-        ray.shutdown()
-        raise CspdError(f"the server did not start: {error}") from None
+    failure = "the server did not start"
+    with local_ray(failure, num_cpus=max(available_cpus(), settings.replicas)):
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # of this process only
+        logs_config = LoggingConfig(
+            encoding="JSON", logs_dir=str(logs.resolve()) if logs else None, enable_access_log=False
+        )
+        serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logs_config)
+        try:
+            try:
+                gate = serve.run(application(settings), name="cspd", logging_config=logs_config)
+            except RuntimeError as error:
+                raise CspdError(f"{failure}: {error}") from None
+            yield gate
+        finally:
+            # Ray reports the end of its own actors as failures.
+            with contextlib.redirect_stderr(io.StringIO()):
+                serve.shutdown()
 
 
 def application(settings: Settings) -> Any:
@@ -105,11 +108,7 @@ def application(settings: Settings) -> Any:
     from ray import serve
 
     from cspd.tools.serve_engine import Engine
-
-    def build() -> Any:
-        from cspd.tools.serve_app import make_app
-
-        return make_app(settings, serve.get_deployment_handle("Engine", "cspd"))
+    from cspd.tools.serve_gate import Gate
 
     gpus = 1 if settings.device == "cuda" else 0
     # The gate bounds the queue, so that nothing may be refused or held back behind it.
@@ -120,19 +119,24 @@ def application(settings: Settings) -> Any:
         graceful_shutdown_timeout_s=5,
     )(Engine)  # fmt: skip
     gate = serve.deployment(
-        name="Gate", max_ongoing_requests=unbounded,
+        max_ongoing_requests=unbounded,
         ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=5,
-    )(serve.ingress(build)())  # fmt: skip
-    return gate.bind(engine.bind(settings))
+    )(serve.ingress()(Gate))  # fmt: skip
+    return gate.bind(settings, engine.bind(settings))
 
 
-def stop() -> None:
-    """End the server and its Ray."""
-    import ray
-    from ray import serve
+def serve_until_signal(gate: Any, seconds: float) -> int:
+    """Wait for a signal, then have `gate` admit nothing more and finish what it admitted.
 
-    serve.shutdown()
-    ray.shutdown()
+    Returns how many images are left after `seconds`. A second signal raises KeyboardInterrupt.
+    """
+    with StopWish() as stop:
+        while stop.number is None:
+            time.sleep(POLL_SECONDS)
+        end = time.monotonic() + seconds
+        while (left := gate.close.remote().result()) and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+    return left
 
 
 @click.command("serve")
@@ -174,11 +178,7 @@ def command(
         hosts=LOOPBACK if is_loopback(host) else (), **options,
     )  # fmt: skip
     check_port(host, port)
-    start(settings, host, port, logs)
-    ended = threading.Event()
-    # Ray has put handlers of its own in place by now.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    click.echo(f"cspd serves {folder} at http://{host}:{port}/")
-    ended.wait()
-    stop()
+    with running(settings, host, port, logs) as gate:
+        click.echo(f"cspd serves {folder} at http://{host}:{port}/")
+        if left := serve_until_signal(gate, settings.timeout):
+            click.echo(f"{left} images were not finished within --timeout", err=True)

@@ -8,12 +8,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from cspd.runtime.outputs import law, tool_version
-from cspd.tools.serve_limits import Guard, Refusal, error_response
+from cspd.tools.serve_limits import PAGE_FILES, Guard, Refusal, error_response
 from cspd.tools.serve_models import (
     ErrorAnswer,
     HealthAnswer,
@@ -24,9 +23,10 @@ from cspd.tools.serve_models import (
     Settings,
 )  # fmt: skip
 from cspd.tools.serve_service import Service
+from cspd.tools.serve_words import explain
 
 Responses = dict[int | str, dict[str, Any]]
-PAGE = {"/": "index.html", "/app.js": "app.js", "/style.css": "style.css"}
+PAGE = {"/": "index.html"} | {f"/{name}": name for name in PAGE_FILES}
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 ERRORS: Responses = {
     status: {"model": ErrorAnswer, "description": text}
@@ -34,18 +34,17 @@ ERRORS: Responses = {
         400: "The body is not JSON.", 401: "A key is needed.", 408: "The body came too slowly.",
         413: "The body is too large.", 421: "Another host was asked for.",
         422: "A field is wrong.", 429: "The queue is full; see Retry-After.",
-        500: "Our fault; the log has the id.", 503: "The engine is restarting; see Retry-After.",
-        504: "It took too long.",
+        500: "Our fault; the log has the id.", 504: "It took too long.",
+        503: "The engine restarts, or the server stops; see Retry-After.",
     }.items()
 }  # fmt: skip
 PNG: Responses = {200: {"content": {"image/png": {}, "application/json": {}}}}
 
 
-def make_app(settings: Settings, engine: DeploymentHandle) -> FastAPI:
+def make_app(settings: Settings, service: Service) -> FastAPI:
     """The application of one server."""
-    service = Service(settings, engine)
     app = FastAPI(title="cspd", version=tool_version(), docs_url=None, redoc_url=None)
-    add_errors(app)
+    add_errors(app, service)
     add_images(app, service)
     add_information(app, service)
     add_page(app)
@@ -79,7 +78,8 @@ def add_images(app: FastAPI, service: Service) -> None:
     async def watch(body: ImageRequest, request: Request) -> StreamingResponse:
         """One image in the making: events accepted, started, step, then done or error."""
         if body.n != 1:
-            raise Refusal(422, "invalid", "n: a stream shows one image")
+            message = f"n is {body.n}, expected 1: a stream shows one image"
+            raise Refusal(422, "invalid", message, field="n")
         service.admission.check(1)  # while the answer can still be a 429
         events = service.events(service.configuration(body), request.state.request_id)
         return StreamingResponse(events, media_type="text/event-stream")
@@ -104,6 +104,7 @@ def add_information(app: FastAPI, service: Service) -> None:
         """The bundle that is served."""
         return ModelsAnswer(data=[service.model])
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", responses=host)
     async def healthz() -> HealthAnswer:
         """The server lives."""
@@ -111,13 +112,14 @@ def add_information(app: FastAPI, service: Service) -> None:
 
     starting: Responses = {503: {"model": HealthAnswer, "description": "No engine is ready."}}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", responses={**host, **starting})
     async def readyz(response: Response) -> HealthAnswer:
-        """An engine is ready to make images."""
-        if await service.ready():
+        """An engine is ready to make images, and they are admitted."""
+        if not service.admission.closed and await service.ready():
             return HealthAnswer(status="ok")
         response.status_code = 503
-        return HealthAnswer(status="starting")
+        return HealthAnswer(status="stopping" if service.admission.closed else "starting")
 
     plain: Responses = {
         200: {"content": {"text/plain": {}}, "description": "Prometheus text format."}
@@ -141,8 +143,8 @@ def add_page(app: FastAPI) -> None:
         app.add_route(path, page, methods=["GET"])
 
 
-def add_errors(app: FastAPI) -> None:
-    """One form for all errors: an id, a code, a message, never a trace or what was sent."""
+def add_errors(app: FastAPI, service: Service) -> None:
+    """One form for all errors: an id, a code, a message, a field, never a trace."""
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, refusal: Refusal) -> Response:
@@ -150,9 +152,8 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part)[:80] for part in first["loc"][1:]) or "body"
-        refusal = Refusal(422, "invalid", f"{where}: {first['msg']}")
+        problem = explain(error.errors()[0], service.model.bounds)
+        refusal = Refusal(422, "invalid", problem.message, field=problem.field)
         return error_response(refusal, request.state.request_id)
 
     @app.exception_handler(HTTPException)

@@ -15,10 +15,12 @@ from cspd.runtime.canvas import ACCEPTED, REJECTED, Canvas
 from cspd.runtime.config import RunConfig
 from cspd.runtime.images import encode_png
 from cspd.runtime.outputs import image_metadata
-from cspd.runtime.pipeline import GeneratedImage, ImageId, Pipeline
+from cspd.runtime.pipeline import GeneratedImage, ImageId
 from cspd.runtime.stats import Statistics
 from cspd.tools.serve_batch import AbandonedError, BatchQueue, Ticket, group_key
-from cspd.tools.serve_models import ImageAnswer, ImageRequest, Settings, configuration, methods_of
+from cspd.tools.serve_bundle import configuration, methods_of
+from cspd.tools.serve_heads import CountingPipeline
+from cspd.tools.serve_models import ImageAnswer, ImageRequest, Settings
 
 
 class Engine:
@@ -28,7 +30,9 @@ class Engine:
         limit_torch_threads(settings.threads)
         self.bundle = open_bundle(settings.bundle)
         self.identity = self.bundle.sha256
-        self.pipeline = Pipeline(self.bundle, settings.backend, settings.device, settings.threads)
+        self.pipeline = CountingPipeline(
+            self.bundle, settings.backend, settings.device, settings.threads
+        )
         for method in methods_of(self.bundle):
             request = ImageRequest(label=0, method=method)
             self.pipeline.open(configuration(request, self.bundle, settings))
@@ -78,7 +82,7 @@ class RunningBatch:
     """One batch on the computing thread; tells the event loop what happens to its images."""
 
     def __init__(
-        self, pipeline: Pipeline, tickets: list[Ticket], loop: asyncio.AbstractEventLoop
+        self, pipeline: CountingPipeline, tickets: list[Ticket], loop: asyncio.AbstractEventLoop
     ) -> None:
         self.pipeline, self.tickets, self.loop = pipeline, tickets, loop
         self.start = time.monotonic()
@@ -90,6 +94,7 @@ class RunningBatch:
         for ticket in self.tickets:
             waited = self.start - ticket.since
             self.tell(ticket, "started", {"batch": len(self.tickets), "waited": waited})
+        self.pipeline.head_calls.clear()
         config, rows = self.tickets[0].config, [ticket.image for ticket in self.tickets]
         made, statistics = self.pipeline.generate_rows(config, rows, self.on_step)
         seconds = time.monotonic() - self.start - self.watching
@@ -122,6 +127,7 @@ class RunningBatch:
             "target_rounds": statistics.target_rounds,
             "target_calls": statistics.target_calls,
             "draft_calls": statistics.draft_calls,
+            **self.pipeline.head_calls.as_dict(),
             "seconds": now - self.start - self.watching,
             "preview": _base64(encode_png(self.pipeline.preview(canvas, row), {})),
         }
@@ -145,6 +151,7 @@ class RunningBatch:
             target_rounds=statistics.target_rounds,
             target_calls=statistics.target_calls,
             draft_calls=statistics.draft_calls,
+            **self.pipeline.head_calls.as_dict(),
         )
 
     def tell(self, ticket: Ticket, kind: str, value: Any) -> None:

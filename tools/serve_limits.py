@@ -21,9 +21,12 @@ from cspd.tools.serve_metrics import Metrics
 from cspd.tools.serve_models import Settings
 
 log = logging.getLogger("ray.serve")
+PAGE_FILES = ("app.js", "api.js", "card.js", "style.css")
 # Readable without a key: whether the server lives, and the page that asks for the key.
-OPEN_PATHS = frozenset(("/healthz", "/readyz", "/", "/app.js", "/style.css"))
+OPEN_PATHS = frozenset(("/healthz", "/readyz", "/", *(f"/{name}" for name in PAGE_FILES)))
 BODY_SECONDS = 10.0
+# When to ask again a server that is stopping: another one may have taken its place.
+STOPPED_SECONDS = 10
 INTERNAL = "internal error; the log has this id"
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
@@ -43,29 +46,38 @@ SECURITY_HEADERS = {
 class Refusal(Exception):
     """A request that is answered with an error."""
 
-    def __init__(self, status: int, code: str, message: str, retry_after: int = 0) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, retry_after: int = 0, field: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.code, self.message = status, code, message
+        self.status, self.code, self.message, self.field = status, code, message, field
         self.headers = {"Retry-After": str(retry_after)} if retry_after else {}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
 
+    def problem(self, request_id: str) -> dict[str, str | None]:
+        """What the answer says."""
+        return {
+            "id": request_id, "code": self.code, "message": self.message, "field": self.field
+        }  # fmt: skip
+
 
 def error_response(refusal: Refusal, request_id: str) -> JSONResponse:
     """The answer to a refused request."""
-    problem = {"id": request_id, "code": refusal.code, "message": refusal.message}
-    return JSONResponse({"error": problem}, refusal.status, refusal.headers)
+    return JSONResponse({"error": refusal.problem(request_id)}, refusal.status, refusal.headers)
 
 
 class Admission:
-    """Bounds the images that are admitted and not finished."""
+    """Bounds the images that are admitted and not finished; once it is `closed`, to none."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.images = limit, 0
+        self.limit, self.images, self.closed = limit, 0, False
         self._seconds_per_image = 1.0
 
     def check(self, images: int) -> None:
-        """Raise Refusal 429 unless there is room for `images`."""
+        """Raise Refusal 429 unless there is room for `images`, 503 if none are admitted."""
+        if self.closed:
+            raise Refusal(503, "stopping", "the server is stopping", STOPPED_SECONDS)
         if self.images + images > self.limit:
             wait = math.ceil(min(60.0, max(1.0, self._seconds_per_image * self.images)))
             raise Refusal(
@@ -74,7 +86,7 @@ class Admission:
 
     @contextmanager
     def admit(self, images: int) -> Iterator[None]:
-        """Hold room for `images`; Refusal 429 if there is none."""
+        """Hold room for `images`; Refusal if there is none."""
         self.check(images)
         self.images += images
         try:

@@ -7,18 +7,29 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cspd.engines.bundle import Bundle
-from cspd.engines.errors import CspdError
 from cspd.engines.spec import Record
-from cspd.runtime.config import MAX_SEED, RunConfig, check_config
-from cspd.runtime.heads import DEFAULT_WINDOW
-from cspd.runtime.settings import configure
+from cspd.runtime.config import MAX_SEED
 
 MAX_IMAGES = 16
-# Without "auto", whose choices are measured: see `configuration`.
+# Without "auto", whose choices are measured: see `serve_bundle.configuration`.
 Served = Literal["target", "cspd", "lossless", "draft"]
-# Fields of a request that are no sampling option of `RunConfig`.
-NOT_SAMPLING = {"label", "n"}
+
+
+class Bound(Record):
+    """What a number in a request may be: `min` to `max`, `min` itself not if it is `open`."""
+
+    min: int | float
+    max: int | float
+    open: bool = False
+
+    def holds(self, value: int | float) -> bool:
+        """Whether `value` is allowed."""
+        return (value > self.min if self.open else value >= self.min) and value <= self.max
+
+    def __str__(self) -> str:
+        if self.open:
+            return f"more than {self.min:g} and at most {self.max:g}"
+        return f"{self.min}..{self.max}"
 
 
 class Settings(Record):
@@ -69,7 +80,8 @@ class ImageAnswer(Record):
     """One image: base64 PNG, the fate of its drafted tokens, the cost of the batch it was in.
 
     `seconds` is the time of its whole batch of `batch` images without previews, `waited` the time
-    before that.
+    before that. `head_calls` counts the evaluations of the target's head that had to wait for one
+    another, `plain_head_calls` those that stepping plainly takes.
     """
 
     index: int
@@ -85,6 +97,8 @@ class ImageAnswer(Record):
     target_rounds: int
     target_calls: int
     draft_calls: int
+    head_calls: int
+    plain_head_calls: int
 
 
 class ImagesAnswer(Record):
@@ -98,7 +112,10 @@ class ImagesAnswer(Record):
 
 
 class ModelAnswer(Record):
-    """A bundle that is served: its classes, methods, size and default settings."""
+    """A bundle that is served: its classes, methods, size, default settings and their bounds.
+
+    `shipped`: it is the pair inside the package, which `cspd-run generate` takes without a name.
+    """
 
     id: str
     classes: tuple[str, ...]
@@ -107,7 +124,9 @@ class ModelAnswer(Record):
     image_size: int
     image_channels: int
     defaults: dict[str, float | int | str]
+    bounds: dict[str, Bound]
     synthetic: bool
+    shipped: bool
     batch_size: int
     max_images: int
 
@@ -119,11 +138,12 @@ class ModelsAnswer(Record):
 
 
 class Problem(Record):
-    """What went wrong, with the id that the logs have too."""
+    """What went wrong, in which field if in one, with the id that the logs have too."""
 
     id: str
     code: str
     message: str
+    field: str | None = None
 
 
 class ErrorAnswer(Record):
@@ -135,59 +155,4 @@ class ErrorAnswer(Record):
 class HealthAnswer(Record):
     """Whether the server lives, or is ready."""
 
-    status: Literal["ok", "starting"]
-
-
-def methods_of(bundle: Bundle) -> tuple[Served, ...]:
-    """Methods that `bundle` can run."""
-    both = "draft" in bundle.manifest.models
-    round_graph = "target/speculative_round" in bundle.manifest.graphs()
-    offered: dict[Served, bool] = {
-        "target": True,
-        "cspd": both,
-        "lossless": round_graph,
-        "draft": both,
-    }
-    return tuple(method for method, can in offered.items() if can)
-
-
-def describe(bundle: Bundle, settings: Settings) -> ModelAnswer:
-    """What a client needs to know to ask for images."""
-    geometry = bundle.manifest.geometry
-    return ModelAnswer(
-        id=bundle.sha256,
-        classes=bundle.manifest.class_names,
-        methods=methods_of(bundle),
-        grid=geometry.grid,
-        image_size=geometry.image_size,
-        image_channels=geometry.image_channels,
-        defaults=bundle.manifest.defaults,
-        synthetic=bundle.manifest.synthetic,
-        batch_size=settings.batch_size,
-        max_images=MAX_IMAGES,
-    )
-
-
-def configuration(request: ImageRequest, bundle: Bundle, settings: Settings) -> RunConfig:
-    """The run that `cspd-run generate` would do for `request`; CspdError if the bundle cannot."""
-    names = bundle.manifest.class_names
-    if isinstance(request.label, int):
-        label = request.label
-    elif request.label in names:
-        label = names.index(request.label)
-    else:
-        raise CspdError(f"label: no class {request.label!r}; GET /v1/models lists the classes")
-    sampling = request.model_dump(exclude=NOT_SAMPLING, exclude_none=True)
-    sampling |= {
-        "num_images": request.n,
-        "batch_size": settings.batch_size,
-        "backend": settings.backend,
-    }
-    if request.method == "lossless":
-        # Choices by measured costs would differ from machine to machine.
-        sampling.setdefault("window", DEFAULT_WINDOW)
-    config = configure(bundle, str(label), sampling)
-    check_config(config, bundle.manifest)
-    if config.method not in methods_of(bundle):
-        raise CspdError(f"method: the bundle has no graph for {config.method}")
-    return config
+    status: Literal["ok", "starting", "stopping"]

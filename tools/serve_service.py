@@ -13,12 +13,14 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cspd.engines.bundle import open_bundle
-from cspd.engines.errors import CspdError
+from cspd.engines.errors import BundleError, CspdError, MissingExtraError
 from cspd.runtime.config import RunConfig
 from cspd.runtime.outputs import law
+from cspd.tools.serve_bundle import configuration, describe
 from cspd.tools.serve_limits import INTERNAL, Admission, Refusal
 from cspd.tools.serve_metrics import Metrics
-from cspd.tools.serve_models import ImageAnswer, ImageRequest, Settings, configuration, describe
+from cspd.tools.serve_models import ImageAnswer, ImageRequest, Settings
+from cspd.tools.serve_words import of_request
 
 log = logging.getLogger("ray.serve")
 READY_SECONDS = 5.0
@@ -40,7 +42,7 @@ class Service:
         try:
             return configuration(request, self.bundle, self.settings)
         except CspdError as error:
-            raise Refusal(422, "invalid", str(error)) from None
+            raise invalid(error) from None
 
     async def images(self, config: RunConfig) -> list[ImageAnswer]:
         """All images of `config`."""
@@ -94,8 +96,21 @@ class Service:
         self.admission.learn(image.seconds, image.batch)
 
 
+def invalid(error: CspdError) -> Refusal:
+    """The answer to a request that cannot be done."""
+    problem = of_request(error)
+    return Refusal(422, "invalid", problem.message, field=problem.field)
+
+
 def refuse(error: Exception) -> NoReturn:
-    """Raise the answer to an engine that did not deliver."""
+    """Raise the answer to an engine that did not deliver.
+
+    What a request can do something about is said to it; a bundle or an installation that is
+    broken is not, and stays our fault.
+    """
+    cause = getattr(error, "cause", error)  # Ray wraps what an engine raised
+    if isinstance(cause, CspdError) and not isinstance(cause, BundleError | MissingExtraError):
+        raise invalid(cause) from None
     if isinstance(error, TimeoutError):
         raise Refusal(504, "timeout", "the image was not finished in time") from None
     if isinstance(error, RayActorError | RayServeException | BackPressureError):
@@ -105,8 +120,7 @@ def refuse(error: Exception) -> NoReturn:
 
 
 def _problem(refusal: Refusal, request_id: str) -> str:
-    problem = {"id": request_id, "code": refusal.code, "message": refusal.message}
-    return _event("error", problem)
+    return _event("error", refusal.problem(request_id))
 
 
 def _event(kind: str, value: Any) -> str:

@@ -27,6 +27,7 @@ from starlette.testclient import TestClient  # noqa: E402
 from cspd.tools.serve_app import make_app  # noqa: E402
 from cspd.tools.serve_engine import Engine  # noqa: E402
 from cspd.tools.serve_models import Settings  # noqa: E402
+from cspd.tools.serve_service import Service  # noqa: E402
 
 SETTINGS = Settings(bundle=shipped_bundle(), threads=1, batch_size=1, timeout=20.0, max_queue=4)
 ENGINE = Engine(SETTINGS)
@@ -66,7 +67,7 @@ class Handle:
         return self
 
 
-APP = make_app(SETTINGS, Handle())
+APP = make_app(SETTINGS, Service(SETTINGS, Handle()))
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)  # which also registers the checks
 CHECKS = [
     KNOWN.get_one(name)
@@ -124,5 +125,5 @@ def test_bodies_of_bytes(body, path, kind):
     with TestClient(APP, raise_server_exceptions=False) as client:
         answer = client.post(path, content=body, headers={"content-type": kind})
     assert 400 <= answer.status_code < 500
-    assert set(answer.json()["error"]) == {"id", "code", "message"}
+    assert set(answer.json()["error"]) == {"id", "code", "message", "field"}
     assert "Traceback" not in answer.text

@@ -45,7 +45,7 @@ def test_files_are_those_of_the_command_line_to_the_byte(pipe, tmp_path, method)
     assert made.config.model_dump(mode="json") == record["config"]
     assert made.distribution == record["law"]
     assert made.stats.acceptance_rate == record["statistics"]["acceptance_rate"]
-    assert made.stats.target_steps == record["statistics"]["target_calls"]
+    assert made.stats.target_calls == record["statistics"]["target_calls"]
 
 
 def test_result_says_what_it_is(pipe):
@@ -107,7 +107,7 @@ def test_callback_and_preview(pipe):
     seen = []
 
     def watch(canvas, statistics):
-        seen.append((canvas.known[0], statistics.target_steps, pipe.preview(canvas)))
+        seen.append((canvas.known[0], statistics.target_calls, pipe.preview(canvas)))
 
     (image,) = pipe("sneaker", method="target", callback_on_step=watch, **QUICK)
     known = [count for count, _, _ in seen]

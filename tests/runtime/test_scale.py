@@ -6,8 +6,10 @@ One Ray for the module, because starting it and its workers takes most of the ti
 import json
 import os
 import signal
+import stat
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -18,10 +20,12 @@ from cspd.runtime import run
 from cspd.runtime.cli import main
 from cspd.runtime.config import make_config
 from cspd.runtime.folder import RunFolder
+from cspd.runtime.local_ray import local_ray
 from cspd.runtime.scale import Cluster, Machine, split_cpus
 from cspd.runtime.shipping import Shipment, unpack
 
 ray = pytest.importorskip("ray", reason="the extra 'scale' is not installed")
+grpc = pytest.importorskip("grpc", reason="the extra 'scale' is not installed")
 CONFIG = make_config(
     labels=(1, 417), num_images=24, class_balanced=True, num_iter=4, head_steps=4, gamma=4,
     batch_size=2,
@@ -29,19 +33,45 @@ CONFIG = make_config(
 
 
 @pytest.fixture(scope="module")
-def local_ray():
-    """Ray on this machine, with a temporary folder for bundles that is the tests' own."""
-    patch, folder = pytest.MonkeyPatch(), tempfile.TemporaryDirectory(dir="/tmp", prefix="cspd")
-    patch.setenv("TMPDIR", folder.name)  # a short name: it holds Ray's sockets
-    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local", num_cpus=3, include_dashboard=False, log_to_driver=False,
-        logging_level="ERROR", object_store_memory=100 << 20,
-    )  # fmt: skip
-    yield
-    ray.shutdown()
-    patch.undo()
-    folder.cleanup()
+def our_folder():
+    """Home folder and temporary folder of this module, with a short name for Ray's sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="c") as folder:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TMPDIR", folder)
+            patch.setenv("HOME", folder)
+            patch.setattr(tempfile, "tempdir", None)
+            yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def our_ray(our_folder):
+    """Ray on this machine, as a run starts it."""
+    with local_ray("tests", num_cpus=3, object_store_memory=100 << 20):
+        yield
+
+
+def test_nobody_else_reaches_ray(our_ray, our_folder):
+    """Its folder is closed, whatever Ray does inside; nothing of it lies in the home folder."""
+    (around,) = our_folder.glob("cspd-ray-*")
+    assert stat.S_IMODE(around.stat().st_mode) == 0o700 and around.stat().st_uid == os.getuid()
+    sockets = [path for path in around.rglob("*") if path.is_socket()]
+    assert sockets and not [path for path in our_folder.rglob("*") if path.name == ".ray"]
+    assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize("token", ["ours", "x" * 64, None])
+def test_a_stranger_is_refused(our_ray, token):
+    """Ray's own port answers who knows the token, and nobody else."""
+    token = os.environ["RAY_AUTH_TOKEN"] if token == "ours" else token
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
+        if token == os.environ["RAY_AUTH_TOKEN"]:
+            assert b"127.0.0.1" in ask(b"", metadata=metadata, timeout=30)
+            return
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(b"", metadata=metadata, timeout=30)
+    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +87,7 @@ def on_ray(bundle, out, workers: int, **options) -> dict:
     return run.generate(bundle, CONFIG, out, job)[0]
 
 
-def test_workers_and_deaths(local_ray, tiny_bundle, alone, tmp_path, monkeypatch):
+def test_workers_and_deaths(our_ray, tiny_bundle, alone, tmp_path, monkeypatch):
     """1, 2 and 3 workers, one of them killed in the middle: what one process writes."""
     add, killed, processes = RunFolder.add, [], set()
 
@@ -80,7 +110,7 @@ def test_workers_and_deaths(local_ray, tiny_bundle, alone, tmp_path, monkeypatch
         assert len(killed) == 1 and processes > set(killed)
 
 
-def test_stopped_and_gone_on_with(local_ray, tiny_bundle, alone, tmp_path, monkeypatch):
+def test_stopped_and_gone_on_with(our_ray, tiny_bundle, alone, tmp_path, monkeypatch):
     """A signal lets what is in flight finish; one process may go on with it."""
     add = RunFolder.add
 
@@ -101,7 +131,7 @@ def test_stopped_and_gone_on_with(local_ray, tiny_bundle, alone, tmp_path, monke
     assert contents(tmp_path / "out", "run.json") == alone
 
 
-def test_error_of_a_worker_is_one_line(local_ray, tiny_bundle, tmp_path):
+def test_error_of_a_worker_is_one_line(our_ray, tiny_bundle, tmp_path):
     """CUDA is missing where the worker runs, not where the command was given."""
     job = run.Job(Machine("cpu", 1), cluster=Cluster("local", 1), quiet=True)
     config = CONFIG.model_copy(update={"backend": "tensorrt"})
@@ -110,7 +140,7 @@ def test_error_of_a_worker_is_one_line(local_ray, tiny_bundle, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_more_than_the_cluster_has(local_ray, tiny_bundle, tmp_path):
+def test_more_than_the_cluster_has(our_ray, tiny_bundle, tmp_path):
     job = run.Job(Machine("cpu", 2), cluster=Cluster("local", 2), quiet=True)
     with pytest.raises(CspdError, match=r"--workers 2 with 2 CPUs each do not fit.*have 3"):
         run.generate(tiny_bundle, CONFIG, tmp_path / "out", job)
@@ -189,7 +219,8 @@ def test_missing_extra(tiny_bundle, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_command_starts_its_own_ray(tiny_bundle, alone, tmp_path):
+def test_command_starts_its_own_ray(tiny_bundle, alone, tmp_path, our_folder, capfd):
+    """With a new token, although this process had one before; and it is silent."""
     if ray.is_initialized():
         ray.shutdown()
     out = tmp_path / "out"
@@ -207,8 +238,9 @@ def test_command_starts_its_own_ray(tiny_bundle, alone, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["session"]["workers"] == 1
-    assert not ray.is_initialized()
+    assert not ray.is_initialized() and not list(our_folder.glob(".ray"))
     assert contents(out, "run.json") == alone
+    assert "ray" not in "".join(capfd.readouterr()).lower()
 
 
 def test_a_folder_whose_name_is_too_long_for_sockets(tiny_bundle, tmp_path, monkeypatch):
@@ -216,5 +248,6 @@ def test_a_folder_whose_name_is_too_long_for_sockets(tiny_bundle, tmp_path, monk
         ray.shutdown()
     (tmp_path / ("long" * 30)).mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 30)))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     with pytest.raises(CspdError, match="set TMPDIR to a folder with a short name"):
         on_ray(tiny_bundle, tmp_path / "out", 1)

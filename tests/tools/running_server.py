@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,15 @@ MAX_QUEUE = 16
 
 @dataclass
 class Server:
-    url: str
+    port: int
     process: subprocess.Popen
     bundle: Path
     logs: Path
+    out: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     def post(self, body, path="/v1/images", key=KEY, **options):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -71,13 +77,40 @@ def running_server(folder: Path) -> Iterator[Server]:
     ]  # fmt: skip
     with (folder / "out").open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out)
-    made = Server(f"http://127.0.0.1:{port}", process, folder / "bundle", folder / "logs")
+    made = Server(port, process, folder / "bundle", folder / "logs", folder / "out")
     try:
         made.wait_until(
             lambda: b"cspd serves" in (folder / "out").read_bytes() or process.poll(), 180
         )
         assert process.poll() is None, (folder / "out").read_text()
         yield made
+        stop_in_work(made)
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+
+
+def stop_in_work(server: Server) -> None:
+    """SIGTERM while images are made: they are finished, streams too, and nothing is admitted.
+
+    It stands at the end of every run, because a server of its own would take half a minute.
+    """
+    slow = {"label": 1, "method": "target", "num_iter": 49, "head_steps": 50}
+    paths = ["/v1/images"] * 3 + ["/v1/images/stream"]
+    with ThreadPoolExecutor(len(paths)) as pool:
+        work = [pool.submit(server.post, slow | {"seed": i}, p) for i, p in enumerate(paths)]
+        server.wait_until(lambda: server.metric("cspd_queue_images") == len(paths))
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_until(lambda: server.get("/readyz").status_code == 503)
+        for path in set(paths):
+            refused = server.post(slow, path)
+            assert refused.status_code == 503, refused.text
+            assert refused.json()["error"]["code"] == "stopping"
+            assert int(refused.headers["Retry-After"]) > 0
+        answers = [answer.result() for answer in work]
+    assert [answer.status_code for answer in answers] == [200] * len(paths)
+    assert all(answer.content.startswith(b"\x89PNG") for answer in answers[:3])
+    assert answers[3].text.rstrip().rpartition("\n\n")[2].startswith("event: done")
+    assert server.process.wait(60) == 0
+    lines = server.out.read_text().splitlines()
+    assert lines[1:] == ["finishing the images in flight; once more stops at once"]

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import requests
 from running_server import KEY, MAX_QUEUE
 
 from cspd.engines.bundle import open_bundle
@@ -48,7 +49,7 @@ def problem(response, status, code):
     """The error of a refused request, after checking its form."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    assert set(error) == {"id", "code", "message"} and error["code"] == code
+    assert set(error) == {"id", "code", "message", "field"} and error["code"] == code
     assert re.fullmatch("[0-9a-f]{32}", error["id"])
     assert error["id"] == response.headers["X-Cspd-Id"]
     assert "Traceback" not in response.text and ".py" not in response.text
@@ -60,6 +61,18 @@ def test_bytes_are_those_of_generate(server, offline, method):
     response = server.post({"label": 7, "seed": 2**40 + 1, "method": method, **QUICK})
     assert response.headers["Content-Type"] == "image/png"
     assert response.content == offline(7, seed=2**40 + 1, method=method)
+
+
+def test_lossless_says_what_it_saves(server):
+    """Plain stepping evaluates the head once per denoising step of every autoregressive step."""
+    images = {}
+    for method in ("target", "lossless"):
+        body = {"label": 7, "method": method, "n": 2, **QUICK}
+        images[method] = server.post(body).json()["images"][0]
+        assert images[method]["plain_head_calls"] == QUICK["num_iter"] * QUICK["head_steps"]
+    assert images["target"]["head_calls"] == images["target"]["plain_head_calls"]
+    assert QUICK["num_iter"] <= images["lossless"]["head_calls"]
+    assert images["lossless"]["head_calls"] < images["lossless"]["plain_head_calls"]
 
 
 def test_several_images_are_the_files_of_the_command(server, tmp_path):
@@ -112,31 +125,31 @@ def test_stream_shows_every_token_once_and_ends_with_the_image(server, offline):
 
 
 BAD = {
-    "unknown field": ({"label": 1, "path": "/etc/passwd"}, "path: Extra inputs"),
-    "no label": ({}, "label"),
-    "class": ({"label": 10}, "expected 0..9"),
-    "class name": ({"label": "../../etc/passwd"}, "no class"),
-    "negative": ({"label": -1}, "label"),
-    "true is no number": ({"label": 1, "n": True}, "n: "),
-    "text is no number": ({"label": 1, "seed": "1"}, "seed: "),
-    "too many": ({"label": 1, "n": 17}, "n: "),
-    "seed": ({"label": 1, "seed": 2**64}, "seed: "),
-    "method": ({"label": 1, "method": "magic"}, "method: "),
-    "steps": ({"label": 1, "num_iter": 50}, "1..49"),
-    "guidance": (b'{"label": 1, "cfg": NaN}', "cfg: "),
-    "list": ([1], "body"),
-    "not json": (b"\x80\x04\x95pickle", "body"),
+    "unknown field": ({"label": 1, "methode": "cspd"}, None, "did you mean 'method'?"),
+    "no label": ({}, "label", "label is missing"),
+    "class": ({"label": 10}, "label", "expected 0..9"),
+    "class name": ({"label": "snekers"}, "label", "did you mean 'sneaker'?"),
+    "true is no number": ({"label": 1, "n": True}, "n", "n is true, expected a whole number"),
+    "too many": ({"label": 1, "n": 17}, "n", "n is 17, expected 1..16"),
+    "method": ({"label": 1, "method": "cpsd"}, "method", "did you mean 'cspd'?"),
+    "steps": ({"label": 1, "num_iter": 50}, "num_iter", "num_iter is 50, expected 1..49"),
+    "window": ({"label": 1, "method": "lossless", "window": 33}, "window", "expected 1..32"),
+    "guidance": (b'{"label": 1, "cfg": NaN}', "cfg", "cfg is NaN, expected 0..100"),
+    "list": ([1], None, "body"),
+    "not json": (b"\x80\x04\x95pickle", None, "body"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("path", ["/v1/images", "/v1/images/stream"])
 def test_bad_request(server, case, path):
-    body, fragment = BAD[case]
+    body, field, fragment = BAD[case]
     response = server.post(body, path, headers={"Content-Type": "application/json"})
     status, code = response.status_code, response.json()["error"]["code"]
     assert (status, code) in {(422, "invalid"), (400, "http")}
-    assert fragment in problem(response, status, code)
+    assert response.json()["error"]["field"] == field
+    message = problem(response, status, code)
+    assert fragment in message and "--" not in message
 
 
 def test_bounds_around_the_request(server):
@@ -151,9 +164,36 @@ def test_bounds_around_the_request(server):
     problem(server.get("/v1/images"), 405, "http")
 
 
+def test_headers_are_bounded_and_cleaned(server):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+        try:
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + b"X: 1\r\n" * 10**6)
+            assert not client.recv(99).startswith(b"HTTP/1.1 200")
+        except ConnectionError:
+            pass  # closed while it was sending
+    for given, kept in (("an-id.7", True), ("x" * 65, False), ("forged<b>", False)):
+        headers = {"X-Request-Id": given, "X-Request-Timeout-Seconds": "0.0001"}
+        response = server.get("/healthz", **headers)
+        assert response.status_code == 200
+        assert (response.headers["X-Request-Id"] == given) is kept
+
+
+def test_serve_answers_for_itself_what_the_documentation_says(server):
+    """Routes of Ray Serve's own, without a key: the name of the application, and that it lives."""
+    assert server.get("/-/routes", key=None).json() == {"/": "cspd"}
+    assert server.get("/-/healthz", key=None).text == "success"
+
+
+def test_the_terminal_shows_no_lines_of_ray(server):
+    assert server.out.read_text() == f"cspd serves {server.bundle.resolve()} at {server.url}/\n"
+
+
 def test_information(server):
     assert server.get("/healthz", key=None).json() == {"status": "ok"}
     assert server.get("/readyz", key=None).json() == {"status": "ok"}
+    for path in ("/healthz", "/readyz"):
+        head = requests.head(server.url + path, timeout=10)
+        assert head.status_code == 200 and head.content == b""
     (model,) = server.get("/v1/models").json()["data"]
     assert model["id"] == open_bundle(shipped_bundle()).sha256
     assert model["methods"] == ["target", "cspd", "lossless", "draft"]
@@ -182,7 +222,7 @@ def test_metrics_count(server):
 def test_a_client_that_leaves_frees_its_rows(server, offline, path):
     """The abandoned image would take far longer than the next one is given."""
     body = json.dumps({"label": 1, **SLOW})
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
         head = (
             f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {KEY}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
