@@ -119,7 +119,8 @@ def _weights(bundle: Bundle, label: str) -> list[str]:
 
 def _link(source: Path, target: Path) -> None:
     try:
-        os.link(source, target)
+        # Of a link, what it leads to.
+        os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
 
