@@ -9,7 +9,7 @@ import json
 import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -19,14 +19,15 @@ from pydantic import Field
 from cspd.engines.atomic import atomic_file
 from cspd.engines.errors import MissingExtraError
 from cspd.engines.spec import Record
-from cspd.runtime.images import decode_png
+from cspd.runtime.images import decode_png, numbered
+from cspd.runtime.stats import Verdicts
 
 Format = Literal["png", "webdataset", "npz", "parquet"]
 SUFFIX = {"webdataset": "tar", "npz": "npz", "parquet": "parquet"}
 # Rows that parquet holds in memory at once; the unit that readers load.
 ROW_GROUP = 64
 # Verdicts of an image, each a column of a parquet shard.
-COUNTS = ("proposed", "accepted", "resampled", "fallback", "discarded")
+COUNTS = tuple(field.name for field in fields(Verdicts))
 
 
 class Layout(Record):
@@ -41,10 +42,11 @@ class Layout(Record):
             return []
         if self.format == "npz":
             return [Shard("samples.npz", 0, num_images)]
+        size, suffix = self.shard_size, SUFFIX[self.format]
+        firsts = range(0, num_images, size)
         return [
-            Shard(f"{number:05d}.{SUFFIX[self.format]}", first, min(first + size, num_images))
-            for size in [self.shard_size]
-            for number, first in enumerate(range(0, num_images, size))
+            Shard(numbered(number, len(firsts), suffix), first, min(first + size, num_images))
+            for number, first in enumerate(firsts)
         ]
 
     def check(self) -> None:

@@ -37,7 +37,7 @@ def outcome_table(outcomes: list[Outcome], bundle: Bundle) -> Table:
 
 def _speed(tally: Tally, baseline: Tally | None) -> str:
     """Images per second against those of `baseline`."""
-    if baseline is None or not tally.images:
+    if baseline is None or not (baseline.images and tally.images and tally.seconds):
         return "-"
     return f"{baseline.seconds / baseline.images * tally.images / tally.seconds:.2f}x"
 

@@ -157,7 +157,7 @@ def test_cuda_where_there_is_none(tiny_bundle, tmp_path, backend):
 def test_json_is_all_there_is_on_stdout(tiny_bundle, tmp_path):
     result = generate(tiny_bundle.folder, tmp_path / "out", *FAST, "--json")
     record = json.loads(result.stdout)
-    assert record["schema"] == 1 and record["images"] == 1
+    assert record["schema"] == 2 and record["images"] == 1
     assert "1/1 images" in result.stderr
 
 
@@ -173,7 +173,7 @@ def test_table_has_a_line_per_method(tiny_bundle, tmp_path):
     methods = [line.strip("│ ").split()[0] for line in rows]
     assert methods == ["cspd", "target"]
     assert rows[1].strip("│ ").endswith("1.00x")
-    assert result.stdout.splitlines()[-1] == str(tmp_path / "out" / "grid.png")
+    assert result.stdout.splitlines()[-1] == str(tmp_path / "out" / "preview" / "grid.png")
 
 
 def test_labels_default_to_one_image_per_class_in_turn():
