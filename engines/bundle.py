@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -30,7 +31,10 @@ def hash_file(path: Path) -> FileRecord:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder with a manifest. Files are handed out only after their hash was checked."""
+    """A folder with a manifest. Files are handed out only after their hash was checked.
+
+    They may be links out of the folder, as in the cache of Hugging Face: the hash vouches for them.
+    """
 
     folder: Path
     manifest: Manifest
@@ -58,10 +62,6 @@ class Bundle:
 
     def _verify(self, path: Path, record: FileRecord) -> None:
         rebuild = "copy the bundle again, or rebuild it with cspd-export build"
-        if path.is_symlink() or not path.resolve().is_relative_to(self.folder.resolve()):
-            raise BundleError(
-                f"{path}: a link that leads out of the bundle is not followed; {rebuild}"
-            )
         if not path.is_file():
             raise BundleError(f"{path}: missing from the bundle; {rebuild}")
         if path.stat().st_size != record.bytes or hash_file(path) != record:
@@ -71,8 +71,25 @@ class Bundle:
         """Verified ONNX file of the graph `label`, its weights verified too."""
         weights = [self.file(name) for name in self._weights(label)]
         path = self.file(self.graph(label).file)
-        self._check_external(path, {w.name for w in weights if w.parent == path.parent})
+        beside = [file for file in weights if file.parent == path.parent]
+        self._check_external(path, {file.name for file in beside})
+        for file in beside:
+            self._check_reach(path, file)
         return path
+
+    def _check_reach(self, graph: Path, weights: Path) -> None:
+        """Raise BundleError if a link leads from `weights` to where ONNX Runtime refuses to read.
+
+        It reads external data below the folder of a graph, and below the one that the graph itself
+        is linked from: the cache of Hugging Face keeps all files in one.
+        """
+        places = (graph.parent.resolve(), graph.resolve().parent)
+        if not any(weights.resolve().is_relative_to(place) for place in places):
+            copy = shlex.join(["cp", "-rL", str(self.folder), f"{self.folder.resolve().name}-copy"])
+            raise BundleError(
+                f"{weights}: is a link out of the folder of {graph.name}, which ONNX Runtime does "
+                f"not follow; use a copy of the bundle without links: {copy}"
+            )
 
     def _check_external(self, path: Path, weights: set[str]) -> None:
         """Raise BundleError if the ONNX file `path` reads anything beside it but `weights`."""

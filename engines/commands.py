@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from cspd.engines import streams
 from cspd.engines.cpus import limit_torch_threads
 from cspd.engines.errors import MAX_LINE, CspdError, printable
 
@@ -39,6 +40,22 @@ class Commands(click.Group):
     def add_tool(self, name: str, module: str, summary: str) -> None:
         """Add a verb that a module above this one provides."""
         self.add_command(ToolCommand(name, module, summary))
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command line; output that got lost is one line, and an exit code that is not 0."""
+        streams.guard()
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as end:
+            lost = streams.failure()
+            if lost is None:
+                raise
+            click.echo(
+                f"Error: stdout: cannot be written to: {lost}; the command itself ran to its end, "
+                "and files that it wrote are whole",
+                err=True,
+            )
+            raise SystemExit(end.code or 1) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command, PyTorch within the granted CPUs."""

@@ -22,8 +22,6 @@ class ImageFile:
     """One image as the bytes of its PNG."""
 
     index: int
-    label: int
-    class_name: str
     png: bytes
     verdicts: Verdicts
 
@@ -39,9 +37,8 @@ class FinishedBatch:
 
 def encode(config: RunConfig, bundle: Bundle, image: GeneratedImage) -> ImageFile:
     """The file of one image: the same bytes wherever it is made."""
-    metadata = image_metadata(config, bundle, image)
-    png = encode_png(image.pixels, metadata)
-    return ImageFile(image.index, image.label, metadata["class"], png, image.verdicts)
+    png = encode_png(image.pixels, image_metadata(config, bundle, image))
+    return ImageFile(image.index, png, image.verdicts)
 
 
 def timed_batches(

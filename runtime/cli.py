@@ -16,9 +16,11 @@ from cspd.engines.commands import Commands
 from cspd.engines.doctor import diagnose
 from cspd.runtime import run
 from cspd.runtime.config import HeadMode, Method
+from cspd.runtime.folder import GRID
 from cspd.runtime.formats import Format, Layout
 from cspd.runtime.images import write_png
-from cspd.runtime.outputs import image_metadata, recorded_config
+from cspd.runtime.outputs import image_metadata
+from cspd.runtime.replay import replay as make_again
 from cspd.runtime.settings import configure, shipped_bundle
 from cspd.runtime.tables import doctor_table, outcome_table
 
@@ -194,7 +196,7 @@ def generate(
 ) -> None:  # fmt: skip
     """Generate images with BUNDLE, by default the small trained pair inside the package.
 
-    A run that was stopped, killed or ran out of disk goes on with the same command.
+    A run that was stopped, killed or ran out of disk is resumed by the same command.
     """
     opened = open_bundle(bundle or shipped_bundle())
     config = configure(opened, ",".join(labels) if labels else None, sampling)
@@ -211,12 +213,9 @@ def generate(
         click.echo(f"note: {line}", err=True)
     if as_json:
         click.echo(json.dumps(record, indent=1))
-    elif not outcomes:
-        name = click.format_filename(out)
-        click.echo(f"{name}: the run is finished, its {record['images']} images are intact")
     else:
         Console().print(outcome_table(outcomes, opened))
-        click.echo(click.format_filename(out / "grid.png"))
+        click.echo(click.format_filename(out / GRID))
 
 
 @main.command()
@@ -227,9 +226,8 @@ def generate(
 def replay(image: Path, bundle: Path | None, device: str, threads: int, out: Path | None) -> None:
     """Make IMAGE again from the settings inside it, and say whether it came out the same."""
     opened = open_bundle(bundle or shipped_bundle())
-    made, same = run.replay(opened, image, device=device, threads=threads)
+    made, config, same = make_again(opened, image, device=device, threads=threads)
     if out is not None:
-        config = recorded_config(run.read_metadata(image), image)
         write_png(out, made.pixels, image_metadata(config, opened, made))
     if not same:
         raise click.ClickException(

@@ -1,9 +1,10 @@
-"""The folder of a run. Whatever ends a run, the same command goes on where it was.
+"""The folder of a run. Whatever ends a run, the same command resumes where it was.
 
-An image is first its file (renamed into place), then its line in `images.jsonl`; a shard is first
-its file, then its line in `shards.jsonl`. A line is a promise that is checked by hash when a run
-goes on. `unfinished.jsonl` says which run it is, then what each batch counted; it goes away when
-`run.json` is there.
+`settings.json` says which run it is, from the first moment on. An image is first its file (renamed
+into place), then its line in `images.jsonl`; a shard is first its file, then its line in
+`shards.jsonl`. A line is a promise that is checked by hash when a run is resumed: what follows from
+the settings is never read from it, and the rest counts only with its checksum. `unfinished.jsonl`
+holds what each batch counted, until `run.json` is there.
 """
 
 from __future__ import annotations
@@ -13,25 +14,29 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cspd.engines.atomic import atomic_file
-from cspd.engines.bundle import Bundle
+from cspd.engines.bundle import Bundle, hash_file
 from cspd.engines.errors import CspdError
 from cspd.runtime import images, journal
 from cspd.runtime.batches import FinishedBatch, ImageFile
 from cspd.runtime.config import RunConfig
 from cspd.runtime.formats import Layout, Member, Shard, pack
-from cspd.runtime.outputs import tool_version
-from cspd.runtime.stats import TALLY, Tally
+from cspd.runtime.outputs import RUN_SCHEMA, tool_version
+from cspd.runtime.stats import TALLY, Tally, Verdicts
 
 GRID_LIMIT = 64
-RUN, IMAGES, SHARDS, GRID = "run.json", "images.jsonl", "shards.jsonl", "grid.png"
-# The run at work: its settings and counts, and the images that wait for their shard.
+SETTINGS, RUN, IMAGES, SHARDS = "settings.json", "run.json", "images.jsonl", "shards.jsonl"
+# Apart from the images, so that whoever reads all PNGs of the folder reads these and nothing else.
+PREVIEW = "preview"
+GRID = f"{PREVIEW}/grid.png"
+# The run at work: its counts, and the images that wait for their shard.
 JOURNAL, PENDING = "unfinished.jsonl", "pending"
+CHECK = "check"  # key of a line's checksum
 
 
 @dataclass
@@ -45,6 +50,8 @@ class RunFolder:
     lines: dict[int, journal.Line] = field(default_factory=dict)
     packed: dict[str, journal.Line] = field(default_factory=dict)
     tally: Tally = field(default_factory=Tally)
+    # Why the heads of the run sample as they do, by role.
+    choices: dict[str, str] = field(default_factory=dict)
     # run.json of a run that was finished before.
     record: dict[str, Any] | None = None
     # Keeps other processes out; closed with the context.
@@ -64,13 +71,67 @@ class RunFolder:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a run must have in common with the one in the folder to go on with it."""
+        """What a run must have in common with the one in the folder to resume it."""
         return {
+            "schema": RUN_SCHEMA,
             "tool": tool_version(),
             "bundle": self.bundle.sha256,
             "config": self.config.model_dump(mode="json"),
             "layout": self.layout.model_dump(mode="json"),
         }
+
+    @cached_property
+    def _key(self) -> bytes:
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).digest()
+
+    def sealed(self, line: journal.Line) -> journal.Line:
+        """`line` with its checksum, which is good for this run only."""
+        content = json.dumps(line, sort_keys=True).encode()
+        return line | {CHECK: hashlib.sha256(self._key + content).hexdigest()[:16]}
+
+    def image_line(self, index: int, sha256: str, verdicts: Verdicts) -> journal.Line:
+        """The line of an image: all but hash and verdicts follows from the settings."""
+        label = self.config.label_of(index)
+        return self.sealed(
+            {
+                "image": index,
+                "file": self.image_path(index).name,
+                "label": label,
+                "class": self.bundle.manifest.class_names[label],
+                "sha256": sha256,
+                **asdict(verdicts),
+            }
+        )
+
+    def shard_line(self, shard: Shard, sha256: str) -> journal.Line:
+        """The line of a shard: all but the hash follows from the settings."""
+        return self.sealed(
+            {
+                "file": shard.name,
+                "first": shard.first,
+                "images": len(shard.indices),
+                "sha256": sha256,
+            }
+        )
+
+    def read_image_line(self, found: journal.Line) -> journal.Line | None:
+        """The line as it was written, from one that was read; None if its checksum is wrong."""
+        index, sha256 = found.get("image"), found.get("sha256")
+        verdicts = Verdicts(*(found.get(item.name) for item in fields(Verdicts)))  # type: ignore[arg-type]
+        if type(index) is not int or not 0 <= index < self.config.num_images:
+            return None
+        if not isinstance(sha256, str) or not verdicts.adds_up:
+            return None
+        line = self.image_line(index, sha256, verdicts)
+        return line if line[CHECK] == found.get(CHECK) else None
+
+    def read_shard_line(self, shard: Shard, found: journal.Line) -> journal.Line | None:
+        """The line as it was written, from one that was read; None if its checksum is wrong."""
+        sha256 = found.get("sha256")
+        if not isinstance(sha256, str):
+            return None
+        line = self.shard_line(shard, sha256)
+        return line if line[CHECK] == found.get(CHECK) else None
 
     @property
     def missing(self) -> list[int]:
@@ -104,7 +165,8 @@ class RunFolder:
             lines = [self._write(file) for file in batch.files]
             journal.append(self.folder / IMAGES, lines)
             self.lines.update({line["image"]: line for line in lines})
-            journal.append(self.folder / JOURNAL, [TALLY.dump_python(batch.tally, mode="json")])
+            counts = json.loads(TALLY.dump_json(batch.tally))
+            journal.append(self.folder / JOURNAL, [self.sealed(counts)])
             self.tally.add(batch.tally)
         self.pack_full()
 
@@ -117,22 +179,32 @@ class RunFolder:
                 with self.writing(shard.name):
                     self._pack(shard)
 
-    def finish(self, record: dict[str, Any]) -> None:
-        """Write the grid and `run.json`; the run is not unfinished any more."""
-        with self.writing("grid.png and run.json"):
+    def begin(self) -> None:
+        """Write which run this is, and the choices that were made for it."""
+        self._write_json(SETTINGS, self.identity | {"choices": self.choices})
+
+    def finish(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Write the grid, and `record` with the hashes of all lines as `run.json`; returns it."""
+        with self.writing(f"{GRID} and {RUN}"):
             if not (self.folder / GRID).exists():
                 self._write_grid()
             journal.rewrite(self.folder / IMAGES, (self.lines[i] for i in sorted(self.lines)))
             if self.packed:
-                ordered = sorted(self.packed.values(), key=lambda line: line["first"])
-                journal.rewrite(self.folder / SHARDS, ordered)
-            with atomic_file(self.folder / RUN) as file:
-                file.write(json.dumps(record, indent=1).encode() + b"\n")
+                lines = [self.packed[shard.name] for shard in self.finished_shards]
+                journal.rewrite(self.folder / SHARDS, lines)
+            record = record | {"files": self.line_hashes()}
+            self._write_json(RUN, record)
             for path in (self.folder / PENDING).glob("*"):
                 path.unlink()
             if (self.folder / PENDING).exists():
                 (self.folder / PENDING).rmdir()
-            (self.folder / JOURNAL).unlink()
+            (self.folder / JOURNAL).unlink(missing_ok=True)
+        return record
+
+    def line_hashes(self) -> dict[str, str]:
+        """SHA-256 of the files of lines, by name."""
+        paths = [self.folder / name for name in (IMAGES, SHARDS)]
+        return {path.name: hash_file(path).sha256 for path in paths if path.exists()}
 
     @contextlib.contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -142,13 +214,13 @@ class RunFolder:
         except OSError as error:
             raise CspdError(
                 f"{self.state}, {what} cannot be written: {error.strerror}; "
-                "when that is mended, the same command goes on"
+                "when that is fixed, the same command resumes"
             ) from error
 
     def image_path(self, index: int) -> Path:
         """Where the PNG of an image is, or waits for its shard."""
         folder = self.folder if self.layout.format == "png" else self.folder / PENDING
-        return folder / f"{index:05d}.png"
+        return folder / images.numbered(index, self.config.num_images, "png")
 
     def _write(self, file: ImageFile) -> journal.Line:
         """Write one image; returns its line."""
@@ -156,14 +228,11 @@ class RunFolder:
         path.parent.mkdir(exist_ok=True)
         with atomic_file(path) as stream:
             stream.write(file.png)
-        return {
-            "image": file.index,
-            "file": path.name,
-            "label": file.label,
-            "class": file.class_name,
-            "sha256": hashlib.sha256(file.png).hexdigest(),
-            **asdict(file.verdicts),
-        }
+        return self.image_line(file.index, hashlib.sha256(file.png).hexdigest(), file.verdicts)
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        with atomic_file(self.folder / name) as file:
+            file.write(json.dumps(content, indent=1).encode() + b"\n")
 
     def _pack(self, shard: Shard) -> None:
         """Write a shard, then its line; its PNGs go, but for those that the grid needs."""
@@ -172,12 +241,7 @@ class RunFolder:
             for index in shard.indices
         )
         digest = pack(self.folder / shard.name, members, len(shard.indices), self.identity)
-        line = {
-            "file": shard.name,
-            "first": shard.first,
-            "images": len(shard.indices),
-            "sha256": digest,
-        }
+        line = self.shard_line(shard, digest)
         journal.append(self.folder / SHARDS, [line])
         self.packed[shard.name] = line
         for index in shard.indices[max(0, GRID_LIMIT - shard.first) :]:
@@ -187,6 +251,7 @@ class RunFolder:
         shown = range(min(GRID_LIMIT, self.config.num_images))
         pixels = [images.decode_png(self.image_path(index).read_bytes()) for index in shown]
         sheet = images.grid(pixels, [self.lines[index]["class"] for index in shown])
+        (self.folder / PREVIEW).mkdir(exist_ok=True)
         with atomic_file(self.folder / GRID) as file:
             sheet.save(file, format="PNG")
 

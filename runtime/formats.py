@@ -19,7 +19,7 @@ from pydantic import Field
 from cspd.engines.atomic import atomic_file
 from cspd.engines.errors import MissingExtraError
 from cspd.engines.spec import Record
-from cspd.runtime.images import decode_png
+from cspd.runtime.images import decode_png, numbered
 from cspd.runtime.stats import Verdicts
 
 Format = Literal["png", "webdataset", "npz", "parquet"]
@@ -42,10 +42,11 @@ class Layout(Record):
             return []
         if self.format == "npz":
             return [Shard("samples.npz", 0, num_images)]
+        size, suffix = self.shard_size, SUFFIX[self.format]
+        firsts = range(0, num_images, size)
         return [
-            Shard(f"{number:05d}.{SUFFIX[self.format]}", first, min(first + size, num_images))
-            for size in [self.shard_size]
-            for number, first in enumerate(range(0, num_images, size))
+            Shard(numbered(number, len(firsts), suffix), first, min(first + size, num_images))
+            for number, first in enumerate(firsts)
         ]
 
     def check(self) -> None:

@@ -22,6 +22,14 @@ CELL = 112  # pixels; smaller images are enlarged to this in the grid
 CAPTION = 18
 
 
+def numbered(index: int, count: int, suffix: str) -> str:
+    """File name of number `index` of `count`, padded so that names sort as their numbers do.
+
+    At least five digits, so that usual runs have the same names whatever their length.
+    """
+    return f"{index:0{max(5, len(str(count - 1)))}d}.{suffix}"
+
+
 def encode_png(pixels: np.ndarray, metadata: dict[str, Any]) -> bytes:
     """The PNG of `pixels` [H, W, C] uint8 with `metadata` as an iTXt chunk."""
     info, file = PngInfo(), io.BytesIO()

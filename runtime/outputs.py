@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from cspd.engines.errors import CspdError
 from cspd.runtime.config import RunConfig
 from cspd.runtime.law import certificate, law
 from cspd.runtime.pipeline import GeneratedImage
-from cspd.runtime.stats import Tally
+from cspd.runtime.stats import Tally, Verdicts, read_tally
 
 # 2: `target_calls` counts evaluations, `target_rounds` what it counted before; the target's tokens
-# that were asked for are `replaced_by_target` and no `fallback`.
+# that were asked for are `replaced_by_target` and no `fallback`; lines with checksums and their
+# hashes, settings.json, the grid in a folder of its own.
 RUN_SCHEMA = 2
 # 2: test and residual of `cspd` hold --temperature; speculative chains of --no-align share nothing.
 IMAGE_SCHEMA = 2
@@ -75,7 +76,6 @@ def run_record(config: RunConfig, bundle: Bundle, tally: Tally) -> dict[str, Any
     `tally` counts the images whose batch was noted: all of them, except for a batch that was
     finished in the very moment of a kill.
     """
-    statistics, verdicts = tally.statistics, tally.statistics.verdicts
     return {
         "schema": RUN_SCHEMA,
         "tool": tool_version(),
@@ -84,6 +84,15 @@ def run_record(config: RunConfig, bundle: Bundle, tally: Tally) -> dict[str, Any
         "certificate": certificate(config),
         "config": config.model_dump(mode="json"),
         "images": config.num_images,
+        **figures(tally),
+        "host": environment(),
+    }
+
+
+def figures(tally: Tally) -> dict[str, Any]:
+    """What a tally says in `run.json`; `tally_of` reads it back."""
+    statistics, verdicts = tally.statistics, tally.statistics.verdicts
+    return {
         "seconds": tally.seconds,
         "seconds_per_image": tally.seconds / tally.images if tally.images else None,
         "statistics": {
@@ -98,8 +107,30 @@ def run_record(config: RunConfig, bundle: Bundle, tally: Tally) -> dict[str, Any
             "rounds": {str(k): asdict(v) for k, v in sorted(statistics.rounds.items())},
         },
         "graphs": {name: asdict(stats) for name, stats in tally.calls.items()},
-        "host": environment(),
     }
+
+
+def tally_of(record: dict[str, Any]) -> Tally | None:
+    """The tally behind the `figures` in a record, but for its distances; None if they are none."""
+    try:
+        counts = record["statistics"]
+        statistics = {
+            "verdicts": {item.name: counts[item.name] for item in fields(Verdicts)},
+            "rounds": counts["rounds"],
+            **{
+                name: counts[name]
+                for name in ("target_rounds", "target_calls", "draft_calls", "prefilled")
+            },
+        }
+        found = {
+            "images": counts["images"],
+            "seconds": record["seconds"],
+            "statistics": statistics,
+            "calls": record["graphs"],
+        }
+    except (KeyError, TypeError):
+        return None
+    return read_tally(found)
 
 
 def environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Opens the folder of a run: a new one, or one that goes on after every file was checked."""
+"""Opens the folder of a run: a new one, or one that is resumed after every file was checked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,52 @@ from cspd.engines.errors import CspdError
 from cspd.runtime import journal
 from cspd.runtime.config import RunConfig
 from cspd.runtime.folder import (
+    CHECK,
     GRID,
     GRID_LIMIT,
     IMAGES,
     JOURNAL,
     PENDING,
+    PREVIEW,
     RUN,
+    SETTINGS,
     SHARDS,
     RunFolder,
 )
 from cspd.runtime.formats import Layout
-from cspd.runtime.stats import TALLY
+from cspd.runtime.outputs import RUN_SCHEMA, tally_of
+from cspd.runtime.stats import Tally, read_tally
 
+# A grid at the top was written before version 2 of the schema.
 OURS = (
-    r"(run\.json|images\.jsonl|shards\.jsonl|grid\.png|unfinished\.jsonl|samples\.npz"
+    r"((settings|run)\.json|(images|shards|unfinished)\.jsonl|grid\.png|samples\.npz"
     r"|[0-9]{5,}\.(png|tar|parquet))"
 )
 TEMPORARY = rf"\.{OURS}\.[0-9]+\.tmp|\.cspd-probe"
+# What systems leave in folders that their users take for empty.
+CLUTTER = (
+    r"lost\+found|\.DS_Store|\._.*|\.localized|\.fseventsd|\.Spotlight-V100|Thumbs\.db|desktop\.ini"
+    r"|System Volume Information|\$RECYCLE\.BIN|\.directory|\.Trash.*|\.nfs[0-9a-f]+|\.snapshot"
+    r"|@eaDir|\.git(keep|ignore)"
+)
 
 
 def open_run(
-    folder: Path, config: RunConfig, bundle: Bundle, layout: Layout, *, overwrite: bool = False
+    folder: Path,
+    config: RunConfig,
+    bundle: Bundle,
+    layout: Layout,
+    *,
+    choices: dict[str, str] | None = None,
+    overwrite: bool = False,
 ) -> RunFolder:
     """The run of `config` in `folder`; its `record` is set if it was finished before.
 
+    `choices` are kept with the settings of a new run; those of an old one come from its folder.
     Raises CspdError if the folder cannot be written, is in use, or holds anything but this run;
     with `overwrite` any run may be there and is removed.
     """
-    run = RunFolder(folder, config, bundle, layout)
+    run = RunFolder(folder, config, bundle, layout, choices=choices or {})
     try:
         _check_writable(folder)
         run.lock = _lock(folder)
@@ -52,7 +71,7 @@ def open_run(
         run.close()
         raise CspdError(
             f"{folder}: cannot write there: {error.strerror}; finished images in it are "
-            "untouched; mend that, or choose another --out"
+            "untouched; fix that, or choose another --out"
         ) from None
     except CspdError:
         run.close()
@@ -60,28 +79,93 @@ def open_run(
     return run
 
 
+def recorded(
+    folder: Path, config: RunConfig, bundle: Bundle, layout: Layout
+) -> tuple[RunConfig, dict[str, str]] | None:
+    """The settings of the run in `folder` and its reasons, if it is the one that `config` asks for.
+
+    They differ from `config` in the heads that measured costs chose: costs that were measured since
+    must not stop a run that began with others. None if the folder holds nothing of the kind.
+    """
+    for there in (_read_json(folder / SETTINGS), _identity_of(_read_json(folder / RUN))):
+        try:
+            old = RunConfig.model_validate((there or {}).get("config"))
+        except ValidationError:
+            continue
+        wanted = config.model_copy(update={"heads": config.heads or old.heads})
+        if there and not _difference(there, RunFolder(folder, wanted, bundle, layout).identity):
+            return wanted, _choices(there)
+    return None
+
+
 def _open(run: RunFolder, overwrite: bool) -> None:
+    _refuse_links(run.folder)
     _remove_temporary(run.folder)
-    found = list(run.folder.iterdir())
-    journal_there, record = _first_line(run.folder / JOURNAL), _read_record(run.folder / RUN)
-    if found and (overwrite or not (journal_there or record)):
-        _clear(run.folder, found, overwrite, known=bool(journal_there or record))
-        journal_there = record = None
-    there = journal_there or (record and _identity_of(record))
-    if there and (difference := _difference(there, run.identity)):
-        kind = "an unfinished run" if journal_there else "a finished run"
+    found = [path for path in run.folder.iterdir() if not re.fullmatch(CLUTTER, path.name)]
+    record = _read_json(run.folder / RUN)
+    there = _there(run, record)
+    if found and (overwrite or there is None):
+        _clear(run.folder, found, overwrite, known=there is not None)
+        there = record = None
+    if there is not None:
+        _check_same(run, there, finished=record is not None)
+        run.choices = _choices(there)
+        _load(run)
+    if record is not None and _whole(run, record):
+        run.record = record
+    if there is None or _read_json(run.folder / SETTINGS) != there:
+        run.begin()
+    if run.record is None:
+        run.pack_full()
+
+
+def _there(run: RunFolder, record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Which run the folder holds: this one if any of its records says so; None if it holds none."""
+    settings, head = _read_json(run.folder / SETTINGS), _old_head(run.folder)
+    found = [there for there in (settings, _identity_of(record), head) if there]
+    same = (there for there in found if not _difference(there, run.identity))
+    return next(same, found[0] if found else None)
+
+
+def _check_same(run: RunFolder, there: dict[str, Any], *, finished: bool) -> None:
+    """Raise CspdError unless `there` is the identity of `run`."""
+    if there.get("schema") != RUN_SCHEMA:
+        raise CspdError(
+            f"{run.folder}: is not empty: it holds a run in the format of another version of cspd "
+            f"({_short(there.get('schema', 1))}, this one writes {RUN_SCHEMA}); its images stay as "
+            "they are: choose another --out, or add --overwrite to make them again"
+        )
+    if difference := _difference(there, run.identity):
+        kind = "a finished run" if finished else "an unfinished run"
         raise CspdError(
             f"{run.folder}: is not empty: it holds {kind} of another configuration "
             f"({difference}); choose another --out or add --overwrite"
         )
-    if there:
-        _load(run)
-    if record and not journal_there and not run.missing:
-        run.record = record
-        return
-    if not journal_there:
-        journal.rewrite(run.folder / JOURNAL, [run.identity])
-    run.pack_full()
+
+
+def _whole(run: RunFolder, record: dict[str, Any]) -> bool:
+    """Whether `record` is that of `run`, nothing is missing, and nothing changed since."""
+    if run.missing or _difference(_identity_of(record) or {}, run.identity):
+        return False
+    if (run.folder / JOURNAL).exists() or not (run.folder / GRID).exists():
+        return False
+    if not isinstance(record.get("notes", []), list) or tally_of(record) is None:
+        return False
+    return record.get("files") == run.line_hashes()
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise CspdError for a link, or anything but a file, where a run has a file of its own."""
+    inner = (folder / PENDING, folder / PREVIEW)
+    for path in inner:
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise CspdError(f"{path}: is not a folder of a run; remove it or choose another --out")
+    for path in (*folder.iterdir(), *(path for part in inner for path in part.glob("*"))):
+        if re.fullmatch(OURS, path.name) and not stat.S_ISREG(path.lstat().st_mode):
+            raise CspdError(
+                f"{path}: is a link or no file at all, and nothing is written through those; "
+                "remove it or choose another --out"
+            )
 
 
 def _check_writable(folder: Path) -> None:
@@ -107,24 +191,32 @@ def _lock(folder: Path) -> int | None:
 
 def _remove_temporary(folder: Path) -> None:
     """Remove files that a kill left half written."""
-    for path in (*folder.iterdir(), *(folder / PENDING).glob(".*")):
+    inner = ((folder / PENDING).glob(".*"), (folder / PREVIEW).glob(".*"))
+    for path in (*folder.iterdir(), *(path for part in inner for path in part)):
         if re.fullmatch(TEMPORARY, path.name):
             path.unlink()
 
 
-def _first_line(path: Path) -> dict[str, Any] | None:
-    """The identity at the head of a journal; None if there is none."""
-    lines = journal.repair(path)
+def _old_head(folder: Path) -> dict[str, Any] | None:
+    """The identity at the head of a journal, where it stood before version 2; None elsewhere."""
+    lines = journal.repair(folder / JOURNAL)
     return lines[0] if lines and "config" in lines[0] else None
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
-    """The record of a finished run; None if there is none."""
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None if there is none."""
     try:
-        record = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    return content if isinstance(content, dict) else None
+
+
+def _choices(there: dict[str, Any]) -> dict[str, str]:
+    """The reasons in the settings of a run."""
+    found = there.get("choices")
+    found = found if isinstance(found, dict) else {}
+    return {role: reason for role, reason in found.items() if isinstance(reason, str)}
 
 
 def _clear(folder: Path, found: list[Path], overwrite: bool, *, known: bool) -> None:
@@ -134,25 +226,32 @@ def _clear(folder: Path, found: list[Path], overwrite: bool, *, known: bool) -> 
     if not known:
         raise CspdError(f"{folder}: holds files that are not a run; choose another --out")
     # What makes it a run goes last, so that a kill in between leaves one that can be overwritten.
-    for path in sorted(
-        [*found, *(folder / PENDING).glob("*.png")], key=lambda path: path.name in (JOURNAL, RUN)
-    ):
+    inner = [folder / PENDING, folder / PREVIEW]
+    files = [*found, *(path for part in inner for path in part.glob("*.png"))]
+    for path in sorted(files, key=lambda path: path.name in (JOURNAL, RUN, SETTINGS)):
         if re.fullmatch(OURS, path.name):
             path.unlink()
-    if (folder / PENDING).is_dir() and not any((folder / PENDING).iterdir()):
-        (folder / PENDING).rmdir()
+    for part in inner:
+        if part.is_dir() and not any(part.iterdir()):
+            part.rmdir()
 
 
-def _identity_of(record: dict[str, Any]) -> dict[str, Any]:
-    """The identity of a finished run, from its run.json."""
+def _identity_of(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The identity of a finished run and its choices, from its run.json."""
+    if record is None:
+        return None
     bundle = record.get("bundle")
     sha256 = bundle.get("sha256") if isinstance(bundle, dict) else None
-    return {name: record.get(name) for name in ("tool", "config", "layout")} | {"bundle": sha256}
+    names = ("schema", "tool", "config", "layout")
+    return {name: record.get(name) for name in names} | {
+        "bundle": sha256,
+        "choices": _choices(record),
+    }
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     """The first setting in which two identities differ, in words; None if there is none."""
-    old, new = _flat(there), _flat(here)
+    old, new = _flat({name: there.get(name) for name in here}), _flat(here)
     for name in {**new, **old}:
         if old.get(name) != new.get(name):
             return f"{name} is {_short(old.get(name))} there, {_short(new.get(name))} here"
@@ -174,26 +273,33 @@ def _short(value: Any) -> str:
 
 def _load(run: RunFolder) -> None:
     """Take over what lines promise and files keep."""
-    names = {shard.name for shard in run.layout.shards(run.config.num_images)}
-    for line in journal.repair(run.folder / SHARDS):
-        name = line.get("file")
-        if name in names and _intact(run.folder / name, line):
-            run.packed[name] = line
+    shards = {shard.name: shard for shard in run.layout.shards(run.config.num_images)}
+    for found in journal.repair(run.folder / SHARDS):
+        name = found.get("file")
+        shard = shards.get(name) if isinstance(name, str) else None
+        line = run.read_shard_line(shard, found) if shard else None
+        if line is not None and _intact(run.folder / line["file"], line):
+            run.packed[line["file"]] = line
     packed = {index for shard in run.finished_shards for index in shard.indices}
     # The grid is made of loose images, which wait for it even if their shard is there.
     loose = () if (run.folder / GRID).exists() else range(GRID_LIMIT)
-    for line in journal.repair(run.folder / IMAGES):
-        index = line.get("image")
-        if type(index) is not int or not 0 <= index < run.config.num_images:
+    for found in journal.repair(run.folder / IMAGES):
+        line = run.read_image_line(found)
+        if line is None:
             continue
+        index = line["image"]
         if (index in packed and index not in loose) or _intact(run.image_path(index), line):
             run.lines[index] = line
-    for line in journal.repair(run.folder / JOURNAL)[1:]:
-        try:
-            run.tally.add(TALLY.validate_python(line))
-        except ValidationError:
-            continue
+    for found in journal.repair(run.folder / JOURNAL):
+        if (tally := _tally(run, found)) is not None:
+            run.tally.add(tally)
+
+
+def _tally(run: RunFolder, found: journal.Line) -> Tally | None:
+    """The counts of a batch; None unless they are what this run wrote."""
+    counts = {name: value for name, value in found.items() if name != CHECK}
+    return read_tally(counts) if run.sealed(counts) == found else None
 
 
 def _intact(path: Path, line: journal.Line) -> bool:
-    return path.is_file() and hash_file(path).sha256 == line.get("sha256")
+    return path.is_file() and hash_file(path).sha256 == line["sha256"]

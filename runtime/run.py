@@ -1,8 +1,7 @@
-"""Runs of the command line: a folder of images, the target to compare, one image again."""
+"""Runs of the command line: a folder of images, and the target to compare."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -10,22 +9,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from rich.console import Console
 
 from cspd.engines.bundle import Bundle
-from cspd.engines.errors import CspdError
 from cspd.runtime.batches import FinishedBatch, encode, timed_batches
 from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.folder import RunFolder
 from cspd.runtime.formats import Layout
-from cspd.runtime.images import read_metadata
 from cspd.runtime.local_ray import import_ray
-from cspd.runtime.outputs import recorded_config, run_record
-from cspd.runtime.pipeline import GeneratedImage, Pipeline
+from cspd.runtime.outputs import figures, run_record, tally_of
+from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.progress import RunProgress
-from cspd.runtime.resume import open_run
+from cspd.runtime.resume import open_run, recorded
 from cspd.runtime.scale import Cluster, Machine, connected, pool
 from cspd.runtime.stats import Tally
 from cspd.runtime.stopping import StopWish
@@ -58,29 +53,37 @@ def generate(
 ) -> tuple[dict[str, Any], list[Outcome]]:
     """Generate the images that `out` lacks; returns `run.json` and the measured outcomes.
 
-    A run that is finished already returns its record and no outcome. Raises Interrupted when a
-    signal asked to stop; images in flight were finished and written.
+    A run that is finished already returns what its folder says and makes nothing. A run that was
+    begun keeps the choices it began with. Raises Interrupted when a signal asked to stop; images in
+    flight were finished and written.
     """
     check_config(config, bundle.manifest)
     job.layout.check()
     pipeline = Pipeline(bundle, config.backend, job.machine.device, job.machine.threads)
-    config, chosen = pipeline.resolve(config)
-    choices = {str(role): explained.reason for role, explained in chosen.items()}
+    old = None if job.overwrite else recorded(out, config, bundle, job.layout)
+    if old is None:
+        config, chosen = pipeline.resolve(config)
+        choices = {str(role): explained.reason for role, explained in chosen.items()}
+    else:
+        config, choices = old
     for role, reason in choices.items():
         Console(stderr=True, quiet=job.quiet).print(f"{role} head: {reason}")
     if job.cluster is not None:
         return _generate_on_ray(bundle, config, out, job, job.cluster, choices)
-    pipeline.open(config)
-    opened = open_run(out, config, bundle, job.layout, overwrite=job.overwrite)
+    if old is None:
+        # Before the folder is made: what cannot run leaves nothing behind.
+        pipeline.open(config)
+    opened = open_run(out, config, bundle, job.layout, choices=choices, overwrite=job.overwrite)
     with opened as folder, StopWish() as stop:
         if folder.record is not None:
-            return folder.record, []
+            return folder.record, _finished(folder, folder.record, job.quiet)
+        pipeline.open(config)
         if job.baseline and folder.missing:
             warm_up(pipeline, config)
         progress = _progress(folder, job.quiet)
         session = _write(folder, _here(pipeline, folder, stop, progress), stop, progress)
         outcomes = [Outcome(config, folder.tally)]
-        record = _record(folder, session, choices)
+        record = _record(folder, session)
         record["cuda_graphs"] = {role: asdict(stats) for role, stats in pipeline.captures.items()}
         record["notes"] = list(dict.fromkeys(pipeline.notes))
         if job.baseline and config.method != "target":
@@ -91,7 +94,7 @@ def generate(
             )
             outcomes.append(measure(pipeline, plain, stop, job.quiet))
             record["baseline"] = _compare(*outcomes)
-        folder.finish(record)
+        record = folder.finish(record)
     return record, outcomes
 
 
@@ -105,9 +108,10 @@ def _generate_on_ray(
 ) -> tuple[dict[str, Any], list[Outcome]]:
     """`generate` with workers that compute; this process writes."""
     import_ray()
-    with open_run(out, config, bundle, job.layout, overwrite=job.overwrite) as folder:
+    opened = open_run(out, config, bundle, job.layout, choices=choices, overwrite=job.overwrite)
+    with opened as folder:
         if folder.record is not None:
-            return folder.record, []
+            return folder.record, _finished(folder, folder.record, job.quiet)
         # The signals are ours only once Ray has set its own handlers.
         with (
             connected(job.machine, cluster) as ray,
@@ -117,9 +121,23 @@ def _generate_on_ray(
             count = len(workers.workers)
             progress = _progress(folder, job.quiet, f", {count} workers")
             session = _write(folder, workers.batches(stop), stop, progress)
-        record = _record(folder, session | {"workers": count}, choices)
-        folder.finish(record)
+        record = folder.finish(_record(folder, session | {"workers": count}))
     return record, [Outcome(config, folder.tally)]
+
+
+def _finished(folder: RunFolder, record: dict[str, Any], quiet: bool) -> list[Outcome]:
+    """What the record of a finished run says was measured."""
+    count = folder.config.num_images
+    intact = f"{folder.folder}: the run is finished, its {count} images are intact"
+    Console(stderr=True, quiet=quiet, soft_wrap=True).print(intact, markup=False, highlight=False)
+    baseline = record.get("baseline")
+    parts = {"": record, "target": baseline if isinstance(baseline, dict) else {}}
+    tallies = {method: tally_of(part) for method, part in parts.items()}
+    return [
+        Outcome(folder.config.model_copy(update={"method": method} if method else {}), tally)
+        for method, tally in tallies.items()
+        if tally is not None
+    ]
 
 
 def _here(
@@ -159,11 +177,11 @@ def _progress(folder: RunFolder, quiet: bool, note: str = "") -> RunProgress:
     return RunProgress(folder.config.method + note, total, quiet, done=done)
 
 
-def _record(folder: RunFolder, session: dict[str, Any], choices: dict[str, str]) -> dict[str, Any]:
+def _record(folder: RunFolder, session: dict[str, Any]) -> dict[str, Any]:
     """What goes into run.json; `session` is the part of the work that ended it."""
     record = run_record(folder.config, folder.bundle, folder.tally)
     record |= {"layout": folder.identity["layout"], "session": session}
-    return record | ({"choices": choices} if choices else {})
+    return record | ({"choices": folder.choices} if folder.choices else {})
 
 
 def warm_up(pipeline: Pipeline, config: RunConfig) -> None:
@@ -191,30 +209,4 @@ def _compare(outcome: Outcome, target: Outcome) -> dict[str, Any]:
     """The target alone against the method, per image."""
     ours, plain = outcome.tally, target.tally
     ratio = plain.seconds / plain.images / (ours.seconds / ours.images) if ours.images else None
-    return {"method": "target", "seconds": plain.seconds, "speed_ratio": ratio}
-
-
-def replay(bundle: Bundle, path: Path, *, device: str, threads: int) -> tuple[GeneratedImage, bool]:
-    """Make the image of `path` again; returns it and whether its pixels are the same."""
-    metadata = read_metadata(path)
-    if metadata.get("bundle") != bundle.sha256:
-        raise CspdError(
-            f"{path}: was made with bundle {str(metadata.get('bundle'))[:12]}, this one is "
-            f"{bundle.sha256[:12]}; name the bundle it was made with: cspd-run replay IMAGE BUNDLE"
-        )
-    config = recorded_config(metadata, path)
-    index = metadata.get("image")
-    if type(index) is not int:
-        raise CspdError(f"{path}: its settings are not valid: image is {index!r:.20}, no number")
-    if not 0 <= index < config.num_images:
-        raise CspdError(f"{path}: image {index}, expected 0..{config.num_images - 1}")
-    pipeline = Pipeline(bundle, config.backend, device, threads)
-    images, _ = next(pipeline.generate(config, [index]))
-    with Image.open(path) as stored:
-        expected = np.asarray(stored)
-    got = images[0].pixels[..., 0] if images[0].pixels.shape[-1] == 1 else images[0].pixels
-    return images[0], _digest(got) == _digest(expected)
-
-
-def _digest(pixels: np.ndarray) -> str:
-    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+    return {"method": "target", **figures(plain), "speed_ratio": ratio}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, field, fields
 
 from pydantic import TypeAdapter
@@ -28,6 +30,14 @@ class Verdicts:
         """Add the counts of `other`."""
         for item in fields(self):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether these are counts, and every proposed token has exactly one fate."""
+        proposed, *fates = (getattr(self, item.name) for item in fields(self))
+        # bool is an int to Python; records hold no such counts.
+        counts = all(type(count) is int and count >= 0 for count in (proposed, *fates))
+        return counts and proposed == sum(fates)
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -110,3 +120,14 @@ class Tally:
 
 # Tallies as JSON and back.
 TALLY: TypeAdapter[Tally] = TypeAdapter(Tally)
+MOST_IMAGES = 1 << 40  # of a tally that was read; beyond is no count
+
+
+def read_tally(content: object) -> Tally | None:
+    """A tally from what was read as JSON; None if it is none, or has counts that cannot be."""
+    try:
+        tally = TALLY.validate_json(json.dumps(content), strict=True)
+    except (ValueError, RecursionError):
+        return None
+    possible = 0 <= tally.images < MOST_IMAGES and 0 <= tally.seconds < math.inf
+    return tally if possible and tally.statistics.verdicts.adds_up else None

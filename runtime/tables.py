@@ -39,7 +39,7 @@ def outcome_table(outcomes: list[Outcome], bundle: Bundle) -> Table:
 
 def _speed(tally: Tally, baseline: Tally | None) -> str:
     """Images per second against those of `baseline`, each of one run."""
-    if baseline is None or not tally.images:
+    if baseline is None or not (baseline.images and tally.images and tally.seconds):
         return "-"
     if tally is baseline:
         return "1.00x"

@@ -15,7 +15,7 @@ def test_own_method_runs_as_written(capsys):
     names: dict = {}
     for block in blocks:
         exec(compile(block, "own-method.md", "exec"), names)
-    assert names["statistics"].target_steps + names["statistics"].draft_steps == 8
+    assert names["statistics"].target_calls + names["statistics"].draft_calls == 8
     assert "steps of the target" in capsys.readouterr().out
     example = [line for line in blocks[0].splitlines() if line.strip()]
     assert 30 <= len(example) <= 45

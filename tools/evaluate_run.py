@@ -19,8 +19,9 @@ from PIL import Image
 
 from cspd.engines.errors import CspdError
 from cspd.engines.spec import Record
+from cspd.runtime import journal
 from cspd.runtime.config import RunConfig
-from cspd.runtime.images import write_png
+from cspd.runtime.images import numbered, write_png
 from cspd.runtime.pipeline import Pipeline
 
 IMAGES = "images.jsonl"
@@ -68,49 +69,51 @@ def make_images(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = variant.config
-    missing = sorted(set(range(config.num_images)) - set(intact(folder)))
+    missing = sorted(set(range(config.num_images)) - set(intact(folder, config)))
     if not missing:
         return 0.0
     start, done = time.perf_counter(), config.num_images - len(missing)
     for images, _ in pipeline.generate(config, missing):
-        with (folder / IMAGES).open("a") as journal:
+        with (folder / IMAGES).open("a") as lines:
             for image in images:
-                path = folder / f"{image.index:05d}.png"
+                path = folder / numbered(image.index, config.num_images, "png")
                 write_png(path, image.pixels, _metadata(pipeline, config, image.index))
-                line = {"image": image.index, "label": image.label, "sha256": _sha256(path)}
-                journal.write(json.dumps(line) + "\n")
+                lines.write(json.dumps(_line(config, image.index, _sha256(path))) + "\n")
         done += len(images)
         say(f"{variant.name}: {done}/{config.num_images} images")
     return time.perf_counter() - start
 
 
-def intact(folder: Path) -> list[int]:
-    """Numbers of the images in `folder` whose files are complete."""
-    journal, found = folder / IMAGES, {}
-    if not journal.exists():
-        return []
-    lines = journal.read_text().splitlines(keepends=True)
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        path = folder / f"{record['image']:05d}.png"
-        if path.exists() and _sha256(path) == record["sha256"]:
-            found[record["image"]] = line
-    # Written again without a line that was cut off, so that the next one does not join it.
-    journal.write_text("".join(found.values()))
+def intact(folder: Path, config: RunConfig) -> list[int]:
+    """Numbers of the images of `config` in `folder` whose files are complete.
+
+    Only these keep their lines, in which the hash alone is read and the rest follows from `config`.
+    """
+    found = {}
+    for line in journal.repair(folder / IMAGES):
+        index = line.get("image")
+        if type(index) is not int or not 0 <= index < config.num_images:
+            continue
+        path = folder / numbered(index, config.num_images, "png")
+        if path.is_file() and (sha256 := _sha256(path)) == line.get("sha256"):
+            found[index] = _line(config, index, sha256)
+    if (folder / IMAGES).exists():
+        journal.rewrite(folder / IMAGES, found.values())
     return sorted(found)
 
 
+def _line(config: RunConfig, index: int, sha256: str) -> journal.Line:
+    return {"image": index, "label": config.label_of(index), "sha256": sha256}
+
+
 def load_images(folder: Path, count: int) -> np.ndarray:
-    """The first `count` images of `folder`, read back from PNG: [N, H, W, C] uint8.
+    """The `count` images of `folder`, read back from PNG: [N, H, W, C] uint8.
 
     The array lies in a file beside them: 50,000 images of ImageNet's size are 10 GB.
     """
     found: np.ndarray | None = None
     for index in range(count):
-        with Image.open(folder / f"{index:05d}.png", formats=["PNG"]) as image:
+        with Image.open(folder / numbered(index, count, "png"), formats=["PNG"]) as image:
             array = np.atleast_3d(np.asarray(image))
         if found is None:
             shape = (count, *array.shape)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cspd.runtime.folder import GRID
+from cspd.runtime.images import numbered
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_tables import TABLES, Table, percent, ratio
 from cspd.tools.bootstrap import score_text
@@ -17,7 +19,6 @@ from cspd.tools.report_plots import FIGURES, errors_by_step, save
 from cspd.tools.report_sources import Source
 from cspd.tools.verdict import verdict_table
 
-GRID = "grid.png"
 SHOWN_IMAGES = 10
 
 
@@ -151,14 +152,17 @@ def evaluate_section(source: Source, number: int) -> Section:
     same = [score for score in record["scores"] if score["config"]["seed"] == seed]
     step = max(1, record["n"] // SHOWN_IMAGES)
     indices = range(0, record["n"], step)[:SHOWN_IMAGES]
-    rows = [PairRow(s["setting"], _images(source.folder / s["folder"], indices)) for s in same]
+    rows = [
+        PairRow(s["setting"], _images(source.folder / s["folder"], indices, record["n"]))
+        for s in same
+    ]
     if any(row.images for row in rows):
         section.pairs.append(Pairs("The same noise, another method", rows))
     return section
 
 
-def _images(folder: Path, indices: Iterable[int]) -> list[str]:
-    paths = (folder / f"{index:05d}.png" for index in indices)
+def _images(folder: Path, indices: Iterable[int], count: int) -> list[str]:
+    paths = (folder / numbered(index, count, "png") for index in indices)
     return [data_uri(path.read_bytes(), "image/png") for path in paths if path.is_file()]
 
 
@@ -248,8 +252,9 @@ def run_section(source: Source, number: int) -> Section:
     section = Section(
         "Images", f"images-{number}", text=f"{record['law']}; {record['images']} images"
     )
-    grid = source.folder / GRID
-    if grid.is_file():
+    # At the top in runs of before version 2 of their schema.
+    grids = (source.folder / name for name in (GRID, "grid.png"))
+    if grid := next((path for path in grids if path.is_file()), None):
         caption = f"{record['config']['method']}, seed {record['config']['seed']}"
         section.pictures.append(Picture(caption, data_uri(grid.read_bytes(), "image/png")))
     return section

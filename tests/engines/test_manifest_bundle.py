@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -130,19 +132,38 @@ def test_folder_in_place_of_a_file(bundle):
         open_bundle(bundle).graph_file("decoder")
 
 
-def test_link_to_a_file_outside_is_not_followed(bundle, tmp_path):
-    outside = tmp_path / "outside.onnx"
-    (bundle / "target/backbone.onnx").rename(outside)
-    (bundle / "target/backbone.onnx").symlink_to(outside)
-    with pytest.raises(BundleError, match="a link that leads out of the bundle"):
+def test_linked_file_is_judged_by_its_bytes(bundle, tmp_path):
+    path, outside = bundle / "target/backbone.onnx", tmp_path / "outside.onnx"
+    path.rename(outside)
+    path.symlink_to(outside)
+    assert open_bundle(bundle).graph_file("target/backbone") == path
+    outside.write_bytes(outside.read_bytes() + b"x")
+    with pytest.raises(BundleError, match="differs from the hash"):
+        open_bundle(bundle).file("target/backbone.onnx")
+    outside.unlink()
+    with pytest.raises(BundleError, match="missing from the bundle"):
         open_bundle(bundle).file("target/backbone.onnx")
 
 
-def test_link_to_a_folder_outside_is_not_followed(bundle, tmp_path):
+def test_linked_folder_is_judged_by_the_bytes_in_it(bundle, tmp_path):
     (bundle / "target").rename(tmp_path / "elsewhere")
     (bundle / "target").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(BundleError, match="a link that leads out of the bundle"):
-        open_bundle(bundle).file("target/backbone.onnx")
+    assert open_bundle(bundle).graph_file("target/backbone").is_file()
+
+
+def test_weights_that_no_runtime_reaches_name_the_command_that_copies(bundle, tmp_path):
+    weights = bundle / "target/weights.safetensors"
+    weights.rename(tmp_path / "weights")
+    weights.symlink_to(tmp_path / "weights")
+    command = f"cp -rL {bundle} {bundle.name}-copy"
+    with pytest.raises(
+        BundleError, match=r"is a link out of the folder of backbone\.onnx"
+    ) as caught:
+        open_bundle(bundle).graph_file("target/backbone")
+    assert str(caught.value).endswith(command)
+    subprocess.run(shlex.split(command), cwd=tmp_path, check=True)
+    copied = tmp_path / f"{bundle.name}-copy"
+    assert open_bundle(copied).graph_file("target/backbone").is_file()
 
 
 def test_bundle_reached_through_a_link_works(bundle, tmp_path):

@@ -214,7 +214,7 @@ def test_table_has_a_line_per_method(tiny_bundle, tmp_path):
     methods = [line.strip("│ ").split()[0] for line in rows]
     assert methods == ["cspd", "target"]
     assert rows[1].strip("│ ").endswith("1.00x")
-    assert result.stdout.splitlines()[-1] == str(tmp_path / "out" / "grid.png")
+    assert result.stdout.splitlines()[-1] == str(tmp_path / "out" / "preview" / "grid.png")
 
 
 def test_labels_default_to_one_image_per_class_in_turn():

@@ -21,6 +21,7 @@ from cspd.runtime.formats import Layout
 from cspd.runtime.images import CAPTION, grid, read_metadata, shorten, to_pillow, write_png
 from cspd.runtime.law import law
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.replay import padded_to
 from cspd.runtime.resume import open_run
 from cspd.runtime.stats import Verdicts
 
@@ -55,10 +56,22 @@ def test_files(finished):
     images = [f"{index:05d}.png" for index in range(5)]
     assert sorted(p.name for p in out.iterdir()) == [
         *images,
-        "grid.png",
         "images.jsonl",
+        "preview",
         "run.json",
+        "settings.json",
     ]
+    assert [p.name for p in (out / "preview").iterdir()] == ["grid.png"]
+
+
+def test_every_png_of_the_folder_is_an_image(finished):
+    """As pytorch-fid and torch-fidelity read a folder: all of one size and mode."""
+    out, _ = finished
+    seen = set()
+    for path in out.glob("*.png"):
+        with Image.open(path) as image:
+            seen.add((image.size, image.mode))
+    assert seen == {((16, 16), "L")} and len(list(out.glob("*.png"))) == 5
 
 
 def test_json_output_is_run_json(finished):
@@ -145,7 +158,7 @@ def test_metadata_of_an_image(finished, tiny_bundle):
 
 def test_grid_holds_every_image(finished):
     out, _ = finished
-    with Image.open(out / "grid.png") as sheet:
+    with Image.open(out / "preview" / "grid.png") as sheet:
         # Five columns; 16 pixels enlarged seven times to 112, and four pixels between.
         assert sheet.size == (5 * (112 + 4) + 4, 112 + CAPTION + 4 + 4)
         pixels = np.asarray(sheet.convert("L"))
@@ -173,6 +186,53 @@ def test_replay_notices_a_changed_pixel(finished, tiny_bundle, tmp_path):
     write_png(tmp_path / "changed.png", pixels[..., None], read_metadata(source))
     result = cspd_run("replay", tmp_path / "changed.png", tiny_bundle.folder, "--threads", "1")
     assert result.exit_code == 1 and "the pixels differ" in result.stderr
+
+
+def test_replay_of_an_image_that_was_encoded_again(finished, tiny_bundle, tmp_path):
+    """A palette holds numbers of colours: equal numbers are not equal pixels."""
+    source = finished[0] / "00001.png"
+    info = PngInfo()
+    info.add_itxt("cspd", json.dumps(read_metadata(source)))
+    with Image.open(source) as image:
+        palette = Image.fromarray(np.asarray(image)).convert("L")
+        palette.putpalette([255 - level for level in range(256) for _ in range(3)])
+        others = {"P": palette, "RGB": image.convert("RGB"), "I": image.convert("I")}
+        for mode, other in others.items():
+            other.save(tmp_path / "x.png", pnginfo=info)
+            result = cspd_run("replay", tmp_path / "x.png", tiny_bundle.folder, "--threads", "1")
+            assert result.exit_code == 1 and result.stderr.count("\n") == 1, mode
+            assert f"stored as {mode}" in result.stderr and "cspd-run writes L" in result.stderr
+        image.save(tmp_path / "x.png", pnginfo=info, transparency=0)
+    result = cspd_run("replay", tmp_path / "x.png", tiny_bundle.folder, "--threads", "1")
+    assert result.exit_code == 1 and "stored as L with transparency" in result.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--verify", "prefix"), ("--method", "lossless")])
+def test_replay_needs_no_other_images_of_its_batch(tiny_bundle, tmp_path, options):
+    """Padding to 4,096 images is not done: the image of a batch of 16 is that of a batch of two."""
+    out, few = tmp_path / "out", ("--num-iter", 2, "--head-steps", 2, "--threads", 1)
+    options = (*options, "--window", 4) if "lossless" in options else options
+    arguments = ("generate", tiny_bundle.folder, "--labels", "1", "--num-images", 1, *few, *options)
+    assert cspd_run(*arguments, "--batch-size", 16, "--out", out).exit_code == 0
+    metadata = read_metadata(out / "00000.png")
+    metadata["config"]["batch_size"] = 4096
+    with Image.open(out / "00000.png") as image:
+        write_png(tmp_path / "x.png", np.asarray(image)[..., None], metadata)
+    again = tmp_path / "again.png"
+    result = cspd_run("replay", tmp_path / "x.png", tiny_bundle.folder, "--out", again)
+    assert result.exit_code == 0 and "identical" in result.stdout, result.output
+    assert again.read_bytes() == (tmp_path / "x.png").read_bytes()
+
+
+def test_smaller_batch_speculates_for_the_same_tokens(finished):
+    """Calls of `batch_size * p` tokens, p of each image, are speculative up to the same p."""
+    for up_to in (0, 5, 8, 30, 64):
+        heads = ({"role": "target", "window": 4, "up_to": up_to},)
+        config = config_of(finished[1], batch_size=8, heads=heads)
+        small = padded_to(config, 2)
+        for p in range(1, 17):
+            assert (2 * p <= small.heads[0].up_to) == (8 * p <= up_to)
+        assert padded_to(config, 8) == config
 
 
 def png_with(path, text: str | None):
@@ -319,7 +379,7 @@ def config_of(record: dict, **changes) -> RunConfig:
 def test_opening_makes_the_folder(finished, tiny_bundle, tmp_path):
     with open_run(tmp_path / "a" / "b", config_of(finished[1]), tiny_bundle, Layout()) as run:
         assert run.missing == [0, 1, 2, 3, 4] and run.record is None
-    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["unfinished.jsonl"]
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["settings.json"]
 
 
 def test_overwriting_removes_files_of_runs_only(finished, tiny_bundle, tmp_path):
@@ -331,10 +391,10 @@ def test_overwriting_removes_files_of_runs_only(finished, tiny_bundle, tmp_path)
     other = config_of(finished[1], seed=12)
     with pytest.raises(CspdError, match=r"seed is 11 there, 12 here.*or add --overwrite"):
         open_run(folder, other, tiny_bundle, Layout())
-    assert len(list(folder.iterdir())) == 8 + len(mine)
+    assert len(list(folder.iterdir())) == 9 + len(mine)
     with open_run(folder, other, tiny_bundle, Layout(), overwrite=True) as run:
         assert len(run.missing) == 5
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*mine, "unfinished.jsonl"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*mine, "settings.json"])
 
 
 def test_folder_of_something_else_is_never_overwritten(finished, tiny_bundle, tmp_path):

@@ -1,5 +1,6 @@
 """Whatever ends a run, the same command goes on, and the files come out the same to the byte."""
 
+import hashlib
 import json
 import random
 import resource
@@ -16,7 +17,7 @@ from cspd.engines.errors import CspdError
 from cspd.runtime import journal
 from cspd.runtime.cli import main
 from cspd.runtime.config import make_config
-from cspd.runtime.folder import spans
+from cspd.runtime.folder import RunFolder, spans
 from cspd.runtime.formats import Layout
 from cspd.runtime.resume import open_run
 
@@ -145,7 +146,16 @@ def test_finished_run_is_checked_and_left_alone(tiny_bundle, undisturbed, tmp_pa
         out = tmp_path / name
         shutil.copytree(undisturbed / name, out)
         result = run_here(tiny_bundle, out, "--format", name)
-        assert result.exit_code == 0 and "24 images are intact" in result.stdout
+        assert result.exit_code == 0
+        assert result.stdout.splitlines()[-1] == str(out / "preview" / "grid.png")
+        record = json.loads((out / "run.json").read_text())
+        (row,) = [
+            line for line in result.stdout.splitlines() if line.strip("│ ").startswith("cspd")
+        ]
+        shown = [cell.strip() for cell in row.strip("│ ").split("│")]
+        calls = record["statistics"]["target_calls"], record["statistics"]["draft_calls"]
+        assert shown[:3] == ["cspd", "24", f"{record['seconds']:.2f}"]
+        assert shown[4:6] == [str(number) for number in calls]
         assert contents(out) == contents(undisturbed / name)
 
 
@@ -176,15 +186,172 @@ def test_lost_grid_of_shards(tiny_bundle, undisturbed, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(undisturbed / "webdataset", out)
     (out / "run.json").unlink()
-    (out / "grid.png").unlink()
-    with open_run(
-        out.with_name("new"), config_of(undisturbed), tiny_bundle,
-        Layout(format="webdataset", shard_size=SHARD),
-    ):  # fmt: skip
-        pass
-    shutil.move(out.with_name("new") / "unfinished.jsonl", out)
+    (out / "preview" / "grid.png").unlink()
     assert run_here(tiny_bundle, out, "--format", "webdataset").exit_code == 0
     assert contents(out, TIMES) == contents(undisturbed / "webdataset", TIMES)
+
+
+def edit_line(path, index: int, **changes) -> None:
+    """Change a line as a bad disk or a careless hand does; None removes a key."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    changed = {**lines[index], **changes}
+    lines[index] = {name: value for name, value in changed.items() if value is not None}
+    path.write_bytes(journal.encode(lines))
+
+
+LIES = {
+    "label": {"label": 416},
+    "label of another kind": {"label": {"a": 1}},
+    "class": {"class": "goldfsh"},
+    "path": {"file": "../../../etc/passwd"},
+    "no file": {"file": None},
+    "count": {"accepted": 3},
+    "negative count": {"proposed": -1, "accepted": -1},
+    "count of another kind": {"proposed": "many"},
+    "no count": {"fallback": None},
+    "hash": {"sha256": "0" * 64},
+    "hash of another kind": {"sha256": 7},
+    "number": {"image": 4},
+    "no checksum": {"check": None},
+}
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_line_that_lies(tiny_bundle, undisturbed, tmp_path, case):
+    """In a finished run and in an unfinished one: the files come out as if it told the truth."""
+    for name, begun in (("png", False), ("npz", True)):
+        out = tmp_path / name
+        shutil.copytree(undisturbed / name, out)
+        edit_line(out / "images.jsonl", 5, **LIES[case])
+        if begun:
+            (out / "run.json").unlink()
+            (out / "samples.npz").unlink()
+            (out / "shards.jsonl").unlink()
+            (out / "preview" / "grid.png").unlink()
+            (out / "pending").mkdir()
+            for path in (undisturbed / "png").glob("*.png"):
+                shutil.copy(path, out / "pending")
+        assert run_here(tiny_bundle, out, "--format", name).exit_code == 0
+        assert contents(out, TIMES) == contents(undisturbed / name, TIMES)
+
+
+@pytest.mark.parametrize("changes", [{"first": 3}, {"file": "../x"}, {"sha256": "0"}, {"check": 1}])
+def test_line_of_a_shard_that_lies(tiny_bundle, undisturbed, tmp_path, changes):
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed / "parquet", out)
+    edit_line(out / "shards.jsonl", 1, **changes)
+    assert run_here(tiny_bundle, out, "--format", "parquet").exit_code == 0
+    assert contents(out, TIMES) == contents(undisturbed / "parquet", TIMES)
+
+
+def test_counts_of_a_batch_that_lie_are_not_counted(tiny_bundle, undisturbed, unfinished):
+    """Neither without a checksum, nor with that of other counts, nor infinite with its own."""
+    config, layout = config_of(undisturbed), Layout(shard_size=SHARD)
+    with open_run(unfinished, config, tiny_bundle, layout) as run:
+        good = run.sealed({"images": 4, "seconds": 1.0, "statistics": {}, "calls": {}})
+        endless = run.sealed({"images": 4, "seconds": float("inf"), "statistics": {}, "calls": {}})
+    lines = [good, good | {"images": 8}, {"images": 4, "seconds": 1.0}, endless]
+    journal.append(unfinished / "unfinished.jsonl", lines)
+    with open_run(unfinished, config, tiny_bundle, layout) as run:
+        assert (run.tally.images, run.tally.seconds) == (4, 1.0)
+
+
+def test_run_record_holds_the_hashes_of_the_lines(undisturbed):
+    for name in ("png", "webdataset", "npz", "parquet"):
+        files = json.loads((undisturbed / name / "run.json").read_text())["files"]
+        names = ["images.jsonl"] + ["shards.jsonl"] * (name != "png")
+        assert files == {
+            each: hashlib.sha256((undisturbed / name / each).read_bytes()).hexdigest()
+            for each in names
+        }
+
+
+LOST = {
+    "lost": lambda path: path.unlink(),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "counts of another kind": lambda path: path.write_text(
+        path.read_text().replace('"target_calls": ', '"target_calls": "a", "x": ')
+    ),
+}
+
+
+@pytest.mark.parametrize("record", ["run.json", "settings.json"])
+@pytest.mark.parametrize("case", LOST)
+@pytest.mark.parametrize("name", ["png", "npz"])
+def test_lost_record_is_written_again(tiny_bundle, undisturbed, tmp_path, name, case, record):
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed / name, out)
+    LOST[case](out / record)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.[pn][pn][gz]")}
+    result = run_here(tiny_bundle, out, "--format", name)
+    assert result.exit_code == 0, result.output
+    assert contents(out, TIMES) == contents(undisturbed / name, TIMES)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    again, first = (json.loads((f / "run.json").read_text()) for f in (out, undisturbed / name))
+    assert all(again[key] == first[key] for key in ("config", "bundle", "files", "images", "law"))
+
+
+def test_run_of_an_older_version_is_refused_with_what_helps(tiny_bundle, undisturbed, tmp_path):
+    """Finished, as it was before settings.json; and unfinished, its settings in the journal."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed / "png", out)
+    identity = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").unlink()
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"schema": 1}))
+    finished = run_here(tiny_bundle, out)
+    (out / "run.json").unlink()
+    del identity["schema"]
+    journal.rewrite(out / "unfinished.jsonl", [identity])
+    for result in (finished, run_here(tiny_bundle, out)):
+        assert result.exit_code == 1 and result.stderr.count("\n") == 1
+        assert "another version of cspd (1, this one writes 2)" in result.stderr
+        assert "add --overwrite to make them again" in result.stderr
+    assert run_here(tiny_bundle, out, "--overwrite").exit_code == 0
+    assert contents(out, TIMES) == contents(undisturbed / "png", TIMES)
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+@pytest.mark.parametrize(
+    "name", ["preview/grid.png", "images.jsonl", "run.json", "00003.png", "pending", "preview"]
+)
+def test_link_in_the_place_of_a_file_is_refused(tiny_bundle, unfinished, tmp_path, name, options):
+    mine = tmp_path / "mine"
+    if name in ("pending", "preview"):
+        mine.mkdir()
+        (mine / "00001.png").write_text("mine")
+    else:
+        mine.write_text("mine")
+    path = unfinished / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(mine)
+    before = contents(tmp_path)
+    result = run_here(tiny_bundle, unfinished, *options)
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert str(path) in result.stderr and "remove it" in result.stderr
+    assert contents(tmp_path) == before and path.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["lost+found", ".DS_Store", "Thumbs.db", ".directory", "._x"])
+def test_folder_with_what_systems_leave_in_it_is_empty(tiny_bundle, undisturbed, tmp_path, name):
+    out = tmp_path / "out"
+    (out / name).mkdir(parents=True)
+    with open_run(out, config_of(undisturbed), tiny_bundle, Layout()) as run:
+        assert len(run.missing) == NUM_IMAGES
+    assert sorted(path.name for path in out.iterdir()) == sorted([name, "settings.json"])
+
+
+def test_names_keep_their_order_beyond_five_digits(tiny_bundle, undisturbed, tmp_path):
+    for count, first, last in ((100_000, "00000", "99999"), (100_001, "000000", "100000")):
+        config = config_of(undisturbed).model_copy(update={"num_images": count})
+        run = RunFolder(tmp_path, config, tiny_bundle, Layout())
+        names = [run.image_path(index).name for index in (0, 9_999, 99_999, count - 1)]
+        assert (names[0], names[-1]) == (f"{first}.png", f"{last}.png")
+        assert names == sorted(names)
+    shards = Layout(format="webdataset", shard_size=1).shards(100_001)
+    assert [shard.name for shard in shards[::100_000]] == ["000000.tar", "100000.tar"]
 
 
 TORN = {

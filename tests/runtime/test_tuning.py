@@ -20,6 +20,7 @@ from cspd.runtime.member import LoopHead
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.relax import SameNoiseRound
+from cspd.runtime.replay import replay
 from cspd.runtime.tune_command import cost_table
 from cspd.runtime.window import CostRecord
 
@@ -177,8 +178,29 @@ def test_run_says_what_was_chosen_and_replays(pipeline, tmp_path, capsys):
     assert record["config"]["heads"][0]["role"] == "target" and record["law"].startswith("exact")
     assert [outcome.config.method for outcome in outcomes] == ["auto", "target"]
     shutil.rmtree(tmp_path / "bundle.tuned")
-    _, same = run.replay(pipeline.bundle, tmp_path / "out" / "00001.png", device="cpu", threads=1)
+    _, _, same = replay(pipeline.bundle, tmp_path / "out" / "00001.png", device="cpu", threads=1)
     assert same and not (tmp_path / "bundle.tuned").exists()
+
+
+def test_interrupted_run_keeps_the_choices_it_began_with(pipeline, tmp_path):
+    """Costs measured since would choose otherwise: the images must not change on the way."""
+    settings, out = config(num_images=4), tmp_path / "out"
+    keep(pipeline, 100.0, 0.1, settings)
+    job = run.Job(run.Machine("cpu", 1), quiet=True)
+    first, _ = run.generate(pipeline.bundle, settings, out, job)
+    images = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    (out / "run.json").unlink()
+    (out / "00003.png").unlink()
+    keep(pipeline, 10.0, 100.0, settings)
+    assert pipeline.resolve(settings)[0].heads[0].up_to == 0
+    again, _ = run.generate(pipeline.bundle, settings, out, job)
+    assert again["config"] == first["config"] and again["choices"] == first["choices"]
+    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == images
+    # A finished one too; a new one in its place follows the new costs.
+    assert run.generate(pipeline.bundle, settings, out, job)[0] == again
+    anew = run.Job(run.Machine("cpu", 1), quiet=True, overwrite=True)
+    other, _ = run.generate(pipeline.bundle, settings, out, anew)
+    assert other["config"]["heads"][0]["up_to"] == 0
 
 
 def test_a_run_that_need_not_repeat_learns(pipeline):

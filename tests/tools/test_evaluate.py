@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 from typing import ClassVar
@@ -153,13 +154,30 @@ def test_an_interrupted_run_goes_on(tiny_bundle, tmp_path, variants):
     Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / "00000.png")
     lines = (tmp_path / IMAGES).read_text().splitlines(keepends=True)
     (tmp_path / IMAGES).write_text("".join(lines[:2]) + lines[2][:20])
-    assert intact(tmp_path) == [1]
+    assert intact(tmp_path, variant.config) == [1]
     made: list[str] = []
     make_images(pipeline, variant, tmp_path, made.append)
     assert made[-1].endswith("3/3 images")
     np.testing.assert_array_equal(load_images(tmp_path, 3), whole)
     before = len(made)
     assert make_images(pipeline, variant, tmp_path, made.append) == 0.0 and len(made) == before
+
+
+def test_lines_that_lie_are_not_believed(tmp_path, variants):
+    """Labels follow from the configuration; lines of another kind are left out, without a trace."""
+    pixels = np.zeros((16, 16), np.uint8)
+    lines = []
+    for index in range(3):
+        path = tmp_path / f"{index:05d}.png"
+        Image.fromarray(pixels).save(path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        lines.append({"image": index, "label": 7, "sha256": sha256})
+    others = [{"image": "x"}, {"image": 99, "sha256": ""}, {"image": True}, {}, {"image": -1}]
+    text = "".join(json.dumps(line) + "\n" for line in [*others, *lines])
+    (tmp_path / IMAGES).write_text(text)
+    assert intact(tmp_path, variants[0].config) == [0, 1, 2]
+    kept = [json.loads(line) for line in (tmp_path / IMAGES).read_text().splitlines()]
+    assert [(line["image"], line["label"]) for line in kept] == [(0, 0), (1, 1), (2, 2)]
 
 
 def test_record_of_an_evaluation(tiny_bundle, tmp_path, variants):
