@@ -19,7 +19,7 @@ def outcome_table(outcomes: list[Outcome], bundle: Bundle) -> Table:
     table = Table(
         "method", "images", "seconds", "acceptance", "target calls", "draft calls", title=title
     )
-    table.add_column("speed vs target", min_width=len("about 1.0x"))
+    table.add_column("speed vs\ntarget", no_wrap=True)
     for outcome in outcomes:
         tally = outcome.tally
         rate = tally.statistics.verdicts.acceptance_rate
