@@ -20,7 +20,8 @@ def outcome_table(outcomes: list[Outcome], bundle: Bundle) -> Table:
         "method", "images", "seconds", "acceptance", "target rounds", "target calls",
         "draft calls", title=title,
     )  # fmt: skip
-    table.add_column("speed vs target", min_width=len("about 1.0x"))
+    table.add_column("speed vs
+target", no_wrap=True)
     for outcome in outcomes:
         tally = outcome.tally
         rate = tally.statistics.verdicts.acceptance_rate
