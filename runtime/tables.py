@@ -20,8 +20,7 @@ def outcome_table(outcomes: list[Outcome], bundle: Bundle) -> Table:
         "method", "images", "seconds", "acceptance", "target rounds", "target calls",
         "draft calls", title=title,
     )  # fmt: skip
-    table.add_column("speed vs
-target", no_wrap=True)
+    table.add_column("speed vs\ntarget", no_wrap=True)
     for outcome in outcomes:
         tally = outcome.tally
         rate = tally.statistics.verdicts.acceptance_rate
