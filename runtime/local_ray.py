@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import secrets
 import tempfile
@@ -42,7 +43,13 @@ def local_ray(failure: str, **options: Any) -> Iterator[Any]:
         try:
             yield ray
         finally:
-            ray.shutdown()
+            with quietly():
+                ray.shutdown()
+
+
+def quietly() -> contextlib.redirect_stderr[io.StringIO]:
+    """Without stderr: Ray reports the end of its own actors as failures."""
+    return contextlib.redirect_stderr(io.StringIO())
 
 
 @contextlib.contextmanager
