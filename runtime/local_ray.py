@@ -47,9 +47,11 @@ def local_ray(failure: str, **options: Any) -> Iterator[Any]:
                 ray.shutdown()
 
 
-def quietly() -> contextlib.redirect_stderr[io.StringIO]:
-    """Without stderr: Ray reports the end of its own actors as failures."""
-    return contextlib.redirect_stderr(io.StringIO())
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without output: Ray reports the end of its own actors as failures."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextlib.contextmanager
