@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import secrets
 import tempfile
@@ -42,7 +43,15 @@ def local_ray(failure: str, **options: Any) -> Iterator[Any]:
         try:
             yield ray
         finally:
-            ray.shutdown()
+            with quietly():
+                ray.shutdown()
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without output: Ray reports the end of its own actors as failures."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import ipaddress
 import logging
 import os
@@ -21,7 +20,7 @@ from cspd.engines.bundle import open_bundle
 from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.runtime.cli import FOLDER, machine_options, shipped_bundle
-from cspd.runtime.local_ray import local_ray
+from cspd.runtime.local_ray import local_ray, quietly
 from cspd.runtime.stopping import StopWish
 from cspd.tools.serve_models import MAX_IMAGES, Settings
 
@@ -98,8 +97,7 @@ def running(settings: Settings, host: str, port: int, logs: Path | None) -> Iter
                 raise CspdError(f"{failure}: {error}") from None
             yield gate
         finally:
-            # Ray reports the end of its own actors as failures.
-            with contextlib.redirect_stderr(io.StringIO()):
+            with quietly():
                 serve.shutdown()
 
 

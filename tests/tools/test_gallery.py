@@ -226,7 +226,8 @@ def test_compare_runs_every_method_and_the_target_with_fewer_steps(page):
 
 
 CONTRAST = """
-const [front, ground] = arguments, box = document.createElement("canvas").getContext("2d");
+const [front, ground] = arguments, canvas = document.createElement("canvas");
+const box = canvas.getContext("2d", { willReadFrequently: true });
 const light = (colour) => {
   box.fillStyle = colour; box.fillRect(0, 0, 1, 1);
   const linear = [...box.getImageData(0, 0, 1, 1).data].slice(0, 3).map((c) => c / 255)
