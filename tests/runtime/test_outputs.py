@@ -196,7 +196,7 @@ def test_replay_of_an_image_that_was_encoded_again(finished, tiny_bundle, tmp_pa
     with Image.open(source) as image:
         palette = Image.fromarray(np.asarray(image)).convert("L")
         palette.putpalette([255 - level for level in range(256) for _ in range(3)])
-        others = {"P": palette, "RGB": image.convert("RGB"), "I": image.convert("I")}
+        others = {"P": palette, "RGB": image.convert("RGB"), "LA": image.convert("LA")}
         for mode, other in others.items():
             other.save(tmp_path / "x.png", pnginfo=info)
             result = cspd_run("replay", tmp_path / "x.png", tiny_bundle.folder, "--threads", "1")
