@@ -18,6 +18,8 @@ from cspd.tools.terminal import print_table
 from cspd.tools.verdict import TITLE
 
 PATH = click.Path(path_type=Path)
+# What reading a record of another form raises; EOFError: kept images that were cut.
+WRONG = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, EOFError)
 ORDER = ("bench", "evaluate", "parity", "run")
 
 
@@ -55,7 +57,7 @@ def build_report(sources: list[Source], plots: Path | None) -> Report:
     """
     try:
         return _collect(sources, plots)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except WRONG as error:
         names = ", ".join(str(source.folder) for source in sources)
         raise CspdError(
             f"{names}: results are not as this version writes them "

@@ -44,7 +44,7 @@ h2 { margin: 0 0 .2rem; font-size: 1.3rem; } h3 { margin: 1.4rem 0 .4rem; font-s
 p.text { color: var(--soft); margin: 0 0 .6rem; max-width: 60rem; }
 p.note { color: var(--soft); font-size: .82rem; overflow-wrap: anywhere; margin: .4rem 0 0;
   max-width: 64rem; }
-.banner { background: var(--bad); color: #fff; padding: .7rem 1.25rem; margin: 0;
+.banner { background: #b3261e; color: #fff; padding: .7rem 1.25rem; margin: 0;
   font-weight: 600; text-align: center; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
 table { border-collapse: collapse; font-size: .84rem; width: 100%;
