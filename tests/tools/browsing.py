@@ -42,7 +42,17 @@ def faint(driver: webdriver.Chrome) -> list[str]:
 
 
 FAINT = """
-const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
+const box = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+const known = new Map();
+const channels = (colour) => {
+  if (known.has(colour)) return known.get(colour);
+  box.clearRect(0, 0, 1, 1);
+  box.fillStyle = colour;
+  box.fillRect(0, 0, 1, 1);
+  const found = [...box.getImageData(0, 0, 1, 1).data];
+  known.set(colour, found);
+  return found;
+};
 const light = (rgb) => {
   const linear = rgb.slice(0, 3).map((c) => c / 255)
     .map((c) => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
@@ -51,7 +61,7 @@ const light = (rgb) => {
 const ground = (node) => {
   for (; node; node = node.parentElement) {
     const colour = channels(getComputedStyle(node).backgroundColor);
-    if (colour.length === 3 || colour[3] === 1) return colour;
+    if (colour[3] === 255) return colour;
   }
   return [255, 255, 255];
 };
