@@ -368,7 +368,8 @@ def crafted(tiny_bundle):
         return {"kind": "batch", "point": point.id, "repeat": repeat, "images": 10,
                 "seconds": 10 * seconds * (1 + 0.01 * (repeat % 3)), "cpu_seconds": 1.0,
                 "graphs": {}, "host_seconds": 0.0, "peak_memory_mb": 1.0, "load": 0.0,
-                "rounds": {}, "target_calls": point.config.num_iter, "draft_calls": 0,
+                "rounds": {}, "target_rounds": point.config.num_iter,
+                "target_calls": point.config.num_iter, "draft_calls": 0,
                 "distance_sum": 0.0, "verdicts": dict.fromkeys(COUNTS, 0)}  # fmt: skip
 
     def make(measured: dict[tuple[str, int | None], tuple[float, float | None, float]]) -> Results:
@@ -389,7 +390,9 @@ def crafted(tiny_bundle):
     return make
 
 
-COUNTS = ("proposed", "accepted", "resampled", "fallback", "discarded")
+COUNTS = (
+    "proposed", "accepted", "resampled", "replaced_by_target", "fallback", "discarded",
+)  # fmt: skip
 OTHERS = {("draft", None): (0.1, 0.5, 0.01), ("lossless", None): (1.5, 0.9, 0.01)}
 
 

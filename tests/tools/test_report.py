@@ -190,10 +190,10 @@ def scored(runs, tmp_path_factory):
     with (copy / JOURNAL).open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
         for number, item in enumerate(Results(lines).serving("readme")):
-            redrawn = [0.8 - 0.02 * number + 0.05 * (-1) ** k for k in range(100)]
-            score = {"n": 10, "accuracy": 0.8 - 0.02 * number}
+            redrawn = [30 + number + 2 * (-1) ** k for k in range(100)]
+            score = {"n": 10, "frechet": 30 + number}
             line = {"kind": "score", "point": item.point.id, "repeat": -2, "score": score}
-            file.write(json.dumps(line | {"redrawn": {"accuracy": redrawn}}) + "\n")
+            file.write(json.dumps(line | {"redrawn": {"frechet": redrawn}}) + "\n")
             (copy / PIXELS / item.point.id).mkdir(parents=True)
             pixels = np.random.default_rng(number).integers(0, 255, (12, 28, 28, 1), np.uint8)
             np.save(copy / PIXELS / item.point.id / "00000.npy", pixels)
@@ -317,12 +317,12 @@ def test_the_report_begins_and_ends_with_the_verdict(scored):
 
 
 def test_quality_stands_only_where_there_is_quality(page, scored):
-    """A benchmark without scores has no column for them; one with accuracy has that one alone."""
+    """A benchmark without scores has no column for them; one with a Frechet distance has that alone."""
     plain, with_scores = (re.findall(r"<th[^>]*>(.+?)</th>", path.read_text())
                           for path in (page[0], scored[0]))  # fmt: skip
-    assert not any("accuracy" in column for column in plain)
-    assert any("accuracy" in column for column in with_scores)
-    assert not any("Frechet" in column for column in with_scores)
+    assert not any("Frechet" in column for column in plain)
+    assert any("Frechet" in column for column in with_scores)
+    assert not any("accuracy" in column for column in with_scores)
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(runs, tmp_path):
