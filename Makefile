@@ -7,7 +7,7 @@ BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test fuzz lint bench clean
+.PHONY: demo test fuzz lint bench gallery-picture clean
 
 demo: .venv/run
 	$(BIN)/cspd-run generate --num-images 16 --method cspd --baseline --out out/demo --overwrite
@@ -39,6 +39,10 @@ bench: .venv/report
 	$(BIN)/cspd-run evaluate --method target --method cspd --num-images $(BENCH_IMAGES) --batch-size 8 --threads $(THREADS) --out out/evaluate
 	$(BIN)/cspd-export parity --out out/parity.json
 	$(BIN)/cspd-run report out/bench out/evaluate out/parity.json --out out/report.html --plots out/plots --markdown out/report.md
+
+# docs/gallery.png shows times: take it on an idle machine, while cspd-run serve --batch-size 1 runs.
+gallery-picture: .venv/dev
+	$(BIN)/python tests/tools/gallery_picture.py docs/gallery.png
 
 clean:
 	rm -rf .venv build out

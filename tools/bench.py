@@ -14,7 +14,7 @@ from cspd.engines.errors import CspdError
 from cspd.runtime.config import check_config
 from cspd.tools.bench_plan import Point, Scale, make_plan
 from cspd.tools.bench_results import Results
-from cspd.tools.bench_run import JOURNAL, Bench, Journal, make_header, read_lines
+from cspd.tools.bench_run import JOURNAL, PIXELS, Bench, Journal, make_header, read_lines
 from cspd.tools.bench_tables import TABLES, readme_table
 from cspd.tools.evaluate_judges import Judge, check_count, find_judge
 from cspd.tools.provenance import command_line, commit
@@ -166,7 +166,7 @@ def judge_points(journal: Journal, points: list[Point], judge: Judge | None) -> 
     for point in points:
         if judge is None or not point.quality or journal.has(point.id, -2):
             continue
-        folder = journal.path.parent / "pixels" / point.id
+        folder = journal.path.parent / PIXELS / point.id
         found = sorted(path for path in folder.glob("*.npy") if not path.name.startswith("."))
         if len(found) < point.repeats:
             continue  # skipped on this machine

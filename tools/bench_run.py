@@ -29,6 +29,7 @@ from cspd.tools.probe import rounds, unchanged
 from cspd.tools.replay import AcceptancePattern, ReplayPipeline
 
 JOURNAL = "bench.jsonl"
+PIXELS = "pixels"  # kept images of scored points
 WARM_UP = -1  # repeat number of a batch that is run before anything counts
 Line = dict[str, Any]
 
@@ -192,7 +193,7 @@ class Bench:
         return seconds - sum(stats["seconds"] for stats in calls.values())
 
     def _keep(self, point: Point, repeat: int, pixels: np.ndarray) -> None:
-        folder = self.journal.path.parent / "pixels" / point.id
+        folder = self.journal.path.parent / PIXELS / point.id
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / ".part.npy"
         np.save(temporary, pixels)

@@ -36,9 +36,10 @@ class Table:
             [[row[k] for k in kept] for row in self.rows], self.note,
         )  # fmt: skip
 
-    def markdown(self) -> str:
-        """The table in Markdown, its title as a heading."""
-        lines = [f"### {self.title}", "", _row(self.columns), _row("---" for _ in self.columns)]
+    def markdown(self, under: str = "") -> str:
+        """The table in Markdown, its title as a heading unless that is `under`, the one above."""
+        lines = [] if self.title == under else [f"### {self.title}", ""]
+        lines += [_row(self.columns), _row("---" for _ in self.columns)]
         lines += [_row(row) for row in self.rows]
         return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
 

@@ -10,11 +10,16 @@ import click
 from cspd.engines.atomic import check_writable
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.runtime.outputs import tool_version
+from cspd.tools.bench_tables import Table
 from cspd.tools.report_markdown import markdown
 from cspd.tools.report_parts import Card, Section
 from cspd.tools.report_sources import Source, load_sources
+from cspd.tools.terminal import print_table
+from cspd.tools.verdict import TITLE
 
 PATH = click.Path(path_type=Path)
+# What reading a record of another form raises; EOFError: kept images that were cut.
+WRONG = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, EOFError)
 ORDER = ("bench", "evaluate", "parity", "run")
 
 
@@ -27,6 +32,11 @@ class Report:
     sections: list[Section]
     synthetic: bool
     plots: Path | None
+
+    @property
+    def verdicts(self) -> list[Table]:
+        """Which method to use, a table per benchmark."""
+        return [table for part in self.sections for table in part.tables if table.title == TITLE]
 
     def html(self) -> str:
         """The page."""
@@ -47,7 +57,7 @@ def build_report(sources: list[Source], plots: Path | None) -> Report:
     """
     try:
         return _collect(sources, plots)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except WRONG as error:
         names = ", ".join(str(source.folder) for source in sources)
         raise CspdError(
             f"{names}: results are not as this version writes them "
@@ -62,12 +72,10 @@ def _collect(sources: list[Source], plots: Path | None) -> Report:
     except ImportError as error:
         raise MissingExtraError(str(error.name), "report") from error
     order = sorted(sources, key=lambda source: ORDER.index(source.kind))
-    sections = [section for number, source in enumerate(order)
-                for section in made.sections_of(source, number, plots)]  # fmt: skip
     return Report(
         subtitle=next((made.subtitle(source) for source in order if source.kind == "bench"), ""),
         cards=[card for source in order for card in made.cards_of(source)],
-        sections=[*sections, made.provenance_section(order)],
+        sections=made.sections_of(order, plots),
         synthetic=any(made.synthetic(source) for source in order),
         plots=plots,
     )
@@ -93,6 +101,8 @@ def command(runs: tuple[Path, ...], out: Path, plots: Path | None, text: Path | 
         if path is not None:
             check_writable(path)
     report = build_report(load_sources(runs), plots)
+    for table in report.verdicts:
+        print_table(table)
     write(out, report.html())
     if text is not None:
         write(text, markdown(report.subtitle, report.sections, plots, text))

@@ -16,7 +16,7 @@ def markdown(subtitle: str, sections: list[Section], plots: Path | None, out: Pa
     lines = [subtitle, ""]
     for section in sections:
         lines += [f"## {section.title}", "", *([section.text, ""] if section.text else [])]
-        lines += [table.markdown() for table in (*section.tables, *section.data)]
+        lines += [table.markdown(section.title) for table in (*section.tables, *section.data)]
         if plots is not None:
             folder = os.path.relpath(plots, out.parent)
             lines += [f"![{plot.caption}]({folder}/{plot.name}.png)\n" for plot in section.plots]

@@ -44,7 +44,7 @@ h2 { margin: 0 0 .2rem; font-size: 1.3rem; } h3 { margin: 1.4rem 0 .4rem; font-s
 p.text { color: var(--soft); margin: 0 0 .6rem; max-width: 60rem; }
 p.note { color: var(--soft); font-size: .82rem; overflow-wrap: anywhere; margin: .4rem 0 0;
   max-width: 64rem; }
-.banner { background: var(--bad); color: #fff; padding: .7rem 1.25rem; margin: 0;
+.banner { background: #b3261e; color: #fff; padding: .7rem 1.25rem; margin: 0;
   font-weight: 600; text-align: center; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
 table { border-collapse: collapse; font-size: .84rem; width: 100%;
@@ -65,15 +65,30 @@ td.long:not(:first-child) { white-space: normal; min-width: 16rem; overflow-wrap
 figure { margin: 0; max-width: 46rem; } figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: .82rem; color: var(--soft); }
 details { margin-top: 1rem; } summary { cursor: pointer; color: var(--accent); font-size: .9rem; }
-.pairs { display: grid; gap: .35rem; align-items: center; font-size: .8rem; padding: .6rem; }
+.pairs { display: grid; gap: .6rem; }
+.pairs figure { max-width: none; display: grid; gap: .2rem 1rem; align-items: center;
+  grid-template-columns: 12rem minmax(0, 1fr); }
+.pairs figure div { display: grid; gap: .35rem;
+  grid-template-columns: repeat(10, minmax(0, 6rem)); }
 .pairs img { width: 100%; image-rendering: pixelated; display: block; border-radius: .15rem; }
 pre { background: var(--stripe); border: 1px solid var(--line); border-radius: .4rem;
   padding: .7rem 1rem; overflow-x: auto; font-size: .8rem; white-space: pre-wrap;
   overflow-wrap: anywhere; }
 footer { color: var(--soft); font-size: .8rem; padding: .5rem 0 2rem; }
 @media (max-width: 40rem) { .wide { padding: 0 .7rem; } section { padding: .9rem .8rem; }
-  .cards { grid-template-columns: repeat(2, 1fr); } th, td { padding: .35rem .5rem; }
-  th:first-child, td:first-child { min-width: 6.5rem; box-shadow: 1px 0 0 var(--line); } }
+  .cards { grid-template-columns: repeat(2, 1fr); }
+  .pairs figure { grid-template-columns: minmax(0, 1fr); }
+  .pairs figure div { grid-template-columns: repeat(5, minmax(0, 1fr)); }
+  th, td { padding: .35rem .5rem; }
+  th:first-child, td:first-child { min-width: 6.5rem; box-shadow: 1px 0 0 var(--line); }
+  .few thead { display: none; } .few tr, .few td { display: block; }
+  .few tr { padding: .4rem 0; } .few tr + tr { border-top: 1px solid var(--line); }
+  .few tbody td, .few td.long:not(:first-child) { position: static; background: none;
+    min-width: 0; padding: .15rem .6rem; text-align: left; white-space: normal;
+    overflow-wrap: anywhere; box-shadow: none; }
+  .few td:first-child { font-weight: 600; } .few td:not(:first-child) { display: flex; gap: .6rem; }
+  .few td:not(:first-child)::before { content: attr(data-label); color: var(--soft);
+    flex: 0 0 40%; } }
 @media print { @page { margin: 12mm; } nav, summary, footer { display: none; }
   body { font-size: 10pt; background: #fff; }
   header { background: none; color: #000; padding: 0; } header p { color: #444; }
@@ -90,11 +105,13 @@ footer { color: var(--soft); font-size: .8rem; padding: .5rem 0 2rem; }
 """
 
 PAGE = """{% macro show(t, under) %}
-{% if t.title != under %}<h3>{{ t.title }}</h3>{% endif %}<div class="scroll"><table><thead><tr>
+{% if t.title != under %}<h3>{{ t.title }}</h3>{% endif %}<div class="scroll">
+<table{% if t | few %} class="few"{% endif %}><thead><tr>
 {% for c in t.columns %}<th class="{{ t | side(loop.index0) }}">{{ c }}</th>{% endfor %}
 </tr></thead><tbody>
 {% for row in t.rows %}<tr>{% for cell in row %}
-<td class="{{ cell | look }} {{ t | side(loop.index0) }}">{{ cell }}</td>{% endfor %}</tr>
+<td class="{{ cell | look }} {{ t | side(loop.index0) }}"
+data-label="{{ t.columns[loop.index0] }}">{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% if t.note %}<p class="note">{{ t.note }}</p>{% endif %}{% endmacro %}<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -116,13 +133,12 @@ PAGE = """{% macro show(t, under) %}
 {% if s.data %}<details><summary>All numbers</summary>
 {% for t in s.data %}{{ show(t, s.title) }}{% endfor %}</details>{% endif %}
 {% for p in s.pairs %}<h3>{{ p.title }}</h3>
-<div class="scroll"><div class="pairs"
-style="grid-template-columns: 7rem repeat({{ p.count }}, minmax(3.2rem, 5rem))">
-{% for row in p.rows %}<span>{{ row.name }}</span>
+<div class="pairs">{% for row in p.rows %}<figure><figcaption>{{ row.name }}</figcaption><div>
 {% for image in row.images %}<img alt="{{ row.name }}, image {{ loop.index0 }}" src="{{ image }}">
-{% endfor %}{% endfor %}</div></div>{% endfor %}
-{% for picture in s.pictures %}<figure><img alt="{{ picture.caption }}" src="{{ picture.data }}">
-<figcaption>{{ picture.caption }}</figcaption></figure>{% endfor %}
+{% endfor %}</div></figure>{% endfor %}</div>{% endfor %}
+{% if s.pictures %}<div class="plots">{% for picture in s.pictures %}
+<figure><img alt="{{ picture.caption }}" src="{{ picture.data }}">
+<figcaption>{{ picture.caption }}</figcaption></figure>{% endfor %}</div>{% endif %}
 {% if s.code %}<h3>Commands</h3><pre>{{ s.code }}</pre>{% endif %}
 </section>{% endfor %}
 <footer>{{ footer }}</footer>
@@ -130,6 +146,7 @@ style="grid-template-columns: 7rem repeat({{ p.count }}, minmax(3.2rem, 5rem))">
 """
 
 LOOKS = {"pass": "pass", "FAIL": "fail", "would fail": "would"}
+FEW = 3  # rows; on a phone such a table is a list of cells instead
 LONG = 40  # characters; longer cells may break
 NUMBER = re.compile(r"(about )?[-+]?[0-9.]+(e[-+]?[0-9]+)?( ?%|x| dB)?( [(±].*)?|-")
 
@@ -137,6 +154,11 @@ NUMBER = re.compile(r"(about )?[-+]?[0-9.]+(e[-+]?[0-9]+)?( ?%|x| dB)?( [(±].*)
 def look(cell: str) -> str:
     """The style class of a table cell."""
     return LOOKS.get(cell, "long" if len(cell) > LONG else "")
+
+
+def few(table: object) -> bool:
+    """Whether a table is short enough to be a list on a phone."""
+    return len(table.rows) <= FEW  # type: ignore[attr-defined]
 
 
 def side(table: object, column: int) -> str:
@@ -148,5 +170,5 @@ def side(table: object, column: int) -> str:
 def render(**values: object) -> str:
     """The page as HTML; every value is escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"look": look, "side": side}
+    environment.filters |= {"look": look, "side": side, "few": few}
     return environment.from_string(PAGE).render(css=CSS, **values)

@@ -32,11 +32,6 @@ class Pairs:
     title: str
     rows: list[PairRow]
 
-    @property
-    def count(self) -> int:
-        """Images per row."""
-        return max(len(row.images) for row in self.rows)
-
 
 @dataclass(frozen=True)
 class Card:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 SIZE = (5.4, 3.4)  # inches; small, so that letters stay readable on a phone
-# Okabe and Ito: told apart by everyone, in print too.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# After Okabe and Ito, told apart by everyone; the light ones darker, so that every colour has 3:1
+# on the page, also through the filter of the dark page.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b35a8f", "#a66f00", "#2f8fc4", "#000000")
+GREY = "#8c8c8c"
+LABEL = 22  # characters a line beside a bar, so that the bars keep half of the width
 METHODS = ("target", "cspd", "draft", "lossless", "auto")
 METHOD_COLOURS = dict(zip(METHODS, COLOURS, strict=False))
 STYLE: Any = {
@@ -104,7 +108,7 @@ def speed_against_gamma(results: Results) -> Figure | None:
             x = [item.point.config.gamma for item in group]
             ratios = [results.speedup(i, reference) for i in group]
             axes.plot(x, ratios, "o-", label=f"batch {size}")
-    axes.axhline(1, color="grey", linewidth=1)
+    axes.axhline(1, color=GREY, linewidth=1)
     gammas = sorted({item.point.config.gamma for item in items})
     axes.set_xscale("log", base=2)
     axes.set_xticks(gammas, [str(gamma) for gamma in gammas])
@@ -160,6 +164,8 @@ def heat_map(results: Results) -> Figure | None:
     figure, axes = new_figure("Accepted share by position", "column", "row")
     axes.grid(False)
     shown = axes.imshow(share.reshape(grid, grid), cmap="viridis", vmin=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(shown, label="accepted per judged token")
     return figure
 
@@ -184,14 +190,16 @@ def time_by_graph(results: Results) -> Figure | None:
         return None
     figure, axes = new_figure("Where the time goes", "milliseconds per image", "")
     axes.grid(False, axis="y")
-    names, left = [name_of(item) for item in items], np.zeros(len(items))
+    names, left = [textwrap.fill(name_of(item), LABEL) for item in items], np.zeros(len(items))
+    lines = sum(1 + name.count("\n") for name in names)
+    figure.set_size_inches(SIZE[0], max(SIZE[1], 1.4 + 0.22 * lines))
     for part, starts in PARTS.items():
         width = np.array([seconds_in(item, starts) * 1e3 for item in items])
         if width.any():
-            axes.barh(names, width, left=left, label=part)
+            axes.barh(names, width, left=left, label=part, edgecolor="white")
             left += width
     rest = np.array([item.seconds * 1e3 for item in items]) - left
-    axes.barh(names, np.maximum(rest, 0), left=left, color="lightgrey", label="outside")
+    axes.barh(names, np.maximum(rest, 0), left=left, color=GREY, label="outside", edgecolor="white")
     axes.invert_yaxis()
     figure.legend(fontsize=9, loc="outside lower center", ncols=3)
     return figure
@@ -214,8 +222,9 @@ def errors_by_step(parity: dict[str, Any], rung: str) -> Figure | None:
         axes.plot(list(errors), [max(e, floor) for e in errors.values()], label=subject)
     tolerance = max(row["tolerance"] for row in parity["rows"]
                     if row["rung"] == rung and row["unit"] == "relative")  # fmt: skip
-    axes.axhline(tolerance, color="red", linewidth=1, linestyle="--", label="tolerance")
+    axes.axhline(tolerance, color="#c62828", linewidth=1, linestyle="--", label="tolerance")
     axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8)
     return figure
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cspd.runtime.folder import GRID
-from cspd.runtime.images import numbered
+from cspd.runtime.images import encode_png, numbered
 from cspd.tools.bench_results import Results
-from cspd.tools.bench_tables import TABLES, Table, percent, ratio
+from cspd.tools.bench_run import PIXELS
+from cspd.tools.bench_tables import TABLES, Table, name_of, percent, ratio
 from cspd.tools.bootstrap import score_text
 from cspd.tools.evaluate_tables import tables
 from cspd.tools.report_parts import Card, PairRow, Pairs, Picture, Section
 from cspd.tools.report_plots import FIGURES, errors_by_step, save
 from cspd.tools.report_sources import Source
-from cspd.tools.verdict import verdict_table
+from cspd.tools.verdict import TITLE, verdict_table
 
 SHOWN_IMAGES = 10
 
@@ -51,7 +55,7 @@ class Group:
 
 GROUPS = (
     Group(
-        "Methods side by side",
+        "Comparison",
         "Every method beside the baselines it has to beat: fewer steps of the target, and the "
         "target with as many calls as speculation makes.",
         tables=("readme",), figures=("pareto",), data=("pareto",),
@@ -73,7 +77,7 @@ GROUPS = (
         data=("figure 11", "figure 13", "figure 14", "figure 15"),
     ),
     Group(
-        "Where the time goes",
+        "Time",
         "By network, against PyTorch eager and compiled on the same device.",
         tables=("time", "start"), figures=("time",),
     ),
@@ -86,13 +90,14 @@ def bench_sections(source: Source, number: int, plots: Path | None) -> list[Sect
     made = [verdict_section(results, f"bench-{number}-verdict")]
     made += [bench_section(results, group, f"bench-{number}-{index}", plots)
             for index, group in enumerate(GROUPS)]  # fmt: skip
+    made[1].pairs += kept_images(results, source.folder)
     return [section for section in made if section.tables or section.plots]
 
 
 def verdict_section(results: Results, anchor: str) -> Section:
     """Which method to use, before the figures that say so."""
     table = verdict_table(results)
-    return Section("Which method?", anchor, tables=[table] if table.rows else [])
+    return Section(TITLE, anchor, tables=[table] if table.rows else [])
 
 
 def bench_section(results: Results, group: Group, anchor: str, plots: Path | None) -> Section:
@@ -110,6 +115,18 @@ def bench_section(results: Results, group: Group, anchor: str, plots: Path | Non
             image = data_uri(save(figure, plots, name), "image/svg+xml")
             section.plots.append(Picture(caption, image, look, name))
     return section
+
+
+def kept_images(results: Results, folder: Path) -> list[Pairs]:
+    """The first images of every scored method, which the benchmark kept."""
+    rows = []
+    for item in results.serving("readme"):
+        found = sorted((folder / PIXELS / item.point.id).glob("[0-9]*.npy"))
+        images = (pixels for path in found for pixels in np.load(path, mmap_mode="r"))
+        shown = itertools.islice(images, SHOWN_IMAGES)
+        uris = [data_uri(encode_png(pixels, {}), "image/png") for pixels in shown]
+        rows += [PairRow(name_of(item), uris)] if uris else []
+    return [Pairs("The same noise, another method", rows)] if rows else []
 
 
 def bench_cards(source: Source) -> list[Card]:
@@ -157,7 +174,7 @@ def evaluate_section(source: Source, number: int) -> Section:
         for s in same
     ]
     if any(row.images for row in rows):
-        section.pairs.append(Pairs("The same noise, another method", rows))
+        section.pairs.append(Pairs("Image by image", rows))
     return section
 
 
@@ -246,17 +263,17 @@ def evaluate_cards(source: Source) -> list[Card]:
     ]
 
 
-def run_section(source: Source, number: int) -> Section:
-    """The pictures of a run of `generate`."""
-    record = source.record
-    section = Section(
-        "Images", f"images-{number}", text=f"{record['law']}; {record['images']} images"
-    )
-    # At the top in runs of before version 2 of their schema.
-    grids = (source.folder / name for name in (GRID, "grid.png"))
-    if grid := next((path for path in grids if path.is_file()), None):
-        caption = f"{record['config']['method']}, seed {record['config']['seed']}"
-        section.pictures.append(Picture(caption, data_uri(grid.read_bytes(), "image/png")))
+def images_section(sources: list[Source]) -> Section:
+    """The pictures of runs of `generate`, a caption each."""
+    section = Section("Images", "images")
+    for source in sources:
+        config, count = source.record["config"], source.record["images"]
+        # At the top in runs of before version 2 of their schema.
+        grids = (source.folder / name for name in (GRID, "grid.png"))
+        if grid := next((path for path in grids if path.is_file()), None):
+            caption = f"{config['method']}, seed {config['seed']}, {count} images"
+            caption += f": {source.record['law']}"
+            section.pictures.append(Picture(caption, data_uri(grid.read_bytes(), "image/png")))
     return section
 
 
@@ -273,20 +290,30 @@ def provenance_section(sources: list[Source]) -> Section:
         commands += [str(header["command"])] if header.get("command") else []
     columns = ("run", "bundle sha256", "tool", "commit", "machine")
     return Section(
-        "Where this comes from", "provenance", tables=[Table("Runs", columns, rows)],
+        "Origin", "origin", tables=[Table("Runs", columns, rows)],
         code="\n".join(commands),
     )  # fmt: skip
 
 
-def sections_of(source: Source, number: int, plots: Path | None) -> list[Section]:
-    """What run `number` of a report puts on the page; plots also go to the folder `plots`."""
-    if source.kind == "bench":
-        return bench_sections(source, number, plots)
-    if source.kind == "evaluate":
-        return [evaluate_section(source, number)]
-    if source.kind == "parity":
-        return [parity_section(source, number, plots)]
-    return [run_section(source, number)]
+def sections_of(sources: list[Source], plots: Path | None) -> list[Section]:
+    """The parts of the page; plots also go to the folder `plots`.
+
+    Where several runs are of one kind, their sections have the folder in their title.
+    """
+    makers = {
+        "bench": lambda source, number: bench_sections(source, number, plots),
+        "evaluate": lambda source, number: [evaluate_section(source, number)],
+        "parity": lambda source, number: [parity_section(source, number, plots)],
+    }
+    kinds = [source.kind for source in sources]
+    made = []
+    for number, source in enumerate(sources):
+        for section in makers[source.kind](source, number) if source.kind in makers else []:
+            if kinds.count(source.kind) > 1:
+                section.title += f", {source.folder}"
+            made.append(section)
+    images = images_section([source for source in sources if source.kind == "run"])
+    return [*made, *([images] if images.pictures else []), provenance_section(sources)]
 
 
 def cards_of(source: Source) -> list[Card]:

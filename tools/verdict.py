@@ -7,6 +7,7 @@ from cspd.tools.bench_results import Results, Summary
 from cspd.tools.bench_tables import DASH, Table, law, name_of
 from cspd.tools.bootstrap import half_text, score_text
 
+TITLE = "Which method?"
 # Scores that decide about quality, and the sign of a difference for the better.
 BETTER = {"accuracy": 1, "frechet": -1}
 FORMS = {"accuracy": ".1%", "frechet": ".1f"}
@@ -19,16 +20,18 @@ def verdict_table(results: Results) -> Table:
         reference = results.summary(results.main)
         measured = candidates(results)
         exact = [item for item in measured if law(item, results.main) == "exact"]
-        rows.append(_row(results, "fastest exact way", min(exact, key=results.cost), reference))
+        rows.append(
+            _row(results, "fastest exact way", _fastest(results, exact, reference), reference)
+        )
         equal = [item for item in measured
                  if item.point.id == reference.point.id or no_worse(item, reference)]  # fmt: skip
         if reference.score:
-            fastest = min(equal, key=results.cost)
+            fastest = _fastest(results, equal, reference)
             rows.append(_row(results, "fastest way at equal quality", fastest, reference))
         cspd = next((item for item in measured if item.point.config.method == "cspd"), None)
         if cspd is not None:
             rows.append(_row(results, "where cspd stands", cspd, reference))
-            rows[-1][1] += f": {standing(results, cspd, measured)}"
+            rows[-1][1] += f", is {standing(results, cspd, measured)}"
     columns = ("question", "answer", "speed vs target", "accuracy, difference",
                "Frechet distance, difference")  # fmt: skip
     note = (
@@ -36,7 +39,7 @@ def verdict_table(results: Results) -> Table:
         "difference, which is drawn image by image from equal noise. The differences say how much "
         f"that leaves open. Speed by {results.clock}."
     )
-    return Table("Which method?", columns, rows, note if rows else "").filled()
+    return Table(TITLE, columns, rows, note if rows else "").filled()
 
 
 def candidates(results: Results) -> list[Summary]:
@@ -48,23 +51,38 @@ def candidates(results: Results) -> list[Summary]:
             and item.point.config.batch_size == main.config.batch_size]  # fmt: skip
 
 
+def _fastest(results: Results, items: list[Summary], reference: Summary) -> Summary:
+    """The fastest of `items`; the reference itself where that one's lead is within its interval."""
+    found = min(items, key=results.cost)
+    return reference if _pace(results, found, reference) == 0 else found
+
+
+def _pace(results: Results, item: Summary, other: Summary) -> int:
+    """1 if `item` is faster than `other`, -1 if slower, 0 if their interval holds both."""
+    low, high = results.speed_interval(item, other) or [results.speedup(item, other)] * 2
+    return (low > 1) - (high < 1)
+
+
 def standing(results: Results, cspd: Summary, measured: list[Summary]) -> str:
     """`cspd` against the target with fewer steps, the baseline that needs no draft."""
     short = [item for item in measured if item.point.config.method == "target"]
-    rivals = [item for item in short if no_worse(item, cspd)]
     if not cspd.score:
         same = [item for item in short if item.target_calls == cspd.target_calls]
-        return "quality not measured" + "".join(
-            f"; {_than(results, cspd, item)} with as many calls" for item in same[:1]
+        return "of unmeasured quality" + "".join(
+            f" and {_than(results, cspd, item)} with as many calls" for item in same[:1]
         )
+    rivals = [item for item in short if no_worse(item, cspd)]
     if not rivals:
         return "better than every target measured"
     return f"{_than(results, cspd, min(rivals, key=results.cost))} at this quality"
 
 
+PACES = {1: "faster than", 0: "as fast as", -1: "slower than"}
+
+
 def _than(results: Results, cspd: Summary, other: Summary) -> str:
-    slower = results.cost(cspd) > results.cost(other)
-    return f"{'slower' if slower else 'faster'} than {name_of(other)}"
+    target = f"target --num-iter {other.point.config.num_iter}"
+    return f"{PACES[_pace(results, cspd, other)]} {target}"
 
 
 def no_worse(item: Summary, reference: Summary) -> bool:

@@ -368,7 +368,8 @@ def crafted(tiny_bundle):
         return {"kind": "batch", "point": point.id, "repeat": repeat, "images": 10,
                 "seconds": 10 * seconds * (1 + 0.01 * (repeat % 3)), "cpu_seconds": 1.0,
                 "graphs": {}, "host_seconds": 0.0, "peak_memory_mb": 1.0, "load": 0.0,
-                "rounds": {}, "target_calls": point.config.num_iter, "draft_calls": 0,
+                "rounds": {}, "target_rounds": point.config.num_iter,
+                "target_calls": point.config.num_iter, "draft_calls": 0,
                 "distance_sum": 0.0, "verdicts": dict.fromkeys(COUNTS, 0)}  # fmt: skip
 
     def make(measured: dict[tuple[str, int | None], tuple[float, float | None, float]]) -> Results:
@@ -389,7 +390,9 @@ def crafted(tiny_bundle):
     return make
 
 
-COUNTS = ("proposed", "accepted", "resampled", "fallback", "discarded")
+COUNTS = (
+    "proposed", "accepted", "resampled", "replaced_by_target", "fallback", "discarded",
+)  # fmt: skip
 OTHERS = {("draft", None): (0.1, 0.5, 0.01), ("lossless", None): (1.5, 0.9, 0.01)}
 
 
@@ -405,7 +408,7 @@ def test_the_verdict_names_the_fastest_ways(crafted):
     assert equal[0] == "target, 8 steps" and equal[1].startswith("2.00x ± 0.0")
     assert equal[2] == "-1.0 ± 2.0%"
     cspd = answers["where cspd stands"]
-    assert cspd[0] == "cspd, gamma 8: slower than target, 8 steps at this quality"
+    assert cspd[0] == "cspd, gamma 8, is slower than target --num-iter 8 at this quality"
     assert cspd[1].startswith("1.25x ± 0.0")
 
 
@@ -420,12 +423,24 @@ def test_a_lossless_that_is_faster_is_the_exact_way(crafted):
     assert answers["where cspd stands"].endswith("better than every target measured")
 
 
+def test_a_lead_within_its_interval_is_none(crafted):
+    """Batches differ by up to 2 % here: half a percent is no difference."""
+    table = verdict_table(crafted({
+        **OTHERS, ("lossless", None): (0.995, 0.9, 0.01), ("target", None): (0.2, 0.7, 0.01),
+        ("target", 16): (1.0, 0.90, 0.0), ("target", 8): (0.8, 0.89, 0.01),
+        ("cspd", None): (0.797, 0.89, 0.01),
+    }))  # fmt: skip
+    answers = {row[0]: row[1] for row in table.rows}
+    assert answers["fastest exact way"] == "target, 16 steps"
+    assert answers["where cspd stands"].endswith("as fast as target --num-iter 8 at this quality")
+
+
 def test_a_verdict_without_scores_says_nothing_about_quality(crafted, finished):
     table = verdict_table(crafted({
         ("draft", None): (0.1, None, 0), ("lossless", None): (2.0, None, 0),
         ("target", None): (1.0, None, 0), ("cspd", None): (0.5, None, 0),
     }))  # fmt: skip
     assert [row[0] for row in table.rows] == ["fastest exact way", "where cspd stands"]
-    assert "quality not measured" in table.rows[1][1] and len(table.columns) == 3
+    assert "of unmeasured quality" in table.rows[1][1] and len(table.columns) == 3
     assert not any("accuracy" in column for column in json.loads(finished[1].stdout)[
         "tables"]["readme"]["columns"])  # fmt: skip

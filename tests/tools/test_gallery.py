@@ -1,20 +1,17 @@
 """The gallery in a real browser, headless: errors, keyboard, seeds, stop, compare, layouts."""
 
 import base64
-import shutil
 
 import pytest
+from browsing import faint, open_browser, resize
 from click.testing import CliRunner
 from running_server import KEY
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from cspd.runtime.cli import main
 
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu")
 TRACES = ("favicon", "401", "422")  # what the browser itself logs about refused requests
 
 
@@ -44,28 +41,15 @@ class Page:
         return self.driver.switch_to.active_element.get_attribute("id")
 
     def size(self, width: int, height: int, dark: bool = False) -> None:
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        resize(self.driver, width, height, dark)
 
 
 @pytest.fixture(scope="module")
 def page(server):
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    try:
+    with open_browser() as driver:
         opened = Page(driver, server.url)
         opened.size(1280, 900)
         yield opened
-    finally:
-        driver.quit()
 
 
 def test_without_a_key_the_page_asks_for_it_then_draws_an_image(page):
@@ -251,6 +235,7 @@ def test_cells_stand_out_in_every_state(page, dark):
         "return getComputedStyle(document.querySelector('.legend li:last-child .cell')).boxShadow"
     )
     assert "inset" in page.driver.execute_script(drawn)
+    assert faint(page.driver) == []
 
 
 def test_on_a_phone_the_result_scrolls_into_view(page):

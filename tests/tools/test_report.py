@@ -1,21 +1,26 @@
+import io
 import json
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from typing import ClassVar
 
 import numpy as np
 import pytest
+from browsing import faint, open_browser, resize
 from click.testing import CliRunner
 from PIL import Image
+from selenium.webdriver.common.by import By
 
 from cspd.engines.errors import CspdError
 from cspd.runtime.pipeline import Pipeline
 from cspd.tools import bench, parity, report, report_sections
+from cspd.tools.bench_results import Results
+from cspd.tools.bench_run import JOURNAL, PIXELS, read_lines
 from cspd.tools.bootstrap import Judged
 from cspd.tools.evaluate import Evaluation, make_variants
 from cspd.tools.parity_measure import Row, Skipped
+from cspd.tools.report_plots import COLOURS, GREY
 
 QUICK = ["--quick", "--num-iter", "4", "--head-steps", "3", "--batch-size", "1"]
 QUICK += ["--batch-size", "2", "--threads", "1", "--repeats", "1"]
@@ -100,7 +105,7 @@ def test_the_page_shows_every_run(page, tiny_bundle):
     text = page[0].read_text()
     for title in ("Which method?", "Methods side by side", "Table 1", "Table 4", "Figure 15",
                   "Scores", "Worst of each output", "Paired differences",
-                  "The same noise, another method", "Where the time goes", tiny_bundle.sha256,
+                  "Image by image", "Where the time goes", tiny_bundle.sha256,
                   "bench --quick"):  # fmt: skip
         assert title in text, title
     assert "SYNTHETIC" not in text
@@ -120,6 +125,8 @@ def test_markdown_links_to_the_plots(page, tiny_bundle):
     folder = page[0].parent
     text = (folder / "r.md").read_text()
     links = re.findall(r"!\[.+\]\((.+)\)", text)
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    assert len(set(titles)) == len(titles)
     assert "![Acceptance against gamma](" in text
     assert len(links) > 8 and all((folder / link).is_file() for link in links)
     for part in (
@@ -173,35 +180,149 @@ def test_other_files_are_refused(tmp_path):
         report.load_sources([tmp_path / "y.json"])
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+@pytest.fixture(scope="module")
+def scored(runs, tmp_path_factory):
+    """The report on a benchmark with scores and kept images, beside everything else."""
+    folder = tmp_path_factory.mktemp("scored")
+    copy = shutil.copytree(runs[0], folder / "bench")
+    header, *lines = read_lines(copy / JOURNAL)
+    lines = [header | {"synthetic": True}, *lines]  # its banner has to be readable, too
+    with (copy / JOURNAL).open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        for number, item in enumerate(Results(lines).serving("readme")):
+            redrawn = [30 + number + 2 * (-1) ** k for k in range(100)]
+            score = {"n": 10, "frechet": 30 + number}
+            line = {"kind": "score", "point": item.point.id, "repeat": -2, "score": score}
+            file.write(json.dumps(line | {"redrawn": {"frechet": redrawn}}) + "\n")
+            (copy / PIXELS / item.point.id).mkdir(parents=True)
+            pixels = np.random.default_rng(number).integers(0, 255, (12, 28, 28, 1), np.uint8)
+            np.save(copy / PIXELS / item.point.id / "00000.npy", pixels)
+    out = folder / "r.html"
+    result = CliRunner().invoke(report.command, [str(copy), *map(str, runs[1:]), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    return out, result.stdout
 
 
-def browse(*arguments: str) -> str:
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def driver():
+    with open_browser() as opened:
+        yield opened
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-@pytest.mark.parametrize("width", [1200, 390])
-def test_the_page_fits_the_screen(page, tmp_path, width):
-    # Chromium lays a page out for 500 pixels at least when it prints the document.
-    measure = "document.documentElement.scrollWidth + '/' + window.innerWidth"
-    copy = tmp_path / "r.html"
-    probe = f"<script>document.title = {measure}</script></body>"
-    copy.write_text(page[0].read_text().replace("</body>", probe))
-    shot = tmp_path / "shot.png"
-    size = f"--window-size={width},3000"
-    dom = browse(size, "--dump-dom", f"file://{copy}")
-    found = re.search(r"<title>(\d+)/(\d+)</title>", dom)
-    assert found and int(found[1]) <= int(found[2]) <= max(width, 500)
-    browse(size, f"--screenshot={shot}", f"file://{page[0]}")
-    with Image.open(shot) as image:
-        assert image.width == width
-        pixels = np.asarray(image.convert("L"))
-    # Text and plots in every part of the page, not an empty sheet.
-    assert all(part.std() > 5 for part in np.array_split(pixels, 4))
+def texts(driver, selector: str) -> list[str]:
+    """What the parts of the page say, shown or not."""
+    found = driver.find_elements(By.CSS_SELECTOR, selector)
+    return [node.get_attribute("textContent").strip() for node in found]
+
+
+def show(driver, path, width: int, dark: bool) -> None:
+    """The page on a screen, everything folded out."""
+    resize(driver, width, 900, dark)
+    driver.get(f"file://{path}")
+    driver.execute_script("document.querySelectorAll('details').forEach((d) => d.open = true)")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_fits_the_screen_and_can_be_read(scored, driver, width, dark):
+    """No sideways scrolling, and every text stands out: WCAG 2.2, 1.4.3."""
+    show(driver, scored[0], width, dark)
+    root = "const root = document.documentElement; return root.scrollWidth <= root.clientWidth"
+    assert driver.execute_script(root)
+    assert faint(driver) == []
+    # What is wider than the screen scrolls in a frame of its own.
+    beyond = """return [...document.querySelectorAll("main *")].filter((node) =>
+        node.getBoundingClientRect().right > innerWidth && !node.closest(".scroll, nav")).length"""
+    assert driver.execute_script(beyond) == 0
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_plots_stand_out_from_the_page(scored, driver, dark):
+    """Every colour of the plots has 3:1 on the page, as the browser shows it: WCAG 2.2, 1.4.11."""
+    show(driver, scored[0], 1280, dark)
+    colours = (*COLOURS, GREY)
+    svg = "<svg xmlns='http://www.w3.org/2000/svg' width='20' height='20'>{}</svg>"
+    swatches = [svg.format(f"<rect width='20' height='20' fill='{colour}'/>") for colour in colours]
+    addresses = [report_sections.data_uri(text.encode(), "image/svg+xml") for text in swatches]
+    driver.execute_script(ADD_PLOTS, addresses)
+    added = driver.find_elements(By.CSS_SELECTOR, "section:first-of-type > img")
+    shown = {
+        colour: Image.open(io.BytesIO(node.screenshot_as_png)).convert("RGB").getpixel((10, 10))
+        for colour, node in zip(colours, added, strict=True)
+    }
+    panel = "return getComputedStyle(document.querySelector('section')).backgroundColor"
+    ground = tuple(map(int, re.findall(r"\d+", driver.execute_script(panel))))
+    assert len(set(shown.values())) == len(colours) and (luminance(ground) < 0.1) == dark
+    assert [colour for colour, seen in shown.items() if contrast(seen, ground) < 3] == []
+
+
+ADD_PLOTS = """
+for (const source of arguments[0].reverse()) {
+  const image = new Image();
+  image.className = "plot";
+  image.style.cssText = "display: inline-block; width: 20px; margin-right: 20px";
+  image.src = source;
+  document.querySelector("section").prepend(image);
+}
+return Promise.all([...document.images].map((image) => image.decode()));
+"""
+
+
+def luminance(rgb: tuple[int, ...]) -> float:
+    """Relative luminance of WCAG 2.2."""
+    parts = [c / 255 for c in rgb]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return float(np.dot((0.2126, 0.7152, 0.0722), linear))
+
+
+def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    """Contrast ratio of WCAG 2.2."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_headings_are_unique_and_the_navigation_repeats_no_word(scored, driver):
+    show(driver, scored[0], 1280, False)
+    headings = texts(driver, "h1, h2, h3")
+    assert len(set(headings)) == len(headings)
+    links = texts(driver, "nav a")
+    assert links == texts(driver, "section h2")
+    words = " ".join(links).lower().split()
+    assert len(set(words)) == len(words) and len(links) > 5
+
+
+def test_two_runs_of_one_kind_are_told_apart(runs, tmp_path):
+    second = shutil.copytree(runs[1], tmp_path / "second")
+    text = report.build_report(report.load_sources([runs[1], second]), None).html()
+    titles = re.findall(r"<h2>(.+)</h2>", text)
+    assert titles[:2] == [f"Quality, {runs[1]}", f"Quality, {second}"]
+
+
+def test_images_of_every_method_stand_in_a_grid_with_captions(scored, driver):
+    """Below each other: the same noise, another method."""
+    show(driver, scored[0], 390, False)
+    rows = driver.find_elements(By.CSS_SELECTOR, ".pairs")[0].find_elements(By.TAG_NAME, "figure")
+    names = [row.find_element(By.TAG_NAME, "figcaption").text for row in rows]
+    assert names[0] == "target, 4 steps" and "cspd, gamma 8" in names and len(names) > 4
+    places = [[image.location["x"] for image in row.find_elements(By.TAG_NAME, "img")]
+              for row in rows]  # fmt: skip
+    assert all(len(found) == 10 and found == places[0] for found in places)
+
+
+def test_the_report_begins_and_ends_with_the_verdict(scored):
+    text = scored[0].read_text()
+    assert re.search(r"<h2>(.+?)</h2>", text)[1] == "Which method?"
+    assert "fastest way at equal quality" in text and "fastest way at equal quality" in scored[1]
+    assert "where cspd stands" in scored[1].partition("Which method?")[2]
+
+
+def test_quality_stands_only_where_there_is_quality(page, scored):
+    """A benchmark without scores has no column for them; one with a Frechet distance has that alone."""
+    plain, with_scores = (re.findall(r"<th[^>]*>(.+?)</th>", path.read_text())
+                          for path in (page[0], scored[0]))  # fmt: skip
+    assert not any("Frechet" in column for column in plain)
+    assert any("Frechet" in column for column in with_scores)
+    assert not any("accuracy" in column for column in with_scores)
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(runs, tmp_path):
