@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cspd.engines import streams
 from cspd.engines.cpus import limit_torch_threads
 from cspd.engines.errors import MAX_LINE, CspdError, printable
 
-# Headings of the help, in this order; others follow as they come, and those of no group last.
+# Headings of the help: in the order of the first option of each, and the last of these last.
 WHAT, METHOD, SPEED, OUTPUT, OTHER = "What to make", "Method", "Speed", "Output", "Options"
 
 
@@ -71,16 +72,14 @@ class Verb(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options under the headings of their groups."""
-        groups: dict[str, list[tuple[str, str]]] = {WHAT: [], METHOD: [], SPEED: [], OUTPUT: []}
-        rest: list[tuple[str, str]] = []
+        groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
-            if (line := param.get_help_record(ctx)) is not None:
-                group = getattr(param, "group", OTHER)
-                (rest if group == OTHER else groups.setdefault(group, [])).append(line)
-        for heading, lines in {**groups, OTHER: rest}.items():
-            if lines:
-                with formatter.section(heading):
-                    formatter.write_dl(lines)
+            line = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if line is not None:
+                groups.setdefault(getattr(param, "group", OTHER), []).append(line)
+        for heading in sorted(groups, key=lambda heading: heading == OTHER):
+            with formatter.section(heading):
+                formatter.write_dl(groups[heading])
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The examples, each as it can be typed."""
@@ -113,6 +112,26 @@ def new_out(verb: str, suffix: str = "", parent: Path = Path("out")) -> Path:
         raise CspdError(
             f"{parent}: cannot write there: {error.strerror}; choose another place with --out"
         ) from None
+
+
+@contextlib.contextmanager
+def out_folder(given: Path | None, verb: str) -> Iterator[Path]:
+    """The folder to write: the `given` one, or the next of `new_out`, gone again if left empty."""
+    folder = new_out(verb) if given is None else given
+    try:
+        yield folder
+    finally:
+        if given is None:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def check_used(**reasons: str | None) -> None:
+    """Raise click's usage error for the first option that has a reason why it changes nothing."""
+    for name, reason in reasons.items():
+        if reason:
+            flag = "--" + name.replace("_", "-")
+            raise click.UsageError(f"{flag} changes nothing {reason}", click.get_current_context())
 
 
 def finish(
