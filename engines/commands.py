@@ -126,14 +126,6 @@ def out_folder(given: Path | None, verb: str) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def check_used(**reasons: str | None) -> None:
-    """Raise click's usage error for the first option that has a reason why it changes nothing."""
-    for name, reason in reasons.items():
-        if reason:
-            flag = "--" + name.replace("_", "-")
-            raise click.UsageError(f"{flag} changes nothing {reason}", click.get_current_context())
-
-
 def finish(
     as_json: bool, record: Mapping[str, Any], made: Sequence[Path | str], *lines: str
 ) -> None:

@@ -16,13 +16,13 @@ from cspd.engines.commands import (
     SPEED,
     Choice,
     Commands,
-    check_used,
     finish,
     json_option,
     option,
     out_folder,
 )
 from cspd.engines.doctor import diagnose
+from cspd.engines.idle_options import refuse_idle
 from cspd.engines.words import counted
 from cspd.runtime import run
 from cspd.runtime.config import check_config
@@ -31,6 +31,7 @@ from cspd.runtime.formats import SHARDED, Format, Layout
 from cspd.runtime.images import numbered, write_png
 from cspd.runtime.options import FOLDER, LABELS, machine_options, sampling_options
 from cspd.runtime.outputs import image_metadata
+from cspd.runtime.preflight import make_plan, require
 from cspd.runtime.replay import replay as make_again
 from cspd.runtime.settings import configure, shipped_bundle
 from cspd.runtime.tables import doctor_table, outcome_table
@@ -104,13 +105,19 @@ main.add_tool("serve", "cspd.tools.serve", "Answer requests for images over HTTP
     show_default=str(Layout().shard_size),
     help="webdataset, parquet: images per file.",
 )
+@option(
+    "--dry-run",
+    is_flag=True,
+    group=OUTPUT,
+    help="Say what would be done and what would stop it; make nothing.",
+)
 @option("--quiet", is_flag=True, group=OUTPUT, help="No progress.")
 @json_option
 def generate(
     bundle: Path | None, labels: tuple[str, ...], device: str, threads: int, baseline: bool,
     out: Path | None,
-    overwrite: bool, format_name: Format, shard_size: int | None, address: str | None,
-    workers: int | None, quiet: bool, as_json: bool, **sampling: Any,
+    overwrite: bool, format_name: Format, shard_size: int, address: str | None,
+    workers: int | None, dry_run: bool, quiet: bool, as_json: bool, **sampling: Any,
 ) -> None:  # fmt: skip
     """Generate images with BUNDLE, by default the small trained pair inside the package.
 
@@ -118,22 +125,34 @@ def generate(
     """
     opened = open_bundle(bundle or shipped_bundle())
     config = configure(opened, ",".join(labels) if labels else None, sampling)
-    alone, sharded = config.method == "target", format_name in SHARDED
-    check_used(
-        workers="without --ray: leave it out, or add --ray" if workers and not address else None,
-        baseline="with --method target: leave it out" if baseline and alone else None,
-        overwrite="without --out: every run has a new folder" if overwrite and not out else None,
-        shard_size=f"with --format {format_name}: leave it out, or add --format webdataset"
-        if shard_size and not sharded else None,
-    )  # fmt: skip
-    if baseline and address is not None:
+    if address is None:
+        refuse_idle(["workers"], "changes nothing without --ray: leave it out, or add --ray")
+    elif baseline:
         raise click.UsageError("--baseline compares times in one process: leave --ray out")
+    if config.method == "target":
+        refuse_idle(["baseline"], "changes nothing with --method target: leave it out")
+    if out is None:
+        refuse_idle(["overwrite"], "changes nothing without --out: every run has a new folder")
+    if format_name not in SHARDED:
+        why = (
+            f"changes nothing with --format {format_name}: leave it out, or add --format webdataset"
+        )
+        refuse_idle(["shard_size"], why)
     job = run.Job(
         run.Machine(device, threads),
-        Layout(format=format_name, **({"shard_size": shard_size} if shard_size else {})),
+        Layout(format=format_name, shard_size=shard_size),
         None if address is None else run.Cluster(address, workers), overwrite, baseline, quiet,
     )  # fmt: skip
     check_config(config, opened.manifest)
+    place = out or Path("out") / "generate"
+    plan = make_plan(
+        opened, config, place, layout=job.layout, device=device, on_ray=address is not None
+    )
+    if dry_run:
+        finish(as_json, plan.model_dump(mode="json"), [], *plan.lines)
+    require(plan)
+    if dry_run:
+        return
     with out_folder(out, "generate") as folder:
         record, outcomes = run.generate(opened, config, folder, job)
     for line in record.get("notes", []):

@@ -145,7 +145,7 @@ def serve_until_signal(gate: Any, seconds: float) -> int:
 @click.command(
     "serve", cls=Verb,
     example="cspd-run serve --port 8000\n"
-    "cspd-run serve bundles/mar-h-b --host 0.0.0.0 --api-key-file key.txt --device cuda",
+    "cspd-run serve bundles/mar-h-b --device cuda --host 0.0.0.0 --api-key-file key",
 )  # fmt: skip
 @click.argument("bundle", type=FOLDER, required=False)
 @option("--host", default="127.0.0.1", group=HTTP, help="Address to listen on.")

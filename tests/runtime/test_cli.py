@@ -81,18 +81,18 @@ BAD = {
     "shards of loose images": (
         ("--shard-size", "9"),
         2,
-        ["--shard-size changes nothing with --format png", "add --format webdataset"],
+        ["--shard-size: changes nothing with --format png", "add --format webdataset"],
     ),
     "shards of one file": (
         ("--shard-size", "9", "--format", "npz"),
         2,
-        ["--shard-size changes nothing with --format npz"],
+        ["--shard-size: changes nothing with --format npz"],
     ),
-    "workers of nobody": (("--workers", "2"), 2, ["--workers changes nothing", "add --ray"]),
+    "workers of nobody": (("--workers", "2"), 2, ["--workers: changes nothing", "add --ray"]),
     "baseline of itself": (
         ("--method", "target", "--baseline"),
         2,
-        ["--baseline changes nothing with --method target"],
+        ["--baseline: changes nothing with --method target"],
     ),
     "nearly a method": (("--method", "losless"), 2, ["Did you mean 'lossless'?"]),
     "gamma of the target": (

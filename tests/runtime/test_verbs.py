@@ -77,7 +77,7 @@ def test_runs_without_out_never_collide(tiny_bundle, tmp_path, monkeypatch):
         "image": "out/generate-002/00000.png", "identical": True, "made": ["copy.png"]
     }  # fmt: skip
     refused = run("generate", tiny_bundle.folder, *FAST, "--overwrite")
-    assert refused.exit_code == 2 and "--overwrite changes nothing without --out" in refused.stderr
+    assert refused.exit_code == 2 and "--overwrite: changes nothing without --out" in refused.stderr
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(tiny_bundle, tmp_path, monkeypatch):
