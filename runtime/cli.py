@@ -100,9 +100,9 @@ main.add_tool("serve", "cspd.tools.serve", "Answer requests for images over HTTP
 )
 @option(
     "--shard-size",
+    default=Layout().shard_size,
     type=click.IntRange(min=1),
     group=OUTPUT,
-    show_default=str(Layout().shard_size),
     help="webdataset, parquet: images per file.",
 )
 @option(
@@ -154,6 +154,9 @@ def generate(
     if dry_run:
         return
     with out_folder(out, "generate") as folder:
+        if out is None and not quiet:
+            # Known before the first image, in case that nothing can be said at the end.
+            click.echo(f"writing {click.format_filename(folder)}", err=True)
         record, outcomes = run.generate(opened, config, folder, job)
     for line in record.get("notes", []):
         click.echo(f"note: {line}", err=True)

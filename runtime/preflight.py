@@ -17,15 +17,17 @@ from cspd.engines.session import torch_device
 from cspd.engines.spec import Record
 from cspd.engines.trt_api import import_trt
 from cspd.runtime.config import RunConfig
+from cspd.runtime.folder import IMAGES
 from cspd.runtime.formats import Layout
 from cspd.runtime.local_ray import import_ray
 
-SETTINGS_BYTES = 3000  # of an image: its settings inside it, and its line
+COMPRESSED = 0.6  # size of a photograph's PNG against its pixels
+SETTINGS_BYTES = 1500  # of an image: its settings inside it, and its line
 Check = Callable[[], object]  # raises CspdError
 
 
 class Plan(Record):
-    """What a run would take. Sizes are estimates: pixels as they are, weights of one copy."""
+    """What a run would take. Sizes are estimates: images as PNG, weights once."""
 
     models: tuple[str, ...]
     graphs: tuple[str, ...]
@@ -45,7 +47,7 @@ class Plan(Record):
             f"{self.images} images in {self.batches} batches, "
             f"{self.autoregressive_steps} autoregressive steps of {self.denoising_steps} "
             "denoising steps",
-            f"estimated: {human_bytes(self.estimated_disk_bytes)} of disk at most, "
+            f"estimated: {human_bytes(self.estimated_disk_bytes)} of disk, "
             f"{human_bytes(self.estimated_memory_bytes)} of memory at least; time is not estimated",
             *(f"problem: {problem}" for problem in self.problems),
         ]
@@ -67,7 +69,7 @@ def make_plan(
     weights = {name for m in models.values() for name in (m.weights, m.first_weights) if name}
     memory = sum(manifest.files[name].bytes for name in weights)
     checks = _checks(config, layout, device, on_ray)
-    sizes = (partial(_check_disk, disk := _disk(bundle, config, layout), out),
+    sizes = (partial(_check_disk, disk := _disk(bundle, config, out), out),
              partial(_check_memory, memory))  # fmt: skip
     return Plan(
         models=tuple(f"{role} {model.preset}" for role, model in models.items()),
@@ -100,20 +102,20 @@ def _checks(config: RunConfig, layout: Layout, device: str, on_ray: bool) -> Ite
         yield import_onnxruntime
 
 
-def _disk(bundle: Bundle, config: RunConfig, layout: Layout) -> int:
-    """Bytes that the run takes at most: every pixel as it is, and what waits for its shard."""
+def _disk(bundle: Bundle, config: RunConfig, out: Path) -> int:
+    """Bytes that the images which `out` lacks take."""
+    there = out / IMAGES
+    made = there.read_bytes().count(b"\n") if there.is_file() else 0
     geometry = bundle.manifest.geometry
-    image = geometry.image_channels * geometry.image_size**2 + SETTINGS_BYTES
-    waiting = max((len(shard.indices) for shard in layout.shards(config.num_images)), default=0)
-    return image * (config.num_images + waiting)
+    pixels = geometry.image_channels * geometry.image_size**2
+    return max(0, config.num_images - made) * (int(pixels * COMPRESSED) + SETTINGS_BYTES)
 
 
 def _check_disk(size: int, out: Path) -> None:
-    kept = sum(path.stat().st_size for path in out.glob("*") if path.is_file())
-    free = free_disk(out) + kept
+    free = free_disk(out)
     if size > free:
         raise CspdError(
-            f"{out}: the images may take {human_bytes(size)}, {human_bytes(free)} of disk are free "
+            f"{out}: the images take about {human_bytes(size)}, {human_bytes(free)} of disk are free "
             "there; choose another --out or fewer --num-images"
         )
 

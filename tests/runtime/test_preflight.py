@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from cspd.runtime.cli import main
-from cspd.runtime.preflight import SETTINGS_BYTES
+from cspd.runtime.preflight import COMPRESSED, SETTINGS_BYTES
 
 
 @pytest.fixture
@@ -30,20 +30,25 @@ def test_plan_of_a_run(dry_run, tiny_bundle):
     assert {"target/backbone", "decoder"} <= set(plan["graphs"])
     assert not any(label.startswith("draft/") for label in plan["graphs"])
     assert (plan["images"], plan["batches"], plan["autoregressive_steps"]) == (20, 3, 4)
-    # Images of 16 x 16 in one channel, at most stored as they are.
-    assert plan["estimated_disk_bytes"] == 20 * (16 * 16 + SETTINGS_BYTES)
+    # Images of 16 x 16 in one channel.
+    assert plan["estimated_disk_bytes"] == 20 * (int(COMPRESSED * 256) + SETTINGS_BYTES)
     weights = tiny_bundle.folder / "target" / "weights.safetensors"
     assert plan["estimated_memory_bytes"] == weights.stat().st_size
     assert plan["problems"] == [] == plan["made"]
     text = dry_run(*options).stdout
-    assert "20 images in 3 batches, 4 autoregressive steps" in text and "estimated: 65 kB" in text
+    assert "20 images in 3 batches, 4 autoregressive steps" in text and "estimated: 33 kB" in text
 
 
-def test_shards_take_what_waits_for_them_too(dry_run):
-    options = ("--num-images", "20", "--format", "webdataset", "--shard-size", "8", "--json")
-    assert json.loads(dry_run(*options).stdout)["estimated_disk_bytes"] == 28 * (
-        16 * 16 + SETTINGS_BYTES
-    )
+def test_what_is_there_needs_no_room(tiny_bundle, tmp_path, monkeypatch):
+    """A disk that is full of the images of a run lets it be looked at again."""
+    out = tmp_path / "out"
+    command = ["generate", str(tiny_bundle.folder), "--out", str(out), "--num-images", "2"]
+    command += ["--num-iter", "2", "--head-steps", "2", "--threads", "1"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    monkeypatch.setattr("cspd.runtime.preflight.free_disk", lambda out: 0)
+    again = CliRunner().invoke(main, command)
+    assert again.exit_code == 0 and "2 images in" in again.stdout
+    assert CliRunner().invoke(main, [*command, "--num-images", "3"]).exit_code == 1
 
 
 @pytest.mark.parametrize("place", ["free_disk", "available_memory"])

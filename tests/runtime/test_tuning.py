@@ -300,6 +300,7 @@ def test_tune_command(pipeline, tmp_path):
     assert [record["role"] for record in found["heads"]] == ["draft", "target"]
     costs = sorted(str(path) for path in (tmp_path / "bundle.tuned").iterdir())
     assert sorted(found["made"]) == costs and len(costs) == 2
+    assert result.stderr.splitlines() == ["measuring the draft head", "measuring the target head"]
 
 
 def test_tune_table_shows_what_was_measured_and_what_follows():
