@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -68,20 +69,20 @@ def make_plan(
     ]
     weights = {name for m in models.values() for name in (m.weights, m.first_weights) if name}
     memory = sum(manifest.files[name].bytes for name in weights)
-    checks = _checks(config, layout, device, on_ray)
-    sizes = (partial(_check_disk, disk := _disk(bundle, config, out), out),
-             partial(_check_memory, memory))  # fmt: skip
+    disk = _disk(bundle, config, out)
+    checks = [*_checks(config, layout, device, on_ray), partial(_check_disk, disk, out)]
+    checks += [] if on_ray else [partial(_check_memory, memory)]
     return Plan(
         models=tuple(f"{role} {model.preset}" for role, model in models.items()),
         graphs=tuple(graphs), images=config.num_images,
         batches=-(-config.num_images // config.batch_size),
         autoregressive_steps=config.num_iter, denoising_steps=config.head_steps,
         estimated_disk_bytes=disk, estimated_memory_bytes=memory,
-        problems=tuple(_problems((*checks, *sizes))),
+        problems=tuple(_problems(checks)),
     )  # fmt: skip
 
 
-def _problems(checks: tuple[Check, ...]) -> Iterator[str]:
+def _problems(checks: list[Check]) -> Iterator[str]:
     for check in checks:
         try:
             check()
@@ -104,8 +105,9 @@ def _checks(config: RunConfig, layout: Layout, device: str, on_ray: bool) -> Ite
 
 def _disk(bundle: Bundle, config: RunConfig, out: Path) -> int:
     """Bytes that the images which `out` lacks take."""
-    there = out / IMAGES
-    made = there.read_bytes().count(b"\n") if there.is_file() else 0
+    made = 0
+    with contextlib.suppress(OSError):
+        made = (out / IMAGES).read_bytes().count(b"\n")
     geometry = bundle.manifest.geometry
     pixels = geometry.image_channels * geometry.image_size**2
     return max(0, config.num_images - made) * (int(pixels * COMPRESSED) + SETTINGS_BYTES)
@@ -115,8 +117,8 @@ def _check_disk(size: int, out: Path) -> None:
     free = free_disk(out)
     if size > free:
         raise CspdError(
-            f"{out}: the images take about {human_bytes(size)}, {human_bytes(free)} of disk are free "
-            "there; choose another --out or fewer --num-images"
+            f"{out}: the images take about {human_bytes(size)}, {human_bytes(free)} of disk are "
+            "free there; choose another --out or fewer --num-images"
         )
 
 
