@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cspd.engines.commands import METHOD
 from cspd.engines.words import setting
 
-if TYPE_CHECKING:
-    from cspd.runtime.config import RunConfig
-
 
 @dataclass(frozen=True)
 class Need:
-    """Settings that use another one: `fulfilled` tells them; `name` with `value` is one of them."""
+    """What a RunConfig must be like, which `fulfilled` tells; `name` with `value` makes it so."""
 
     name: str
     value: Any
-    fulfilled: Callable[[RunConfig], bool]
+    fulfilled: Callable[[Any], bool]
 
 
 OF_CSPD = (Need("method", "cspd", lambda config: config.method == "cspd"),)
@@ -42,8 +39,8 @@ class About:
     choices: tuple[str, ...] = ()
 
 
-def idle(name: str, about: About, config: RunConfig) -> str | None:
-    """Why setting `name` of `config` does nothing, and the fix; None if it does something."""
+def idle(name: str, about: About, config: Any) -> str | None:
+    """Why setting `name` of a RunConfig does nothing, and the fix; None if it does something."""
     need = next((need for need in about.needs if not need.fulfilled(config)), None)
     if need is None:
         return None
