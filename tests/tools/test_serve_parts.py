@@ -18,7 +18,8 @@ from cspd.runtime.noise import Noise, Purpose, RowNoise
 from cspd.runtime.pipeline import ImageId
 from cspd.tools.serve import is_loopback, read_key
 from cspd.tools.serve_batch import BatchQueue, Ticket, group_key
-from cspd.tools.serve_models import ImageRequest, Settings, configuration
+from cspd.tools.serve_bundle import configuration
+from cspd.tools.serve_models import ImageRequest, Settings
 
 
 def config(**values):
