@@ -1,8 +1,15 @@
-"""What both command lines share: how an error of the user's looks, and a size."""
+"""What both command lines share: help in groups, endings, new folders, errors of the user's."""
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import functools
 import importlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,6 +17,9 @@ import click
 from cspd.engines import streams
 from cspd.engines.cpus import limit_torch_threads
 from cspd.engines.errors import MAX_LINE, CspdError, printable
+
+# Headings of the help: in the order of the first option of each, and the last of these last.
+WHAT, METHOD, SPEED, OUTPUT, OTHER = "What to make", "Method", "Speed", "Output", "Options"
 
 
 def human_bytes(size: float) -> str:
@@ -19,6 +29,116 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} {unit}"
         size /= 1000
     return f"{size:.2f} GB"
+
+
+class Option(click.Option):
+    """An option that stands in the help under `group`; a text in `show_default` is shown as is."""
+
+    def __init__(self, *args: Any, group: str = OTHER, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        """What stands in brackets behind the help."""
+        extra = super().get_help_extra(ctx)
+        if isinstance(self.show_default, str):
+            extra["default"] = self.show_default
+        return extra
+
+
+option = functools.partial(click.option, cls=Option)
+json_option = option(
+    "--json", "as_json", is_flag=True, group=OUTPUT,
+    help="Print JSON, which names the files that were made.",
+)  # fmt: skip
+
+
+class Choice(click.Choice[str]):
+    """A choice whose refusal suggests the nearest value."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """What is wrong with `value`."""
+        message = super().get_invalid_choice_message(value, ctx)
+        near = difflib.get_close_matches(str(value), self.choices, n=1)
+        return f"{message} Did you mean {near[0]!r}?" if near else message
+
+
+class Verb(click.Command):
+    """A command whose help stands in groups, and ends with an example per line of `example`."""
+
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.example = example
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options under the headings of their groups."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            line = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if line is not None:
+                groups.setdefault(getattr(param, "group", OTHER), []).append(line)
+        for heading in sorted(groups, key=lambda heading: heading == OTHER):
+            with formatter.section(heading):
+                formatter.write_dl(groups[heading])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples, each as it can be typed."""
+        if self.example:
+            with formatter.section("Example" if "\n" not in self.example else "Examples"):
+                for line in self.example.splitlines():
+                    formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+def new_out(verb: str, suffix: str = "", parent: Path = Path("out")) -> Path:
+    """The next free one of out/VERB-001, out/VERB-002, ...: a new folder, a new file with `suffix`.
+
+    It is made here, so that two commands at once never get the same. Raises CspdError where that
+    is not possible.
+    """
+    pattern = re.compile(rf"{re.escape(verb)}-([0-9]{{3,9}})({re.escape(suffix)})?")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        found = (pattern.fullmatch(path.name) for path in parent.iterdir())
+        number = max((int(match[1]) for match in found if match), default=0)
+        while True:
+            number += 1
+            path = parent / f"{verb}-{number:03d}{suffix}"
+            try:
+                path.touch(exist_ok=False) if suffix else path.mkdir()
+            except FileExistsError:
+                continue
+            return path
+    except OSError as error:
+        raise CspdError(
+            f"{parent}: cannot write there: {error.strerror}; choose another place with --out"
+        ) from None
+
+
+@contextlib.contextmanager
+def out_folder(given: Path | None, verb: str) -> Iterator[Path]:
+    """The folder to write: the `given` one, or the next of `new_out`, gone again if left empty."""
+    folder = new_out(verb) if given is None else given
+    try:
+        yield folder
+    finally:
+        if given is None:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def finish(
+    as_json: bool, record: Mapping[str, Any], made: Sequence[Path | str], *lines: str
+) -> None:
+    """End a verb on stdout: what it made and what to do next in `lines`, or `record` as JSON.
+
+    The JSON has the files that were `made` under "made".
+    """
+    if as_json:
+        names = [click.format_filename(path) for path in made]
+        click.echo(json.dumps({**record, "made": names}, indent=1))
+    else:
+        for line in lines:
+            click.echo(line)
 
 
 class ToolCommand(click.Command):
@@ -35,7 +155,16 @@ class ToolCommand(click.Command):
 
 
 class Commands(click.Group):
-    """A group of commands where a CspdError becomes one line on stderr and its exit code."""
+    """A group of commands where a CspdError becomes one line on stderr and its exit code.
+
+    Their help shows every default; a verb that is nearly right is suggested.
+    """
+
+    command_class = Verb
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.context_settings |= {"help_option_names": ["-h", "--help"], "show_default": True}
 
     def add_tool(self, name: str, module: str, summary: str) -> None:
         """Add a verb that a module above this one provides."""

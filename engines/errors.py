@@ -6,7 +6,7 @@ MAX_LINE = 1000  # characters of a message; longer ones come from a value that i
 
 
 class CspdError(Exception):
-    """A problem the user can mend: the message says what is, what should be, and what to do."""
+    """A problem the user can fix: the message says what is, what should be, and what to do."""
 
     exit_code = 1
 
@@ -20,6 +20,12 @@ def printable(text: str) -> str:
     if len(text) > MAX_LINE:
         text = f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class SettingError(CspdError):
+    """A value that no setting takes, or settings that contradict each other: exit code 2."""
+
+    exit_code = 2
 
 
 class MissingExtraError(CspdError):

@@ -35,3 +35,8 @@ def setting(name: str, value: object = None) -> str:
     if value is None or isinstance(value, bool):
         return option
     return f"{option} {value:g}" if isinstance(value, float) else f"{option} {value}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Such as "1 image" and "8 images"."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")

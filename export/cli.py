@@ -28,7 +28,7 @@ FILE = click.Path(path_type=Path, dir_okay=True)
 TABLE_WIDTH = 120
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands)
 @click.version_option(package_name="cspd")
 def main() -> None:
     """Export pairs of autoregressive image models to ONNX and TensorRT."""

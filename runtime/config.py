@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from cspd.engines.errors import CspdError
+from cspd.engines.backends import BACKENDS
+from cspd.engines.commands import SPEED, WHAT
+from cspd.engines.errors import SettingError
 from cspd.engines.manifest import Manifest, Role
 from cspd.engines.spec import Record
 from cspd.engines.words import setting
+from cspd.runtime.about import GUIDED, OF_CSPD, OF_RESIDUAL, SPECULATIVE, About, idle
 from cspd.runtime.bounds import expected, nearest
 from cspd.runtime.contract import check_graphs
 from cspd.runtime.relax import Relaxation
@@ -27,10 +30,6 @@ AS_RELEASED: Mapping[str, Any] = {
     "method": "cspd", "accept_temperature": 42.0, "residual_temperature": 1.0,
     "on_reject": "residual", "verify": "parallel", "align": True, "count_in": "steps",
 }  # fmt: skip
-OF_CSPD = (
-    "gamma", "prefill", "accept_temperature", "verify", "align", "on_reject",
-    "residual_temperature", "count_in",
-)  # fmt: skip
 
 
 class HeadChoice(Record):
@@ -46,43 +45,114 @@ class HeadChoice(Record):
 
 
 class RunConfig(Record):
-    """Everything that decides which images a bundle makes. Field names are those of the options."""
+    """Everything that decides which images a bundle makes.
 
-    method: Method = "cspd"
+    An option stands here and nowhere else: name, default, bounds, help, and what it needs to do
+    anything. The command line and the checks are made of that.
+    """
+
+    method: Annotated[
+        Method, About("Decoding method.", default="cspd; target, if the bundle has no draft")
+    ] = "cspd"
     labels: tuple[int, ...] = Field(min_length=1)
-    num_images: int = Field(ge=1, le=10_000_000)
-    # Labels in blocks of equal length, the order of the authors' evaluation, instead of in turn.
-    class_balanced: bool = False
-    seed: int = Field(0, ge=0, le=MAX_SEED)
-    num_iter: int = Field(64, ge=1)
-    head_steps: int | str = 100
-    cfg: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
-    cfg_schedule: Literal["linear", "constant"] = "linear"
-    temperature: float = Field(1.0, gt=0, le=10, allow_inf_nan=False)
-    gamma: int = Field(8, ge=1)
-    prefill: float = Field(0.05, ge=0, le=1)
-    accept_temperature: float = Field(42.0, gt=0, le=1000, allow_inf_nan=False)
-    verify: Literal["parallel", "prefix"] = "parallel"
-    align: bool = True
-    on_reject: Literal["target", "residual"] = "target"
-    # Of the residual: of the paper and of the released code alike. That of the test makes both
-    # complementary, which nobody published, and adds its noise to the token.
-    residual_temperature: float = Field(1.0, gt=0, le=1000, allow_inf_nan=False)
-    # What `gamma` and `prefill` count; the released runner counts autoregressive steps.
-    count_in: Literal["tokens", "steps"] = "tokens"
-    # How the heads sample; by default as the method says.
-    head: HeadMode | None = None
-    window: int | None = Field(None, ge=1, le=64)
-    relax: str | None = None
+    num_images: Annotated[int, About("Number of images.", WHAT, default="one per label")] = Field(
+        ge=1, le=10_000_000
+    )
+    class_balanced: Annotated[
+        bool, About("Labels in blocks of equal length, as the authors score, not cycled.", WHAT)
+    ] = False
+    seed: Annotated[int, About("Image k of a seed is always the same image.", WHAT)] = Field(
+        0, ge=0, le=MAX_SEED
+    )
+    num_iter: Annotated[int, About("Autoregressive steps.")] = Field(64, ge=1)
+    head_steps: Annotated[
+        int | str, About('Denoising steps: "100", or "50:20", fewer and fewer (lossy).')
+    ] = 100
+    cfg: Annotated[float, About("Guidance scale; 1 is none.")] = Field(
+        1.0, ge=0, le=100, allow_inf_nan=False
+    )
+    cfg_schedule: Annotated[
+        Literal["linear", "constant"], About("Guidance over the steps.", needs=GUIDED)
+    ] = "linear"
+    temperature: Annotated[float, About("Factor on the noise of every denoising step.")] = Field(
+        1.0, gt=0, le=10, allow_inf_nan=False
+    )
+    gamma: Annotated[int, About("cspd: tokens drafted per verification.", needs=OF_CSPD)] = Field(
+        8, ge=1
+    )
+    prefill: Annotated[float, About("cspd: share of tokens from the target.", needs=OF_CSPD)] = (
+        Field(0.05, ge=0, le=1)
+    )
+    accept_temperature: Annotated[
+        float,
+        About(
+            "cspd: width of the acceptance test; 1 is the paper's formula, 42 the released code.",
+            needs=OF_CSPD,
+        ),
+    ] = Field(42.0, gt=0, le=1000, allow_inf_nan=False)
+    verify: Annotated[
+        Literal["parallel", "prefix"],
+        About(
+            "cspd: judge a window at once (released code), or up to the first rejection (paper).",
+            needs=OF_CSPD,
+        ),
+    ] = "parallel"
+    align: Annotated[bool, About("cspd: share the noise.", needs=OF_CSPD)] = True
+    on_reject: Annotated[
+        Literal["target", "residual"],
+        About("cspd: what replaces a rejected token.", needs=OF_CSPD),
+    ] = "target"
+    # That of the test makes both complementary, which nobody published, and adds its noise to the
+    # token.
+    residual_temperature: Annotated[
+        float,
+        About(
+            "cspd --on-reject residual: width of the residual; 1 in the paper and the released "
+            "code.",
+            needs=OF_RESIDUAL,
+        ),
+    ] = Field(1.0, gt=0, le=1000, allow_inf_nan=False)
+    count_in: Annotated[
+        Literal["tokens", "steps"],
+        About("cspd: what --gamma and --prefill count; steps in the released code.", needs=OF_CSPD),
+    ] = "tokens"
+    head: Annotated[
+        HeadMode | None,
+        About("Denoising: step by step, speculatively, or what is faster.", default="by --method"),
+    ] = None
+    window: Annotated[
+        int | None,
+        About(
+            "lossless: denoising steps verified per call; 1 is stepping.",
+            needs=SPECULATIVE,
+            default="by measured costs",
+        ),
+    ] = Field(None, ge=1, le=64)
+    relax: Annotated[
+        str | None,
+        About(
+            'lossless, loosened: "tv=0.05" or "sigma=0.5" (approximate).',
+            needs=SPECULATIVE,
+            default="not loosened",
+        ),
+    ] = None
     # What was chosen for each model from measured costs. Without it, "auto" chooses.
     heads: tuple[HeadChoice, ...] = ()
-    # Images that are computed together. With `reproducible`, batches are padded to this size, so
-    # that an image is the same to the last bit whatever it is generated with.
-    batch_size: int = Field(8, ge=1, le=4096)
-    # MiB that the head's modulations of all denoising steps may take, computed ahead of them.
-    modulation_memory: int = Field(512, ge=1, le=1 << 20)
-    reproducible: bool = True
-    backend: str = "onnxruntime"
+    batch_size: Annotated[int, About("Images computed together.", SPEED)] = Field(8, ge=1, le=4096)
+    modulation_memory: Annotated[
+        int,
+        About(
+            "MiB for what the head computes ahead of its steps; loops are cut to it, and engines "
+            "compute it ahead if it fits and tune did not find that slower.",
+            SPEED,
+        ),
+    ] = Field(512, ge=1, le=1 << 20)
+    reproducible: Annotated[
+        bool, About("Pad batches, so that an image never depends on its batch.", SPEED)
+    ] = True
+    backend: Annotated[str, About("What runs the networks.", SPEED, choices=tuple(BACKENDS))] = (
+        "onnxruntime"
+    )
 
     @model_validator(mode="after")
     def _check_balance(self) -> RunConfig:
@@ -124,15 +194,21 @@ class RunConfig(Record):
         return self.labels[image % len(self.labels)]
 
 
+def about(name: str) -> About | None:
+    """What is told about setting `name`; None for those that are no option of their own."""
+    found = (part for part in RunConfig.model_fields[name].metadata if isinstance(part, About))
+    return next(found, None)
+
+
 def make_config(**values: object) -> RunConfig:
-    """A RunConfig from the values of settings; CspdError names the first that is wrong."""
+    """A RunConfig from the values of settings; SettingError names the first that is wrong."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:
-            raise CspdError(str(first["ctx"]["error"])) from None
-        raise CspdError(_wrong(first)) from None
+            raise SettingError(str(first["ctx"]["error"])) from None
+        raise SettingError(_wrong(first)) from None
 
 
 def _wrong(error: ErrorDetails) -> str:
@@ -152,7 +228,7 @@ def _wrong(error: ErrorDetails) -> str:
 def asked_config(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> RunConfig:
     """The `usual` settings with what was `asked` for in their place.
 
-    "as_released" stands for the settings of AS_RELEASED. Raises CspdError for an option that is
+    "as_released" stands for the settings of AS_RELEASED. Raises SettingError for an option that is
     wrong, that contradicts it, or that changes nothing for the method that was asked for.
     """
     options = {name: value for name, value in asked.items() if name != "as_released"}
@@ -160,17 +236,14 @@ def asked_config(asked: Mapping[str, Any], usual: Mapping[str, Any]) -> RunConfi
     config = make_config(**{**usual, **preset, **options})
     for name, value in preset.items():
         if getattr(config, name) != value:
-            raise CspdError(
+            raise SettingError(
                 f"{setting('as_released', True)} means {setting(name, value)}, asked for was "
                 f"{setting(name, getattr(config, name))}; leave one of them out"
             )
     for name in options:
-        needed = _needed_by(name, config)
-        if needed is not None:
-            raise CspdError(
-                f"{setting(name, getattr(config, name))} changes nothing with "
-                f"{setting('method', config.method)}: leave it out, or add {needed}"
-            )
+        told = about(name)
+        if told is not None and (reason := idle(name, told, config)):
+            raise SettingError(reason)
     return config
 
 
@@ -178,28 +251,17 @@ def _switch(name: str, value: object) -> bool:
     """A value that is on or off, from a flag or from text such as that of `evaluate --method`."""
     known = {None: False, False: False, True: True, "false": False, "true": True}
     if not isinstance(value, bool | str | None) or value not in known:
-        raise CspdError(f"{setting(name)} is {value!r:.60}, expected true or false")
+        raise SettingError(f"{setting(name)} is {value!r:.60}, expected true or false")
     return known[value]
 
 
-def _needed_by(name: str, config: RunConfig) -> str | None:
-    """The option without which option `name` does nothing; None if it is not missing."""
-    if name in OF_CSPD and config.method != "cspd":
-        return setting("method", "cspd")
-    if name == "residual_temperature" and config.on_reject != "residual":
-        return setting("on_reject", "residual")
-    if name == "window" and config.head_mode == "plain":
-        return setting("head", "lossless")
-    return None
-
-
 def check_config(config: RunConfig, manifest: Manifest) -> None:
-    """Raise CspdError unless the bundle can run `config`."""
+    """Raise SettingError unless the bundle can run `config`."""
     check_graphs(manifest)
     geometry = manifest.geometry
     for label in config.labels:
         if not 0 <= label < geometry.num_classes:
-            raise CspdError(
+            raise SettingError(
                 f"{setting('labels')}: class {label}, expected 0..{geometry.num_classes - 1}"
             )
     limits = {"num_iter": config.num_iter}
@@ -207,19 +269,19 @@ def check_config(config: RunConfig, manifest: Manifest) -> None:
         limits["gamma"] = config.gamma
     for name, value in limits.items():
         if value > geometry.num_tokens:
-            raise CspdError(
+            raise SettingError(
                 f"{setting(name)} is {value}, expected 1..{geometry.num_tokens}, "
                 "the number of tokens of an image"
             )
     last = manifest.schedule.last_timestep
     steps = HeadSteps.parse(config.head_steps)
     if max(steps.first, steps.last) > last + 1:
-        raise CspdError(
+        raise SettingError(
             f"{setting('head_steps')} is {config.head_steps}, expected 2..{last + 1} for this model"
         )
     _check_heads(config)
     if config.method in ("draft", "cspd") and "draft" not in manifest.models:
-        raise CspdError(
+        raise SettingError(
             f"{setting('method', config.method)}: the bundle has no draft model; build it with "
             f"cspd-export build --draft, or use {setting('method', 'target')} or "
             f"{setting('method', 'lossless')}"
@@ -227,17 +289,11 @@ def check_config(config: RunConfig, manifest: Manifest) -> None:
 
 
 def _check_heads(config: RunConfig) -> None:
-    """Raise CspdError for options that contradict each other."""
+    """Raise SettingError for options that contradict each other."""
     if config.method in ("lossless", "auto") and config.head not in (None, config.method):
-        raise CspdError(
+        raise SettingError(
             f"{setting('head', config.head)} contradicts {setting('method', config.method)}; "
             f"use {setting('method', 'target')}"
-        )
-    if config.relax and config.head_mode == "plain":
-        raise CspdError(
-            f"{setting('relax', config.relax)} loosens the test of speculative denoising, but the "
-            f"heads step plainly; add {setting('head', 'lossless')} or use "
-            f"{setting('method', 'lossless')}"
         )
 
 
@@ -247,7 +303,7 @@ LABEL_SYNTAX = "numbers, ranges like 0-3 and names, with commas between them"
 def parse_labels(text: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
     """Class numbers from "207,360", "0-3" (both ends included) or "sneaker,bag".
 
-    Raises CspdError that suggests the nearest name, or says how labels are written.
+    Raises SettingError that suggests the nearest name, or says how labels are written.
     """
     by_name = {name.lower(): index for index, name in reversed(list(enumerate(class_names)))}
     labels: list[int] = []
@@ -262,7 +318,7 @@ def parse_labels(text: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
         else:
             near = nearest_name(part[:60].lower(), by_name)
             hint = f"; the nearest is {near!r}" if near else ""
-            raise CspdError(
+            raise SettingError(
                 f"{setting('labels')}: no class {part!r:.60}{hint}; expected {LABEL_SYNTAX}"
             )
     return tuple(labels)
@@ -270,7 +326,7 @@ def parse_labels(text: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
 
 def _span(first: int, last: int, num_classes: int) -> range:
     if not first <= last < num_classes:
-        raise CspdError(
+        raise SettingError(
             f"{setting('labels')}: {first}-{last} is no range of classes; "
             f"expected ascending numbers within 0-{num_classes - 1}"
         )

@@ -154,6 +154,11 @@ class RunFolder:
         return f"{self.folder}: {safe}" + (f" ({spans(self.lines)})" if self.lines else "")
 
     @property
+    def again(self) -> str:
+        """What resumes the run, in words: by default every command has a folder of its own."""
+        return f"the same command with --out {self.folder} resumes"
+
+    @property
     def finished_shards(self) -> list[Shard]:
         """Shards that are on disk and intact."""
         shards = self.layout.shards(self.config.num_images)
@@ -214,7 +219,7 @@ class RunFolder:
         except OSError as error:
             raise CspdError(
                 f"{self.state}, {what} cannot be written: {error.strerror}; "
-                "when that is fixed, the same command resumes"
+                f"when that is fixed, {self.again}"
             ) from error
 
     def image_path(self, index: int) -> Path:

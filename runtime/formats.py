@@ -24,6 +24,7 @@ from cspd.runtime.stats import Verdicts
 
 Format = Literal["png", "webdataset", "npz", "parquet"]
 SUFFIX = {"webdataset": "tar", "npz": "npz", "parquet": "parquet"}
+SHARDED = ("webdataset", "parquet")  # formats of several files
 # Rows that parquet holds in memory at once; the unit that readers load.
 ROW_GROUP = 64
 # Verdicts of an image, each a column of a parquet shard.

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError
-from cspd.runtime.config import RunConfig
+from cspd.runtime.config import RunConfig, make_config
 from cspd.runtime.law import certificate, law
 from cspd.runtime.pipeline import GeneratedImage
 from cspd.runtime.stats import Tally, Verdicts, read_tally
@@ -52,11 +51,11 @@ def recorded_config(metadata: dict[str, Any], path: Path) -> RunConfig:
         # The residual had the temperature of the test.
         values = {"residual_temperature": values.get("accept_temperature"), **values}
     try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise CspdError(
-            f"{path}: its settings are not valid: {str(error).splitlines()[0]}"
-        ) from None
+        config = make_config(**values) if isinstance(values, dict) else None
+    except CspdError as error:
+        raise CspdError(f"{path}: its settings are not valid: {error}") from None
+    if config is None:
+        raise CspdError(f"{path}: its settings are not valid: expected an object of settings")
     if metadata.get("schema") == 1 and config.method == "cspd":
         reasons = {
             f"--temperature {config.temperature:g}": config.temperature != 1,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -67,6 +69,18 @@ class RunProgress:
         elif force or time.monotonic() - self._last > PLAIN_SECONDS:
             self._last = time.monotonic()
             self._console.print(f"{self._title}: {int(done)}/{self._total} images  {note}".rstrip())
+
+
+@contextlib.contextmanager
+def working(what: str, quiet: bool = False) -> Iterator[None]:
+    """Say on stderr that `what` is being done: a spinner on a terminal, a line elsewhere."""
+    console = Console(stderr=True, quiet=quiet)
+    if not console.is_terminal:
+        console.print(what)
+        yield
+        return
+    with console.status(what):
+        yield
 
 
 def _live_in_notebook(console: Console) -> bool:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cspd.engines.errors import CspdError
+from cspd.engines.errors import SettingError
 from cspd.engines.session import Session
 from cspd.engines.words import setting
 from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
@@ -31,7 +31,7 @@ class Relaxation:
     def __post_init__(self) -> None:
         limit = {"tv": 1.0, "sigma": math.inf}.get(self.kind)
         if limit is None or not 0 <= self.amount <= limit:
-            raise CspdError(
+            raise SettingError(
                 f"{setting('relax')} is {self.kind}={self.amount:g}, expected tv=0..1 "
                 "or sigma=0 or more"
             )
@@ -43,7 +43,7 @@ class Relaxation:
         try:
             return cls(kind, float(amount))
         except ValueError:
-            raise CspdError(
+            raise SettingError(
                 f"{setting('relax')} is {text!r}, expected tv=0.05 or sigma=0.5"
             ) from None
 

@@ -19,7 +19,7 @@ from cspd.runtime.formats import Layout
 from cspd.runtime.local_ray import import_ray
 from cspd.runtime.outputs import figures, run_record, tally_of
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.progress import RunProgress
+from cspd.runtime.progress import RunProgress, working
 from cspd.runtime.resume import open_run, recorded
 from cspd.runtime.scale import Cluster, Machine, connected, pool
 from cspd.runtime.stats import Tally
@@ -62,7 +62,10 @@ def generate(
     pipeline = Pipeline(bundle, config.backend, job.machine.device, job.machine.threads)
     old = None if job.overwrite else recorded(out, config, bundle, job.layout)
     if old is None:
-        config, chosen = pipeline.resolve(config)
+        # Costs that nobody measured yet are measured here.
+        measures = config.head_mode == "auto" and not config.heads
+        with working("choosing by measured costs", job.quiet or not measures):
+            config, chosen = pipeline.resolve(config)
         choices = {str(role): explained.reason for role, explained in chosen.items()}
     else:
         config, choices = old
@@ -92,7 +95,7 @@ def generate(
                     update={"method": "target", "head": None, "heads": (), "relax": None}
                 )
             )
-            outcomes.append(measure(pipeline, plain, stop, job.quiet))
+            outcomes.append(measure(pipeline, plain, stop, job.quiet, folder.again))
             record["baseline"] = _compare(*outcomes)
         record = folder.finish(record)
     return record, outcomes
@@ -167,7 +170,7 @@ def _write(
             folder.add(batch)
             made += len(batch.files)
             progress.advance(len(batch.files))
-    stop.check(folder.state)
+    stop.check(folder.state, folder.again)
     return {"images": made, "wall_seconds": time.perf_counter() - begin, "workers": 1}
 
 
@@ -189,7 +192,13 @@ def warm_up(pipeline: Pipeline, config: RunConfig) -> None:
     next(pipeline.generate(config, list(range(min(config.batch_size, config.num_images)))))
 
 
-def measure(pipeline: Pipeline, config: RunConfig, stop: StopWish, quiet: bool) -> Outcome:
+def measure(
+    pipeline: Pipeline,
+    config: RunConfig,
+    stop: StopWish,
+    quiet: bool,
+    again: str = "the same command resumes",
+) -> Outcome:
     """Generate every image of `config` without keeping any."""
     pipeline.open(config)
     warm_up(pipeline, config)
@@ -201,7 +210,7 @@ def measure(pipeline: Pipeline, config: RunConfig, stop: StopWish, quiet: bool) 
             total.add(tally)
             progress.advance(len(images))
             progress.begin_batch(config.batch_size)
-            stop.check("measuring the target alone")
+            stop.check("measuring the target alone", again)
     return Outcome(config, total)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cspd.engines.bundle import Bundle
-from cspd.engines.errors import CspdError
+from cspd.engines.errors import SettingError
 from cspd.engines.words import setting
 from cspd.runtime.config import RunConfig, asked_config, parse_labels
 
@@ -48,7 +48,7 @@ def _classes(labels: str | Iterable[int | str] | None, bundle: Bundle) -> tuple[
         if isinstance(label, str):
             found += parse_labels(label, names)
         elif isinstance(label, bool) or not isinstance(label, numbers.Integral):
-            raise CspdError(
+            raise SettingError(
                 f"{setting('labels')}: {label!r:.60} is neither the number nor the name of a class"
             )
         else:

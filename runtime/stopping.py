@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(CspdError):
-    """A run that was asked to stop and can go on; the exit code is 128 + the signal's number."""
+    """A run that was asked to stop and can be resumed; it exits with 128 + the signal's number."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -47,10 +47,8 @@ class StopWish:
         self.number = number
         Console(stderr=True).print("finishing the images in flight; once more stops at once")
 
-    def check(self, state: str) -> None:
-        """Raise Interrupted if a signal came; `state` says what is safe."""
+    def check(self, state: str, again: str = "the same command resumes") -> None:
+        """Raise Interrupted if a signal came; `state` says what is safe, `again` what resumes."""
         if self.number is not None:
             name = signal.Signals(self.number).name
-            raise Interrupted(
-                f"{state}, stopped by {name}; the same command again goes on", self.number
-            )
+            raise Interrupted(f"{state}, stopped by {name}; {again}", self.number)

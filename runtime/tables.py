@@ -52,12 +52,12 @@ def ratio_text(value: float, runs: int) -> str:
 
 
 def doctor_table(diagnosis: Diagnosis) -> Group:
-    """What is installed, what each backend can do, and the command that mends what fails."""
-    checks = Table("", "found", "mend with", title="this machine", title_justify="left")
+    """What is installed, what each backend can do, and the command that fixes what fails."""
+    checks = Table("", "found", "fix with", title="this machine", title_justify="left")
     for check in diagnosis.checks:
         checks.add_row(check.subject, escape(check.found), escape(check.mend or ""))
     backends = Table(
-        "backend", "builds", "runs", "why", "mend with", title="backends", title_justify="left"
+        "backend", "builds", "runs", "why", "fix with", title="backends", title_justify="left"
     )
     for report in diagnosis.backends:
         yes_no = ("yes" if can else "no" for can in (report.builds, report.runs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +10,29 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import open_bundle
+from cspd.engines.commands import Verb, finish, json_option
+from cspd.engines.words import counted
 from cspd.runtime.choose import Explained, choose, choose_table
-from cspd.runtime.config import RunConfig
+from cspd.runtime.config import RunConfig, check_config
+from cspd.runtime.options import FOLDER, machine_options, setting_option
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.progress import working
 from cspd.runtime.settings import configure, shipped_bundle
-from cspd.runtime.tuning import HeadCosts, tuned
+from cspd.runtime.tuning import HeadCosts, measure, save
 from cspd.runtime.window import WHOLE_WINDOWS, CostRecord, WindowChooser, cost_at
 
 MAX_ROWS = 1 << 30  # the table shows what is cheapest, whatever fits into one call
 
 
-def tune(pipeline: Pipeline, config: RunConfig) -> list[HeadCosts]:
-    """Measure the heads of all models of the bundle anew, and save what was found."""
-    return [
-        tuned(pipeline, role, config, again=True)
-        for role in sorted(pipeline.bundle.manifest.models)
-    ]
+def tune(pipeline: Pipeline, config: RunConfig) -> dict[Path, HeadCosts]:
+    """Measure the heads of all models of the bundle again; what was found, by the file it is in."""
+    found = {}
+    for role in sorted(pipeline.bundle.manifest.models):
+        with working(f"measuring the {role} head"):
+            costs = measure(pipeline, role, config)
+        found[save(pipeline.bundle, costs)] = costs
+    return found
 
 
 def cost_table(found: HeadCosts) -> Table:
@@ -68,29 +73,29 @@ def _choice(found: HeadCosts, tokens: int) -> str:
     return way if found.anew is None else f"{way}, {'table' if choice.table else 'no table'}"
 
 
-@click.command("tune")
-@click.argument("bundle", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--backend", default="onnxruntime", show_default=True, type=click.Choice(list(BACKENDS))
-)
-@click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
-@click.option("--threads", default=0, type=click.IntRange(min=0), show_default="all cores")
-@click.option("--head-steps", help="Denoising steps.  [default: the bundle's]")
-@click.option("--cfg", type=float, help="Guidance scale; 1 is none.  [default: the bundle's]")
-@click.option("--json", "as_json", is_flag=True, help="Print the records instead of tables.")
-def command(
-    bundle: Path | None, backend: str, device: str, threads: int, as_json: bool, **sampling: Any
-) -> None:
+@click.command("tune", cls=Verb, example="cspd-run tune\ncspd-run tune bundles/mar-h-b --cfg 1")
+@click.argument("bundle", type=FOLDER, required=False)
+@setting_option("head_steps")
+@setting_option("cfg")
+@setting_option("backend")
+@machine_options
+@json_option
+def command(bundle: Path | None, device: str, threads: int, as_json: bool, **sampling: Any) -> None:
     """Measure what the heads of BUNDLE cost on this machine, by default of the shipped pair.
 
     Costs are kept beside the bundle, or in the user's cache folder where that is not possible, and
     hold for this bundle, backend, machine and these versions only.
     """
     opened = open_bundle(bundle or shipped_bundle())
-    config = configure(opened, None, {**sampling, "backend": backend})
-    found = tune(Pipeline(opened, backend, device, threads), config)
-    if as_json:
-        click.echo(json.dumps([record.model_dump(mode="json") for record in found], indent=1))
-        return
-    for record in found:
+    config = configure(opened, None, sampling)
+    check_config(config, opened.manifest)
+    found = tune(Pipeline(opened, config.backend, device, threads), config)
+    for record in () if as_json else found.values():
         Console().print(cost_table(record))
+    places = sorted({click.format_filename(path.parent) for path in found})
+    again = ["cspd-run", "generate", *([str(bundle)] if bundle else []), "--method", "lossless"]
+    finish(
+        as_json, {"heads": [record.model_dump(mode="json") for record in found.values()]},
+        list(found), f"costs of {counted(len(found), 'head')} in {', '.join(places)}",
+        f"next: {shlex.join(again)}",
+    )  # fmt: skip

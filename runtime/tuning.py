@@ -158,9 +158,9 @@ def _file_name(role: str, key: str) -> str:
     return f"{role}-{key[:16]}.json"
 
 
-def tuned(pipeline: Pipeline, role: Role, config: RunConfig, *, again: bool = False) -> HeadCosts:
+def tuned(pipeline: Pipeline, role: Role, config: RunConfig) -> HeadCosts:
     """Costs of the head of `role`: saved ones, or measured now and saved."""
-    found = None if again else saved(pipeline, role, config)
+    found = saved(pipeline, role, config)
     if found is None:
         found = measure(pipeline, role, config)
         save(pipeline.bundle, found)

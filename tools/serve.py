@@ -17,13 +17,16 @@ import click
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import open_bundle
+from cspd.engines.commands import OUTPUT, SPEED, Choice, Verb, finish, json_option, option
 from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError, MissingExtraError
-from cspd.runtime.cli import FOLDER, machine_options, shipped_bundle
 from cspd.runtime.local_ray import local_ray, quietly
+from cspd.runtime.options import FOLDER, machine_options
+from cspd.runtime.settings import shipped_bundle
 from cspd.runtime.stopping import StopWish
 from cspd.tools.serve_models import MAX_IMAGES, Settings
 
+HTTP = "HTTP"  # heading of the help
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 SHORTEST_KEY = 16
 POLL_SECONDS = 0.2
@@ -137,32 +140,64 @@ def serve_until_signal(gate: Any, seconds: float) -> int:
     return left
 
 
-@click.command("serve")
+@click.command(
+    "serve", cls=Verb,
+    example="cspd-run serve --port 8000\n"
+    "cspd-run serve bundles/mar-h-b --device cuda --host 0.0.0.0 --api-key-file key",
+)  # fmt: skip
 @click.argument("bundle", type=FOLDER, required=False)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
-@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1, 64),
-              help="Engines; on CUDA one GPU each.")  # fmt: skip
-@click.option("--api-key-file", type=click.Path(path_type=Path),
-              help="File with the key that clients must send; needed beyond loopback.")  # fmt: skip
-@click.option(
+@option("--host", default="127.0.0.1", group=HTTP, help="Address to listen on.")
+@option(
+    "--port", default=8000, type=click.IntRange(1, 65535), group=HTTP, help="Port to listen on."
+)
+@option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    group=HTTP,
+    show_default="none, on this machine alone",
+    help="File with the key that clients must send; needed beyond loopback.",
+)
+@option(
+    "--timeout",
+    default=120.0,
+    type=click.FloatRange(1, 3600),
+    group=HTTP,
+    help="Seconds for one request.",
+)
+@option(
+    "--max-queue",
+    default=64,
+    type=click.IntRange(MAX_IMAGES, 10**4),
+    group=HTTP,
+    help="Images in work or waiting; beyond it, 429.",
+)
+@option(
+    "--replicas",
+    default=1,
+    type=click.IntRange(1, 64),
+    group=SPEED,
+    help="Engines; on CUDA one GPU each.",
+)
+@option(
+    "--batch-size",
+    default=8,
+    type=click.IntRange(1, 512),
+    group=SPEED,
+    help="Images computed together, as in generate.",
+)
+@option(
     "--backend",
     default="onnxruntime",
-    show_default=True,
-    type=click.Choice(list(BACKENDS)),
+    type=Choice(tuple(BACKENDS)),
+    group=SPEED,
     help="What runs the networks.",
 )
-@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1, 512),
-              help="Images computed together, as in generate.")  # fmt: skip
-@click.option("--max-queue", default=64, show_default=True, type=click.IntRange(MAX_IMAGES, 10**4),
-              help="Images in work or waiting; beyond it, 429.")  # fmt: skip
-@click.option("--timeout", default=120.0, show_default=True, type=click.FloatRange(1, 3600),
-              help="Seconds for one request.")  # fmt: skip
-@click.option("--logs", type=FOLDER, help="Folder of the JSON logs.  [default: Ray's]")
 @machine_options
+@option("--logs", type=FOLDER, group=OUTPUT, show_default="Ray's", help="Folder of the JSON logs.")
+@json_option
 def command(
     bundle: Path | None, host: str, port: int, replicas: int, api_key_file: Path | None,
-    logs: Path | None, **options: Any,
+    logs: Path | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Answer requests for images of BUNDLE, by default the pair inside the package."""
     opened = open_bundle(bundle or shipped_bundle())
@@ -177,6 +212,11 @@ def command(
     )  # fmt: skip
     check_port(host, port)
     with running(settings, host, port, logs) as gate:
-        click.echo(f"cspd serves {folder} at http://{host}:{port}/")
+        url = f"http://{host}:{port}/"
+        finish(
+            as_json, {"url": url, "bundle": str(folder)}, [logs] if logs else [],
+            f"cspd serves {folder} at {url}",
+            f"next: open it in a browser, or curl {url}v1/models; Ctrl-C stops",
+        )  # fmt: skip
         if left := serve_until_signal(gate, settings.timeout):
             click.echo(f"{left} images were not finished within --timeout", err=True)

@@ -136,7 +136,10 @@ WRONG = {
     "align is 'x', expected true or false": {"align": "x"},
     "head_steps is 1, expected 2 or more": {"head_steps": 1},
     "relax is 'x', expected tv=0.05": {"relax": "x", "method": "lossless"},
-    'add head="lossless" or use method="lossless"': {"relax": "tv=0.1", "method": "target"},
+    'changes nothing with method="target": leave it out, or add head="lossless"': {
+        "relax": "tv=0.1",
+        "method": "target",
+    },
     "seed is -1, expected 0..18446744073709551615": {"seed": -1},
     "seed is a list of 2, expected one per image: 3": {"seed": [1, 2], "num_images": 3},
     "seed is 'a', expected a whole number": {"seed": [1, "a"]},
@@ -178,13 +181,13 @@ def test_labels_that_are_none(pipe, labels, message):
         (["--gamma=0"], "--gamma is 0, expected 1 or more"),
         (
             ["--relax=tv=0.1", "--method=target"],
-            "add --head lossless or use --method lossless",
+            "changes nothing with --method target: leave it out, or add --head lossless",
         ),
     ],
 )
 def test_the_same_errors_speak_options_on_the_command_line(tmp_path, options, message):
     done = CliRunner().invoke(main, ["generate", *options, "--out", str(tmp_path / "out")])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert message in " ".join(done.output.split())
 
 

@@ -76,7 +76,8 @@ def test_every_png_of_the_folder_is_an_image(finished):
 
 def test_json_output_is_run_json(finished):
     out, printed = finished
-    assert json.loads((out / "run.json").read_text()) == printed
+    made = sorted(str(path) for path in out.rglob("*") if path.is_file())
+    assert json.loads((out / "run.json").read_text()) | {"made": made} == printed
 
 
 def test_run_json(finished, tiny_bundle):

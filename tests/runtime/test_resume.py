@@ -118,7 +118,7 @@ def test_signal_finishes_the_batch_and_says_how_to_go_on(
     last = log.read_text().splitlines()[-1]
     assert last == (
         f"Error: {out}: {done} of 400 images are safe on disk (0..{done - 1}), stopped by {name}; "
-        "the same command again goes on"
+        f"the same command with --out {out} resumes"
     )
     assert not list(out.glob(".*"))
     # It goes on where it was: nothing that was there is made again.

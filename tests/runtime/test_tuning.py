@@ -274,7 +274,10 @@ def test_law_in_words(tiny_bundle, values, expected):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--relax", "tv=0.05", "--method", "target"), "--relax tv=0.05 loosens"),
+        (
+            ("--relax", "tv=0.05", "--method", "target"),
+            "--relax tv=0.05 changes nothing with --method target",
+        ),
         (("--method", "lossless", "--head", "plain"), "--head plain contradicts"),
         (("--relax", "tv=2", "--method", "lossless"), "--relax is"),
         (("--head-steps", "50:1"), "--head-steps is '50:1'"),
@@ -284,7 +287,7 @@ def test_law_in_words(tiny_bundle, values, expected):
 def test_contradictions_are_refused(tiny_bundle, tmp_path, options, expected):
     arguments = ["generate", str(tiny_bundle.folder), "--out", str(tmp_path / "out"), *options]
     result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 1 and expected in result.stderr
+    assert result.exit_code == 2 and expected in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -294,8 +297,10 @@ def test_tune_command(pipeline, tmp_path):
     )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert [record["role"] for record in found] == ["draft", "target"]
-    assert len(list((tmp_path / "bundle.tuned").iterdir())) == 2
+    assert [record["role"] for record in found["heads"]] == ["draft", "target"]
+    costs = sorted(str(path) for path in (tmp_path / "bundle.tuned").iterdir())
+    assert sorted(found["made"]) == costs and len(costs) == 2
+    assert result.stderr.splitlines() == ["measuring the draft head", "measuring the target head"]
 
 
 def test_tune_table_shows_what_was_measured_and_what_follows():

@@ -317,7 +317,7 @@ def test_the_report_begins_and_ends_with_the_verdict(scored):
 
 
 def test_quality_stands_only_where_there_is_quality(page, scored):
-    """A benchmark without scores has no column for them; one with a Frechet distance has that alone."""
+    """A benchmark without scores has no column for them; with a Frechet distance it has that."""
     plain, with_scores = (re.findall(r"<th[^>]*>(.+?)</th>", path.read_text())
                           for path in (page[0], scored[0]))  # fmt: skip
     assert not any("Frechet" in column for column in plain)

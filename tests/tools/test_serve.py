@@ -185,7 +185,10 @@ def test_serve_answers_for_itself_what_the_documentation_says(server):
 
 
 def test_the_terminal_shows_no_lines_of_ray(server):
-    assert server.out.read_text() == f"cspd serves {server.bundle.resolve()} at {server.url}/\n"
+    assert server.out.read_text() == (
+        f"cspd serves {server.bundle.resolve()} at {server.url}/\n"
+        f"next: open it in a browser, or curl {server.url}/v1/models; Ctrl-C stops\n"
+    )
 
 
 def test_information(server):

@@ -10,14 +10,16 @@ from click.testing import CliRunner
 
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
+from cspd.runtime.about import OF_CSPD
 from cspd.runtime.canvas import ACCEPTED, REJECTED, Canvas
 from cspd.runtime.cli import main, shipped_bundle
-from cspd.runtime.config import AS_RELEASED, OF_CSPD, make_config
+from cspd.runtime.config import AS_RELEASED, RunConfig, about, make_config
 from cspd.runtime.noise import Noise, Purpose, RowNoise
 from cspd.runtime.pipeline import ImageId
 from cspd.tools.serve import is_loopback, read_key
 from cspd.tools.serve_batch import BatchQueue, Ticket, group_key
-from cspd.tools.serve_models import ImageRequest, Settings, configuration
+from cspd.tools.serve_bundle import configuration
+from cspd.tools.serve_models import ImageRequest, Settings
 
 
 def config(**values):
@@ -164,7 +166,10 @@ def configured():
 def test_options_of_cspd_are_those_of_the_command_line(configured):
     """Every one has a field and an option, and reaches the run."""
     options = {parameter.name for parameter in main.commands["generate"].params}
-    assert options >= {*OF_CSPD, "as_released"} <= set(ImageRequest.model_fields)
+    told = {name: about(name) for name in RunConfig.model_fields}
+    of_cspd = {name for name, found in told.items() if found and found.needs[:1] == OF_CSPD}
+    assert len(of_cspd) == 8 and options >= {*of_cspd, "as_released"}
+    assert of_cspd <= set(ImageRequest.model_fields)
     made = configured(on_reject="residual", residual_temperature=42.0, count_in="steps")
     assert (made.residual_temperature, made.count_in) == (42.0, "steps")
     released = configured(as_released=True)

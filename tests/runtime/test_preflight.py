@@ -1,0 +1,70 @@
+"""What would stop a run is said before anything is opened or written."""
+
+import json
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cspd.runtime.cli import main
+from cspd.runtime.preflight import COMPRESSED, SETTINGS_BYTES
+
+
+@pytest.fixture
+def dry_run(tiny_bundle, tmp_path):
+    def call(*options):
+        out = tmp_path / "out"
+        arguments = ["generate", str(tiny_bundle.folder), "--out", str(out), "--dry-run", *options]
+        result = CliRunner().invoke(main, arguments)
+        assert list(tmp_path.iterdir()) == []
+        return result
+
+    return call
+
+
+def test_plan_of_a_run(dry_run, tiny_bundle):
+    options = ("--method", "target", "--num-images", "20", "--batch-size", "8", "--num-iter", "4")
+    plan = json.loads(dry_run(*options, "--json").stdout)
+    assert plan["models"] == [f"target {tiny_bundle.manifest.models['target'].preset}"]
+    assert {"target/backbone", "decoder"} <= set(plan["graphs"])
+    assert not any(label.startswith("draft/") for label in plan["graphs"])
+    assert (plan["images"], plan["batches"], plan["autoregressive_steps"]) == (20, 3, 4)
+    # Images of 16 x 16 in one channel.
+    assert plan["estimated_disk_bytes"] == 20 * (int(COMPRESSED * 256) + SETTINGS_BYTES)
+    weights = tiny_bundle.folder / "target" / "weights.safetensors"
+    assert plan["estimated_memory_bytes"] == weights.stat().st_size
+    assert plan["problems"] == [] == plan["made"]
+    text = dry_run(*options).stdout
+    assert "20 images in 3 batches, 4 autoregressive steps" in text and "estimated: 33 kB" in text
+
+
+def test_what_is_there_needs_no_room(tiny_bundle, tmp_path, monkeypatch):
+    """A disk that is full of the images of a run lets it be looked at again."""
+    out = tmp_path / "out"
+    command = ["generate", str(tiny_bundle.folder), "--out", str(out), "--num-images", "2"]
+    command += ["--num-iter", "2", "--head-steps", "2", "--threads", "1"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    monkeypatch.setattr("cspd.runtime.preflight.free_disk", lambda out: 0)
+    again = CliRunner().invoke(main, command)
+    assert again.exit_code == 0 and "2 images in" in again.stdout
+    assert CliRunner().invoke(main, [*command, "--num-images", "3"]).exit_code == 1
+
+
+@pytest.mark.parametrize("place", ["free_disk", "available_memory"])
+def test_too_little_room(dry_run, monkeypatch, place):
+    monkeypatch.setattr(f"cspd.runtime.preflight.{place}", lambda *out: 1000)
+    result = dry_run()
+    assert result.exit_code == 1 and "problem: " in result.stdout
+    assert "1 kB" in result.stderr and result.stderr.startswith("Error: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_every_problem_is_listed(dry_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = dry_run("--format", "parquet", "--device", "cuda", "--json")
+    problems = json.loads(result.stdout)["problems"]
+    wanted = ("cspd[parquet]", "--device cuda", "cspd[cpu]")
+    assert [word in text for word, text in zip(wanted, problems, strict=True)] == [True] * 3
+    assert result.exit_code == 1
