@@ -35,6 +35,13 @@ def test_relative_links_resolve(page):
         assert not anchor or anchor in anchors(target.read_text()), link
 
 
+@pytest.mark.parametrize("name", ["DESIGN.md", "CONTRIBUTING.md"])
+def test_files_that_are_named_exist(name):
+    paths = re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", (ROOT / name).read_text())
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def test_readme_is_short():
     assert len(README.split()) <= 600
     assert max(map(len, README.splitlines())) <= 120
