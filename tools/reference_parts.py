@@ -73,8 +73,14 @@ def kind(schema: dict[str, Any]) -> str:
 
 def _bounds(schema: dict[str, Any]) -> list[str]:
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    found = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
+    found = [f"{sign} {_number(schema[key])}" for key, sign in signs.items() if key in schema]
     return [", ".join(found)] if found else []
+
+
+def _number(value: float) -> str:
+    """A bound; OpenAPI has every number as a float."""
+    whole = isinstance(value, int) or (value.is_integer() and abs(value) < 2**53)
+    return str(int(value)) if whole else f"{value:g}"
 
 
 def schema_items(schema: dict[str, Any], notes: dict[str, str] | None = None) -> list[str]:
