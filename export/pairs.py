@@ -28,8 +28,8 @@ GUIDANCE = {"mar-b": 2.9, "mar-l": 3.0, "mar-h": 3.2}
 FASHION_CLASSES = (
     "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
 )  # fmt: skip
-# Chosen on 2,000 samples per setting, see docs/results.md. The clip belongs to the model: it was
-# trained on times up to 950 only.
+# Chosen on 2,000 samples per setting, see docs/evidence/results.md. The clip belongs to the model:
+# it was trained on times up to 950 only.
 FASHION_SCHEDULE = ScheduleSpec(clip_timesteps=950)
 FASHION_DEFAULTS: dict[str, float | int | str] = {
     "num_iter": 49,

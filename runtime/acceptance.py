@@ -2,7 +2,8 @@
 
 The criterion of the paper (arXiv 2411.11925, section 3) compares the densities of the last
 denoising step of two aligned chains. It is *approximate*: the densities belong to two different
-paths, so accepted tokens do not follow the target's law exactly (DESIGN.md, "What is exact").
+paths, so accepted tokens do not follow the target's output distribution exactly
+(docs/explanation/cspd.md).
 Pure mathematics: tensors and random numbers in, tensors out.
 """
 

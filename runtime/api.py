@@ -64,7 +64,7 @@ class Pipeline:
     """A bundle, ready to make images; `load` opens one.
 
     `networks` is what runs below: models, samplers and sessions, for methods of your own
-    (docs/own-method.md). `quiet` leaves the progress bar out.
+    (docs/how-to/own-method.md). `quiet` leaves the progress bar out.
     """
 
     networks: pipeline.Pipeline
@@ -98,7 +98,7 @@ class Pipeline:
         with. One label serves for a whole list of seeds. `options` are the other fields of
         `RunConfig` (num_iter, cfg, gamma, num_images, ...); what is left out is the bundle's
         default. `method` is "target", "draft", "cspd" (Wang et al. 2024, arXiv 2411.11925),
-        "lossless" or "auto"; see docs/methods.md.
+        "lossless" or "auto"; see docs/explanation/methods.md.
 
         `callback_on_step(canvas, statistics)` is called after every autoregressive step of a batch:
         row b of the canvas knows `canvas.known[b]` of its L tokens [B, L, C]; rows beyond the

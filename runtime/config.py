@@ -25,7 +25,7 @@ from cspd.runtime.steps import HeadSteps
 Method = Literal["target", "draft", "cspd", "lossless", "auto"]
 HeadMode = Literal["plain", "lossless", "auto"]
 MAX_SEED = 2**64 - 1
-# `--as-released`: what the authors' runner does, but for its defects (docs/methods.md).
+# `--as-released`: what the authors' runner does, but for its defects (docs/explanation/methods.md).
 AS_RELEASED: Mapping[str, Any] = {
     "method": "cspd", "accept_temperature": 42.0, "residual_temperature": 1.0,
     "on_reject": "residual", "verify": "parallel", "align": True, "count_in": "steps",

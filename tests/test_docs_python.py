@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-OWN_METHOD = (DOCS / "own-method.md").read_text()
+OWN_METHOD = (DOCS / "how-to/own-method.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["how-to/python.md", "../README.md"])
+def test_python_of_other_pages_runs_as_written(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.S)
+    exec(compile("\n".join(blocks), page, "exec"), {})
+    method, exact, acceptance, seconds = capsys.readouterr().out.splitlines()[0].split()
+    assert (method, exact) == ("cspd", "False")
+    assert 0 < float(acceptance) < 1 and float(seconds) > 0
 
 
 def test_own_method_runs_as_written(capsys):
