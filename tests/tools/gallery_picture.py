@@ -3,7 +3,7 @@
 On an otherwise idle machine, because the picture shows times:
 
     cspd-run serve --batch-size 1 &
-    python tests/tools/gallery_picture.py docs/gallery.png
+    python tests/tools/gallery_picture.py docs/evidence/gallery.png
 """
 
 from __future__ import annotations
