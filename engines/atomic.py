@@ -44,3 +44,13 @@ def check_writable(out: Path) -> None:
         raise CspdError(f"{out}: is a folder, expected the name of a file to write")
     if not os.access(out.parent, os.W_OK):
         raise CspdError(f"{out.parent}: cannot be written to; choose another place")
+
+
+def standing_parent(out: Path) -> Path:
+    """The nearest thing above `out` that is there already; a folder, if `out` can be made."""
+    return next(parent for parent in out.absolute().parents if os.path.exists(parent))
+
+
+def free_disk(out: Path) -> int:
+    """Bytes that can be written where `out` is to be made."""
+    return shutil.disk_usage(standing_parent(out)).free

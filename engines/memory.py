@@ -1,4 +1,4 @@
-"""Memory of this process: its peak during a piece of work, and giving back what is free."""
+"""Memory: the peak of this process, giving back what is free, and what the machine has left."""
 
 from __future__ import annotations
 
@@ -29,8 +29,18 @@ def release_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def available_memory() -> int | None:
+    """Bytes that new work can have without swapping; None where the system does not tell."""
+    return _field("/proc/meminfo", "MemAvailable")
+
+
 def _high_water_mark() -> int | None:
+    return _field("/proc/self/status", "VmHWM")
+
+
+def _field(path: str, name: str) -> int | None:
+    """The bytes that a line "NAME: N kB" of the file `path` speaks of."""
     with contextlib.suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        found = re.search(rf"^{name}:\s+(\d+) kB", Path(path).read_text(), re.M)
         return int(found[1]) * 1024 if found else None
     return None
