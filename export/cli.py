@@ -23,7 +23,7 @@ from cspd.engines.commands import (
     json_option,
     option,
 )
-from cspd.engines.errors import MissingExtraError
+from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.engines.idle_options import refuse_idle
 from cspd.engines.lint import lint_model
 from cspd.engines.manifest import Precision, Role
@@ -134,7 +134,7 @@ def build(
     from cspd.export.build import BuildOptions
     from cspd.export.estimates import estimate
     from cspd.export.pairs import mar_plan
-    from cspd.export.preflight import place_checks, problems, refuse, size_checks, weight_checks
+    from cspd.export.preflight import place_checks, problems, size_checks, weight_checks
 
     presets: dict[Role, str] = {"target": target} | ({"draft": draft} if draft else {})
     files: dict[Role, Path | None] = {"target": target_weights, "draft": draft_weights}
@@ -148,11 +148,11 @@ def build(
         show_plan(expected, as_json, found)
     refuse(found)
     if not dry_run:
-        note(expected.summary())
         plan = mar_plan(
             presets, files, vae, options, random_weights=random_weights,
             allow_non_ema=allow_non_ema, clip_timesteps=clip_timesteps, warn=note,
         )  # fmt: skip
+        note(expected.summary())
         make(plan, out, overwrite, as_json)
 
 
@@ -198,6 +198,14 @@ def make(plan: BundlePlan, out: Path, overwrite: bool, as_json: bool) -> None:
     )  # fmt: skip
 
 
+def refuse(found: list[str]) -> None:
+    """Raise CspdError if there is a problem; each gets a line of its own."""
+    for problem in found[:-1]:
+        note(f"Error: {problem}")
+    if found:
+        raise CspdError(found[-1])
+
+
 def progress_bar(name: str) -> AbstractContextManager[ProgressCallback]:
     """A bar on a terminal, nothing elsewhere: the lines of the report say it all there."""
     if sys.stderr.isatty():
@@ -226,7 +234,7 @@ def demo_pair(
     engines = engine_options(backends, engine)
     require_exporter()
     from cspd.export.pairs import demo_plan
-    from cspd.export.preflight import place_checks, problems, refuse
+    from cspd.export.preflight import place_checks, problems
 
     refuse(problems(place_checks(out, overwrite, engines)))
     make(demo_plan(weights, precision, engines, hoisted), out, overwrite, as_json)

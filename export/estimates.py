@@ -12,7 +12,6 @@ import torch
 
 from cspd.engines.commands import human_bytes
 from cspd.engines.manifest import Precision, Role
-from cspd.engines.memory import available_memory
 from cspd.export.build import BuildOptions
 from cspd.export.mar import Mar
 from cspd.export.networks import EXACT, model_graphs
@@ -110,12 +109,9 @@ class Estimate:
 
     def summary(self) -> str:
         """Time, memory and disk in a line."""
-        available = available_memory()
-        left = f" ({human_bytes(available)} available)" if available is not None else ""
         return (
             f"estimated: {self.seconds / 60:.0f} min on one CPU core, "
-            f"{human_bytes(self.memory_bytes)} of memory{left}, "
-            f"{human_bytes(self.disk_bytes)} of disk"
+            f"{human_bytes(self.memory_bytes)} of memory, {human_bytes(self.disk_bytes)} of disk"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -176,11 +172,10 @@ def graph_cost(name: str, size: int, precision: Precision) -> GraphCost:
     which = 0 if name == "backbone" else 1
     small, large = (parameters(preset)[which] for preset in ("mar-b", "mar-h"))
     share = (size - small) / (large - small)
-    rows = (vars(MEASURED[preset][LIKE.get(name, name)]).values() for preset in ("mar-b", "mar-h"))
-    cost = GraphCost(
-        *(max(0.0, low + share * (high - low)) for low, high in zip(*rows, strict=True))
-    )
-    if precision == "fp32" and name not in EXACT:
+    source = LIKE.get(name, name)
+    ends = (vars(MEASURED[preset][source]).values() for preset in ("mar-b", "mar-h"))
+    cost = GraphCost(*(max(0.0, a + share * (b - a)) for a, b in zip(*ends, strict=True)))
+    if precision == "fp32" and source not in EXACT:
         return replace(cost, engine_bytes=2 * cost.engine_bytes)
     return cost
 

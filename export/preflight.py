@@ -33,12 +33,6 @@ def problems(checks: Iterable[Check]) -> list[str]:
     return found
 
 
-def refuse(found: list[str]) -> None:
-    """Raise CspdError if there is a problem; it names all of them."""
-    if found:
-        raise CspdError("\n  ".join(found))
-
-
 def place_checks(out: Path, overwrite: bool, engines: Iterable[EngineOptions]) -> Iterator[Check]:
     """Whether a bundle may be put at `out`, and whether its engines can be built here."""
     yield partial(check_target, out, overwrite)

@@ -85,7 +85,8 @@ class Evaluation:
             "bundle": {"sha256": self.bundle.sha256, "synthetic": self.bundle.manifest.synthetic},
             "n": count, "judge": self.judge.identity,
             "frechet_name": frechet_name(self.judge.identity["name"], count),
-            "intervals": bootstrap.METHOD, "scores": scores, "spread": spread(self.variants, judged),
+            "intervals": bootstrap.METHOD, "scores": scores,
+            "spread": spread(self.variants, judged),
             "paired": self._paired(pixels, judged),
         })  # fmt: skip
 
