@@ -246,12 +246,12 @@ def ending(rows: list[Row], skipped: list[Skipped]) -> str:
     passed = sum(row.passed for row in judged)
     line = f"{'PASS' if passed == len(judged) else 'FAIL'} {passed} of {len(judged)}"
     for what, found in (
-        ("backends", [item for item in skipped if item.rung == EVERY_RUNG]),
-        ("comparisons", [item for item in skipped if item.rung != EVERY_RUNG]),
+        ("backend", [item for item in skipped if item.rung == EVERY_RUNG]),
+        ("comparison", [item for item in skipped if item.rung != EVERY_RUNG]),
     ):
         if found:
             reasons = "; ".join(dict.fromkeys(item.reason for item in found))
-            line += f", {len(found)} {what} skipped: {reasons}"
+            line += f", {len(found)} {what}{'s' * (len(found) > 1)} skipped: {reasons}"
     return line
 
 
