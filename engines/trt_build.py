@@ -34,14 +34,9 @@ def build_engine(
     Weights outside `onnx_path` are found next to it. Raises CspdError with the parser's or the
     builder's own words. Everything TensorRT allocated is freed on return.
     """
-    trt = import_trt(options.flavour)
+    trt = check_buildable(options)
     if not onnx_path.is_file():
         raise CspdError(f"{spec.name}: {onnx_path} does not exist; export the graph first")
-    if options.flavour == "tensorrt" and not torch.cuda.is_available():
-        raise CspdError(
-            "--backend tensorrt: builds on the GPU that the engine is for, and torch sees none; "
-            "build there, or use --backend tensorrt-rtx, which needs no GPU (see cspd-run doctor)"
-        )
     start = time.perf_counter()
     with peak_memory() as peak:
         digest, size = _build(trt, onnx_path, spec, options, out, progress)
@@ -61,6 +56,21 @@ def build_engine(
         seconds=round(time.perf_counter() - start, 3),
         peak_memory_bytes=peak(),
     )
+
+
+def check_buildable(options: BuildOptions) -> ModuleType:
+    """The TensorRT module of `options`; raises CspdError unless it can build with them here."""
+    trt = import_trt(options.flavour)
+    if options.flavour == "tensorrt" and not torch.cuda.is_available():
+        raise CspdError(
+            "--backend tensorrt: builds on the GPU that the engine is for, and torch sees none; "
+            "build there, or use --backend tensorrt-rtx, which needs no GPU (see cspd-run doctor)"
+        )
+    known = list(supported_capabilities(trt))
+    unknown = set(options.compute_capabilities) - set(known)
+    if unknown:
+        raise CspdError(f"--compute-capability: got {sorted(unknown)}, expected some of {known}")
+    return trt
 
 
 def _build(
@@ -162,11 +172,6 @@ def _configure(trt: ModuleType, builder: Any, spec: GraphSpec, options: BuildOpt
 def _target(trt: ModuleType, config: Any, options: BuildOptions) -> None:
     """GPUs, compatibility and timing cache."""
     known = supported_capabilities(trt)
-    unknown = set(options.compute_capabilities) - set(known)
-    if unknown:
-        raise CspdError(
-            f"--compute-capability: got {sorted(unknown)}, expected some of {list(known)}"
-        )
     if options.compute_capabilities:
         config.num_compute_capabilities = len(options.compute_capabilities)
         for index, capability in enumerate(options.compute_capabilities):

@@ -183,9 +183,14 @@ def check_weights(plan: BundlePlan) -> None:
             check_values(source.state, f"{role} {source.preset}")
 
 
+def staging_of(out: Path) -> Path:
+    """Where the bundle `out` is while it is built."""
+    return out.parent / f".{out.name}.building"
+
+
 def _staging(plan: BundlePlan, out: Path) -> Path:
     """Folder of this build beside `out`; emptied if another build left it."""
-    staging = out.parent / f".{out.name}.building"
+    staging = staging_of(out)
     key = staging / KEY
     if staging.exists() and not (key.is_file() and key.read_text() == plan.key()):
         shutil.rmtree(staging)

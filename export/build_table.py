@@ -1,59 +1,74 @@
-"""What a build took, graph by graph: time, size and peak memory."""
+"""What a build took or will take, graph by graph: time, size and peak memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from rich import box
 from rich.table import Table
 
 from cspd.engines.commands import human_bytes
 from cspd.export.build_graph import FinishedGraph
+from cspd.export.estimates import Estimate
 
 
 def cost_table(finished: Mapping[str, FinishedGraph]) -> Table:
     """A row per graph and one of totals: seconds, error against PyTorch, bytes, peak memory.
 
-    The peak is that of the whole process, with the weights that PyTorch holds.
+    The peak is that of the whole process, with the weights that PyTorch holds. Engines of several
+    flavours are added up.
     """
     flavours = sorted({flavour for item in finished.values() for flavour in item.graph.engines})
-    table = Table("graph")
-    for column in ("export s", "error vs PyTorch", "peak"):
-        table.add_column(column, justify="right")
-    for flavour in flavours:
-        for column in (f"{flavour} s", "size", "peak"):
-            table.add_column(column, justify="right")
+    table = _table(flavours, "error vs\nPyTorch")
     for label, item in finished.items():
-        cells = [f"{item.export.seconds:.0f}", f"{item.graph.measured_error:.1e}"]
-        cells.append(_bytes(item.export.peak_memory_bytes))
-        for flavour in flavours:
-            built = item.graph.engines[flavour]
-            peak = _bytes(built.peak_memory_bytes)
-            cells += [f"{built.seconds:.0f}", human_bytes(built.bytes), peak]
-        table.add_row(label, *cells)
+        table.add_row(label, *_cells([item], flavours))
     table.add_section()
-    table.add_row("all", *_totals(finished, flavours))
+    table.add_row("all", *_cells(finished.values(), flavours))
     return table
 
 
-def _totals(finished: Mapping[str, FinishedGraph], flavours: list[str]) -> list[str]:
-    """Summed seconds and bytes, largest error and peaks."""
-    items = finished.values()
-    worst = max(item.graph.measured_error for item in items)
-    cells = [f"{sum(item.export.seconds for item in items):.0f}", f"{worst:.1e}"]
-    cells.append(_largest(item.export.peak_memory_bytes for item in items))
-    for flavour in flavours:
-        built = [item.graph.engines[flavour] for item in items]
-        cells += [
-            f"{sum(engine.seconds for engine in built):.0f}",
-            human_bytes(sum(engine.bytes for engine in built)),
-            _largest(engine.peak_memory_bytes for engine in built),
-        ]
+def plan_table(expected: Estimate) -> Table:
+    """A row per graph of what a build is estimated to take, and one of totals."""
+    flavours = expected.flavours
+    table = _table(flavours, title="estimates, scaled from a build that was measured")
+    for label, cost in expected.graphs.items():
+        cells = [f"{cost.export_seconds:.0f}"]
+        cells.append(human_bytes(max(cost.export_memory, cost.engine_memory if flavours else 0)))
+        if flavours:
+            cells.append(f"{cost.engine_seconds * len(flavours):.0f}")
+            cells.append(human_bytes(cost.engine_bytes * len(flavours)))
+        table.add_row(label, *cells)
+    return table
+
+
+def _table(flavours: Iterable[str], *columns: str, title: str | None = None) -> Table:
+    """An empty table that 80 columns hold."""
+    table = Table("graph", box=box.SIMPLE, title=title, title_justify="left")
+    engines = ("engine\ns", "size") if flavours else ()
+    for column in ("export\ns", *columns, "peak\nmemory", *engines):
+        table.add_column(column, justify="right")
+    if engines:
+        table.caption, table.caption_justify = f"engines: {', '.join(flavours)}", "left"
+    return table
+
+
+def _cells(finished: Iterable[FinishedGraph], flavours: list[str]) -> list[str]:
+    """Summed seconds and bytes, largest error and peak of `finished`."""
+    items = list(finished)
+    built = [item.graph.engines[name] for item in items for name in item.graph.engines]
+    peaks = [item.export.peak_memory_bytes for item in items]
+    peaks += [engine.peak_memory_bytes for engine in built]
+    cells = [
+        f"{sum(item.export.seconds for item in items):.0f}",
+        f"{max(item.graph.measured_error for item in items):.1e}",
+        _largest(peaks),
+    ]
+    if flavours:
+        cells.append(f"{sum(engine.seconds for engine in built):.0f}")
+        cells.append(human_bytes(sum(engine.bytes for engine in built)))
     return cells
 
 
 def _largest(peaks: Iterable[int | None]) -> str:
-    return _bytes(max((peak for peak in peaks if peak is not None), default=None))
-
-
-def _bytes(size: int | None) -> str:
-    return "-" if size is None else human_bytes(size)
+    known = [peak for peak in peaks if peak is not None]
+    return human_bytes(max(known)) if known else "-"

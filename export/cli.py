@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import sys
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from cspd.engines.bundle import check_target, open_bundle
-from cspd.engines.commands import Commands, human_bytes
-from cspd.engines.errors import MissingExtraError, printable
+from cspd.engines.backends import ENGINES
+from cspd.engines.commands import (
+    OUTPUT,
+    WHAT,
+    Choice,
+    Commands,
+    finish,
+    json_option,
+    option,
+)
+from cspd.engines.errors import CspdError, MissingExtraError
+from cspd.engines.idle_options import refuse_idle
 from cspd.engines.lint import lint_model
-from cspd.engines.manifest import Manifest, Precision, Role
-from cspd.engines.trt_options import BuildOptions as EngineOptions
+from cspd.engines.manifest import Precision, Role
 from cspd.engines.trt_progress import ProgressCallback, rich_progress
+from cspd.export.engine_options import engine_options, with_engine_options
+from cspd.export.presets import PUBLISHED
 
-PRESETS = ("mar-b", "mar-l", "mar-h")
+if TYPE_CHECKING:
+    from cspd.export.build import BundlePlan
+    from cspd.export.estimates import Estimate
+
 FILE = click.Path(path_type=Path, dir_okay=True)
 TABLE_WIDTH = 120
 
@@ -35,6 +46,7 @@ def main() -> None:
 
 
 assert isinstance(main, Commands)
+main.add_tool("inspect", "cspd.export.inspect_bundle", "Show what BUNDLE holds, and check it.")
 main.add_tool("parity", "cspd.tools.parity", "Compare every graph of BUNDLE with PyTorch.")
 main.add_tool("triton", "cspd.tools.triton", "Write BUNDLE as a Triton model repository.")
 
@@ -46,112 +58,152 @@ def require_exporter() -> None:
             raise MissingExtraError(library, extra)
 
 
-@main.command()
-@click.option(
-    "--target", required=True, type=click.Choice(PRESETS), help="Size of the target model."
+precision_option = option(
+    "--precision", default="fp32", type=Choice(get_args(Precision)), group=WHAT,
+    help="Number format of the networks; where it matters, fp32 stays.",
+)  # fmt: skip
+out_option = option(
+    "--out", required=True, type=click.Path(path_type=Path), group=OUTPUT,
+    help="Folder of the bundle.",
+)  # fmt: skip
+overwrite_option = option(
+    "--overwrite", is_flag=True, group=OUTPUT, help="Replace the bundle in --out."
 )
-@click.option("--draft", type=click.Choice(PRESETS), help="Size of the draft model.")
-@click.option("--target-weights", type=FILE, help="Weights of the target: a file or a folder.")
-@click.option("--draft-weights", type=FILE, help="Weights of the draft: a file or a folder.")
-@click.option("--vae", type=FILE, help="Weights of the KL-16 decoder: a file or a folder.")
-@click.option(
-    "--random-weights", is_flag=True, help="No checkpoints: random weights, marked synthetic."
+
+
+@main.command(
+    example="cspd-export build --target mar-h --draft mar-b --out bundles/mar-h-b\n"
+    "cspd-export build --target mar-h --draft mar-b --random-weights --dry-run --out b"
 )
-@click.option("--allow-non-ema", is_flag=True, help="Accept weights without moving average.")
-@click.option(
-    "--precision", default="fp32", show_default=True, type=click.Choice(["fp32", "fp16", "bf16"])
+@option("--target", required=True, type=Choice(PUBLISHED), group=WHAT, help="Size of the target.")
+@option(
+    "--draft", type=Choice(PUBLISHED), group=WHAT, show_default="none", help="Size of the draft."
 )
-@click.option(
-    "--max-batch", default=16, show_default=True, help="Largest batch (guidance doubles it)."
-)
-@click.option("--max-rows", default=1024, show_default=True, help="Most tokens in one head call.")
-@click.option(
-    "--clip-timesteps",
-    type=click.IntRange(min=1),
-    help="Sample from this time on instead of 999; changes the law.",
-)
-@click.option(
-    "--backend",
-    "backends",
-    multiple=True,
-    help="Also build engines; may be repeated.",
-    type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
-)
-@click.option(
-    "--compute-capability",
-    multiple=True,
-    metavar="X.Y",
-    show_default="8.6, 8.9, 12.0",
-    help="tensorrt-rtx: GPUs that the engines are for; may be repeated.",
-)
-@click.option(
-    "--workspace", type=click.IntRange(min=1), metavar="MIB", help="Limit of scratch memory."
-)
-@click.option(
-    "--opt-level", default=3, show_default=True, help="Effort of the engine builder, 0-5."
-)
-@click.option("--timing-cache", type=FILE, help="tensorrt: file with timings of earlier builds.")
-@click.option(
-    "--version-compatible", is_flag=True, help="tensorrt: engines for newer versions too."
-)
-@click.option("--hardware-compatible", is_flag=True, help="tensorrt: engines for Ampere and later.")
-@click.option(
-    "--hoisted/--no-hoisted",
-    default=True,
-    show_default=True,
-    help="With engines: graphs that take the head's modulations from a table.",
-)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
-@click.option("--overwrite", is_flag=True, help="Replace the bundle in --out.")
+@option(
+    "--target-weights", type=FILE, group=WHAT, show_default="below pretrained_models",
+    help="Weights of the target: a file or a folder.",
+)  # fmt: skip
+@option(
+    "--draft-weights", type=FILE, group=WHAT, show_default="below pretrained_models",
+    help="Weights of the draft: a file or a folder.",
+)  # fmt: skip
+@option(
+    "--vae", type=FILE, group=WHAT, show_default="below pretrained_models",
+    help="Weights of the KL-16 decoder: a file or a folder.",
+)  # fmt: skip
+@option(
+    "--random-weights", is_flag=True, group=WHAT,
+    help="No checkpoints: random weights, marked synthetic.",
+)  # fmt: skip
+@option("--allow-non-ema", is_flag=True, group=WHAT, help="Accept weights without moving average.")
+@precision_option
+@option(
+    "--max-batch", default=16, type=click.IntRange(1, 4096), group=WHAT,
+    help="Largest batch (guidance doubles it).",
+)  # fmt: skip
+@option(
+    "--max-rows", default=1024, type=click.IntRange(1, 1 << 20), group=WHAT,
+    help="Most tokens in one head call.",
+)  # fmt: skip
+@option(
+    "--clip-timesteps", type=click.IntRange(min=1), group=WHAT, show_default="999",
+    help="Sample from this time on; changes the output distribution.",
+)  # fmt: skip
+@with_engine_options
+@out_option
+@overwrite_option
+@option(
+    "--dry-run", is_flag=True, group=OUTPUT,
+    help="Show the graphs, estimated time, memory and disk, and what is missing; make nothing.",
+)  # fmt: skip
+@json_option
 def build(
     target: str, draft: str | None, target_weights: Path | None, draft_weights: Path | None,
     vae: Path | None, random_weights: bool, allow_non_ema: bool, precision: Precision,
-    max_batch: int,
-    max_rows: int, clip_timesteps: int | None, backends: tuple[str, ...], out: Path,
-    overwrite: bool, hoisted: bool, **engine: Any,
+    max_batch: int, max_rows: int, clip_timesteps: int | None, backends: tuple[str, ...],
+    hoisted: bool, out: Path, overwrite: bool, dry_run: bool, as_json: bool, **engine: Any,
 ) -> None:  # fmt: skip
     """Export a pair of MAR models and its decoder as one verified bundle."""
-    require_exporter()
-    from cspd.export.build import BuildOptions, build_bundle
-    from cspd.export.build_table import cost_table
-    from cspd.export.pairs import mar_plan
-
     engines = engine_options(backends, engine)
-    check_target(out, overwrite)
-    presets: dict[Role, str] = {"target": target}
-    if draft:
-        presets["draft"] = draft
-    plan = mar_plan(
-        presets, {"target": target_weights, "draft": draft_weights}, vae,
-        BuildOptions(max_batch, max_rows, precision, engines=engines, hoisted=hoisted),
-        random_weights=random_weights,
-        allow_non_ema=allow_non_ema, clip_timesteps=clip_timesteps, warn=note,
-    )  # fmt: skip
+    if random_weights:
+        weights = ("target_weights", "draft_weights", "allow_non_ema")
+        refuse_idle(weights, "not used with --random-weights; leave one of the two out")
+    if draft is None:
+        refuse_idle(["draft_weights"], "there is no draft; add --draft with its size")
+    require_exporter()
+    from cspd.export.build import BuildOptions
+    from cspd.export.estimates import estimate
+    from cspd.export.pairs import mar_plan
+    from cspd.export.preflight import place_checks, problems, size_checks, weight_checks
+
+    presets: dict[Role, str] = {"target": target} | ({"draft": draft} if draft else {})
+    files: dict[Role, Path | None] = {"target": target_weights, "draft": draft_weights}
+    options = BuildOptions(max_batch, max_rows, precision, engines=engines, hoisted=hoisted)
+    expected = estimate(presets, options)
+    found = problems([
+        *place_checks(out, overwrite, engines),
+        *weight_checks(presets, files, vae, random_weights), *size_checks(expected, out),
+    ])  # fmt: skip
+    if dry_run:
+        show_plan(expected, as_json, found)
+    refuse(found)
+    if not dry_run:
+        plan = mar_plan(
+            presets, files, vae, options, random_weights=random_weights,
+            allow_non_ema=allow_non_ema, clip_timesteps=clip_timesteps, warn=note,
+        )  # fmt: skip
+        note(expected.summary())
+        make(plan, out, overwrite, as_json)
+
+
+def show_plan(expected: Estimate, as_json: bool, found: list[str]) -> None:
+    """What a build would make and take, and whether it could begin."""
+    from cspd.export.build_table import plan_table
+
+    record = {"schema": 1, "kind": "build plan", "problems": found, **expected.to_json()}
+    if not as_json:
+        Console().print(plan_table(expected))
+    ready = [] if found else ["nothing is missing; next: the same command without --dry-run"]
+    finish(as_json, record, [], expected.summary(), *ready)
+
+
+def make(plan: BundlePlan, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Build the bundle of `plan`, and say where it is, what it holds and what to do next."""
+    from cspd.engines.bundle import MANIFEST, open_bundle
+    from cspd.export.build import build_bundle
+    from cspd.export.build_table import cost_table
+    from cspd.export.inspect_bundle import contents, engines_of, next_step
+
     # In a log, the width of a terminal would cut the names of the graphs.
     console = Console(stderr=True, width=None if sys.stderr.isatty() else TABLE_WIDTH)
+    start = time.monotonic()
     build_bundle(
         plan, out, overwrite, report=note, show=progress_bar,
         summary=lambda finished: console.print(cost_table(finished)),
     )  # fmt: skip
-    click.echo(click.format_filename(out))
+    bundle = open_bundle(out)
+    files = {MANIFEST: (out / MANIFEST).stat().st_size} | {
+        name: record.bytes for name, record in bundle.manifest.files.items()
+    }
+    record = {
+        "schema": 1, "kind": "build", "bundle": click.format_filename(out),
+        "sha256": bundle.sha256, "bytes": sum(files.values()),
+        "seconds": round(time.monotonic() - start, 1),
+    }  # fmt: skip
+    finish(
+        as_json, record, [out / name for name in files],
+        f"{click.format_filename(out)}: {contents(bundle.manifest)}; "
+        f"engines: {engines_of(bundle.manifest)}",
+        next_step(bundle),
+    )  # fmt: skip
 
 
-def engine_options(backends: tuple[str, ...], options: dict[str, Any]) -> tuple[EngineOptions, ...]:
-    """One set of options per TensorRT flavour among `backends`."""
-    workspace = options["workspace"]
-    return tuple(
-        EngineOptions(
-            flavour=flavour,
-            compute_capabilities=options["compute_capability"],
-            workspace_bytes=workspace << 20 if workspace else None,
-            optimization_level=options["opt_level"],
-            version_compatible=options["version_compatible"],
-            hardware_compatible=options["hardware_compatible"],
-            timing_cache=options["timing_cache"],
-        )
-        for flavour in dict.fromkeys(backends)
-        if flavour != "onnxruntime"
-    )
+def refuse(found: list[str]) -> None:
+    """Raise CspdError if there is a problem; each gets a line of its own."""
+    for problem in found[:-1]:
+        note(f"Error: {problem}")
+    if found:
+        raise CspdError(found[-1])
 
 
 def progress_bar(name: str) -> AbstractContextManager[ProgressCallback]:
@@ -161,97 +213,56 @@ def progress_bar(name: str) -> AbstractContextManager[ProgressCallback]:
     return contextlib.nullcontext(lambda fraction, phase: None)
 
 
-@main.command("demo-pair")
-@click.argument("weights", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
-@click.option("--overwrite", is_flag=True, help="Replace the bundle in --out.")
-def demo_pair(weights: Path, out: Path, overwrite: bool) -> None:
-    """Rebuild the shipped bundle from target.safetensors and draft.safetensors in WEIGHTS."""
+@main.command(
+    "demo-pair", example="cspd-export demo-pair --backend tensorrt-rtx --out bundles/demo-rtx"
+)
+@click.argument("weights", required=False, type=click.Path(path_type=Path, file_okay=False))
+@precision_option
+@with_engine_options
+@out_option
+@overwrite_option
+@json_option
+def demo_pair(
+    weights: Path | None, precision: Precision, backends: tuple[str, ...], hoisted: bool,
+    out: Path, overwrite: bool, as_json: bool, **engine: Any,
+) -> None:  # fmt: skip
+    """Rebuild the shipped bundle, in another precision or with engines if you like.
+
+    WEIGHTS is a folder with target.safetensors and draft.safetensors, by default the weights of
+    the shipped bundle.
+    """
+    engines = engine_options(backends, engine)
     require_exporter()
-    from cspd.export.build import build_bundle
     from cspd.export.pairs import demo_plan
+    from cspd.export.preflight import place_checks, problems
 
-    build_bundle(demo_plan(weights), out, overwrite, report=note)
-    click.echo(click.format_filename(out))
+    refuse(problems(place_checks(out, overwrite, engines)))
+    make(demo_plan(weights, precision, engines, hoisted), out, overwrite, as_json)
 
 
-@main.command()
+@main.command(
+    example="cspd-export lint bundles/mar-h-b/target/backbone.onnx --flavour tensorrt-rtx"
+)
 @click.argument("model", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--flavour", type=click.Choice(["tensorrt", "tensorrt-rtx"]), help="Ask its parser.")
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@option(
+    "--flavour", type=Choice(ENGINES), show_default="neither",
+    help="TensorRT whose parser is asked too.",
+)  # fmt: skip
+@json_option
 def lint(model: Path, flavour: str | None, as_json: bool) -> None:
-    """Say what would make the ONNX file MODEL fail or crawl as an engine."""
+    """Say what would make the ONNX file MODEL fail as an engine, or slow."""
     findings = lint_model(model, None, flavour)
-    if as_json:
-        click.echo(json.dumps([finding.model_dump() for finding in findings], indent=1))
-    else:
+    errors = sum(finding.severity == "error" for finding in findings)
+    if not as_json:
         for finding in findings:
             click.echo(f"{finding.severity}: {finding.rule}: {finding.message}")
-        click.echo(f"{len(findings)} findings", err=True)
-    if any(finding.severity == "error" for finding in findings):
+    finish(
+        as_json, {"schema": 1, "kind": "lint", "findings": [f.model_dump() for f in findings]}, [],
+        f"{'FAIL' if errors else 'PASS'}: {errors} errors, {len(findings) - errors} warnings; "
+        + (f"{flavour}'s parser was asked" if flavour else "next: --flavour asks a parser too"),
+    )  # fmt: skip
+    if errors:
         raise click.exceptions.Exit(1)
-
-
-@main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest.")
-@click.option("--no-verify", is_flag=True, help="Do not hash the files.")
-def inspect(bundle: Path, as_json: bool, no_verify: bool) -> None:
-    """Show what BUNDLE holds, and check every file against its hash; loads no engine."""
-    opened = open_bundle(bundle)
-    if not no_verify:
-        for name in opened.manifest.files:
-            opened.file(name)
-    if as_json:
-        click.echo(json.dumps(opened.manifest.model_dump(mode="json"), indent=1))
-        return
-    console = Console()
-    for line in summary(opened.manifest, opened.sha256):
-        console.print(printable(line), highlight=False, markup=False)
-    console.print(graph_table(opened.manifest))
-
-
-def summary(manifest: Manifest, sha256: str) -> list[str]:
-    """What a bundle is, in a few lines."""
-    geometry, schedule = manifest.geometry, manifest.schedule
-    clip = f", clipped at {schedule.clip_timesteps}" if schedule.clip_timesteps else ""
-    lines = [
-        f"bundle {sha256[:16]}, made by cspd {manifest.tool_version}, opset {manifest.opset}",
-        f"{geometry.num_tokens} tokens of {geometry.token_dim} channels, "
-        f"images {geometry.image_channels} x {geometry.image_size} x {geometry.image_size}, "
-        f"{geometry.num_classes} classes; {schedule.kind} schedule{clip}",
-    ]
-    lines += [
-        f"{role}: {model.preset}, {model.precision}, weights from {model.source}"
-        + (f" of {model.source_sha256[:16]}" if model.source_sha256 else "")
-        for role, model in manifest.models.items()
-    ]
-    for role, model in manifest.models.items():
-        if effect := model.image_effect:
-            lines.append(
-                f"{role} in {model.precision}, whole image: tokens differ from fp32 by "
-                f"{effect.tokens_error:.1e}, pixels {effect.psnr:.1f} dB "
-                f"({effect.num_iter} x {effect.head_steps} steps, {effect.measured_by})"
-            )
-    if manifest.synthetic:
-        lines.append("SYNTHETIC: random weights; images and acceptance rates mean nothing")
-    return lines
-
-
-def graph_table(manifest: Manifest) -> Table:
-    """A row per graph: file size, weights, error against PyTorch, engines."""
-    table = Table("graph", "ONNX", "error vs PyTorch", "engines")
-    for label, graph in manifest.graphs().items():
-        table.add_row(
-            label,
-            human_bytes(manifest.files[graph.file].bytes),
-            f"{graph.measured_error:.1e}",
-            ", ".join(graph.engines) or "-",
-        )
-    for name, record in manifest.files.items():
-        if name.endswith(".safetensors"):
-            table.add_row(escape(name), human_bytes(record.bytes), "", "")
-    return table
 
 
 def note(message: Any) -> None:

@@ -11,16 +11,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
-from cspd.engines.manifest import Geometry, Role
+from cspd.engines.manifest import Geometry, Precision, Role
 from cspd.engines.schedule import ScheduleSpec
+from cspd.engines.trt_options import BuildOptions as EngineOptions
 from cspd.export.build import BuildOptions, BundlePlan, Source
 from cspd.export.checkpoint import load_mar, load_vae
 from cspd.export.mar import Mar
-from cspd.export.presets import PRESETS, MarConfig
+from cspd.export.presets import PRESETS, PUBLISHED, MarConfig
 from cspd.export.random_weights import random_state
 from cspd.export.vae import VaeDecoder
-from cspd.export.weight_files import file_sha256
+from cspd.export.weight_files import file_sha256, regular_size
 from cspd.export.weight_folders import find_default_weights
 
 # The authors' best guidance with a linear schedule, 256 steps (LTH14/mar, README).
@@ -51,6 +53,11 @@ def mar_plan(
     warn: Callable[[str], None],
 ) -> BundlePlan:
     """Plan of a bundle of published MAR models; `presets` and `weights` are by role."""
+    for role, preset in presets.items():
+        if preset not in PUBLISHED:
+            raise CspdError(
+                f"{role}: {preset!r:.60} is no size we know; {', '.join(PUBLISHED)} are"
+            )
     models: dict[Role, Source] = {}
     for seed, (role, preset) in enumerate(presets.items()):
         if random_weights:
@@ -80,26 +87,44 @@ def mar_plan(
     )  # fmt: skip
 
 
-def demo_plan(folder: Path) -> BundlePlan:
-    """Plan of the shipped pair from `target.safetensors` and `draft.safetensors` in `folder`."""
-    models: dict[Role, Source] = {}
+def demo_plan(
+    folder: Path | None = None,
+    precision: Precision = "fp32",
+    engines: tuple[EngineOptions, ...] = (),
+    hoisted: bool = True,
+) -> BundlePlan:
+    """Plan of the shipped pair, its weights as they were shipped.
+
+    With `folder`, they are its `target.safetensors` and `draft.safetensors`.
+    """
     roles: tuple[Role, ...] = ("target", "draft")
-    for role in roles:
-        path = folder / f"{role}.safetensors"
-        if not os.path.isfile(path):  # unlike Path.is_file, it takes a name that is too long
-            raise CspdError(f"{path}: not found; train it with python -m cspd.tools.train_demo")
-        preset = f"fashion-{role}"
-        state, config = load_file(path), PRESETS[preset]
-        models[role] = Source(preset, state, "model_ema", file_sha256(path), config)
+    options = BuildOptions(
+        max_batch=64, max_rows=4096, precision=precision, engines=engines, hoisted=hoisted,
+        storage="fp16" if precision == "fp32" else None,
+    )  # fmt: skip
     return BundlePlan(
-        models=models,
+        models={role: _demo_model(role, folder) for role in roles},
         decoder=None,
         geometry=Geometry(grid=7, token_dim=16, num_classes=10, image_channels=1, image_size=28),
         class_names=FASHION_CLASSES,
         schedule=FASHION_SCHEDULE,
-        options=BuildOptions(max_batch=64, max_rows=4096, storage="fp16"),
+        options=options,
         defaults=FASHION_DEFAULTS,
     )
+
+
+def _demo_model(role: Role, folder: Path | None) -> Source:
+    preset = f"fashion-{role}"
+    config = PRESETS[preset]
+    if folder is None:
+        shipped = open_bundle(Path(str(importlib.resources.files("cspd.demo_pair") / "bundle")))
+        record = shipped.manifest.models[role]
+        state = load_file(shipped.file(record.weights))
+        return Source(preset, state, record.source, record.source_sha256, config)
+    path = folder / f"{role}.safetensors"
+    if not os.path.isfile(path):  # unlike Path.is_file, it takes a name that is too long
+        raise CspdError(f"{path}: not found; train it with python -m cspd.tools.train_demo")
+    return Source(preset, load_file(path), "model_ema", file_sha256(path), config)
 
 
 def imagenet_classes() -> tuple[str, ...]:
@@ -108,10 +133,22 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
+def weights_file(name: str, path: Path | None) -> Path:
+    """Where the weights of `name` (mar-b, mar-l, mar-h or kl16) are: `path`, or their usual place.
+
+    Raises CspdError where there is nothing.
+    """
+    if path is None:
+        return find_default_weights(name)
+    if not os.path.isdir(path):
+        regular_size(path)
+    return path
+
+
 def _loaded_model(
     preset: str, path: Path | None, allow_non_ema: bool, warn: Callable[[str], None]
 ) -> Source:
-    loaded = load_mar(path or find_default_weights(preset), preset, allow_non_ema=allow_non_ema)
+    loaded = load_mar(weights_file(preset, path), preset, allow_non_ema=allow_non_ema)
     for warning in loaded.warnings:
         warn(warning)
     return Source(preset, loaded.state, loaded.source, loaded.sha256, loaded.config)
@@ -129,7 +166,7 @@ def _decoder(path: Path | None, random_weights: bool, warn: Callable[[str], None
         with torch.device("meta"):
             module = VaeDecoder()
         return Source("kl16", partial(random_state, module, seed=2), "random")
-    loaded = load_vae(path or find_default_weights("kl16"))
+    loaded = load_vae(weights_file("kl16", path))
     for warning in loaded.warnings:
         warn(warning)
     return Source("kl16", loaded.state, loaded.source, loaded.sha256)

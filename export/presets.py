@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from cspd.engines.errors import CspdError
 
+PUBLISHED = ("mar-b", "mar-l", "mar-h")
 MAX_DEPTH, MAX_SIZE = 256, 1 << 20
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 from pathlib import Path
 
 import click
@@ -10,9 +10,22 @@ import numpy as np
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
+from cspd.engines.commands import (
+    METHOD,
+    OUTPUT,
+    SPEED,
+    WHAT,
+    Choice,
+    Verb,
+    finish,
+    json_option,
+    new_out,
+    option,
+)
 from cspd.engines.errors import CspdError
+from cspd.engines.idle_options import other_options, refuse_idle
 from cspd.runtime.config import check_config
-from cspd.tools.bench_plan import Point, Scale, make_plan
+from cspd.tools.bench_plan import Point, Scale, make_plan, titles
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_run import JOURNAL, PIXELS, Bench, Journal, make_header, read_lines
 from cspd.tools.bench_tables import TABLES, readme_table
@@ -23,62 +36,112 @@ from cspd.tools.terminal import print_table
 from cspd.tools.verdict import verdict_table
 
 PATH = click.Path(path_type=Path)
+TABLES_FILE = "tables.md"
 
 
-@click.command("bench")
+@click.command(
+    "bench", cls=Verb,
+    example="cspd-run bench --quick\n"
+    "cspd-run bench bundles/mar-h-b --images 0 --batch-size 1 --batch-size 8 --dry-run",
+)  # fmt: skip
 @click.argument("bundle", type=PATH, required=False)
-@click.option(
-    "--out",
-    type=PATH,
-    default=Path("out/bench"),
-    show_default=True,
-    help="Results; resumes behind the last one.",
-)
-@click.option(
+@option(
     "--quick",
     is_flag=True,
+    group=WHAT,
     help="Speed and acceptance only, under two minutes for the shipped pair.",
 )
-@click.option(
-    "--images", type=click.IntRange(0), help="Images behind a quality figure.  [default: 1000]"
+@option(
+    "--images",
+    type=click.IntRange(0),
+    group=WHAT,
+    show_default="1000, with --quick 0",
+    help="Images behind a quality figure.",
 )
-@click.option(
-    "--repeats", type=click.IntRange(1), help="Measured batches per setting.  [default: 3]"
+@option(
+    "--repeats",
+    type=click.IntRange(1),
+    group=WHAT,
+    show_default="3, with --quick 1",
+    help="Measured batches per setting.",
 )
-@click.option(
+@option(
     "--batch-size",
     "batch_sizes",
     multiple=True,
     type=click.IntRange(1),
-    help="Batch sizes of table 1.",
+    group=WHAT,
+    show_default="1, 10, 50; with --quick 1, 4",
+    help="Batch sizes of table 1; may be repeated.",
 )
-@click.option("--no-compile", is_flag=True, help="Leave out torch.compile.")
-@click.option(
-    "--num-iter", type=int, help="Autoregressive steps of everything but the shorter baselines."
+@option("--no-compile", is_flag=True, group=WHAT, help="Leave out torch.compile.")
+@option(
+    "--inception",
+    type=PATH,
+    group=WHAT,
+    show_default="the shipped classifier",
+    help="Inception weights of torch-fidelity, for ImageNet models.",
 )
-@click.option("--head-steps", type=int, help="Denoising steps.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option(
-    "--backend", type=click.Choice(list(BACKENDS)), default="onnxruntime", show_default=True
+@option(
+    "--reference",
+    type=PATH,
+    group=WHAT,
+    show_default="none",
+    help="Statistics of real images: .npz with mu and sigma.",
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", default=0, show_default="all cores", help="CPU threads.")
-@click.option(
-    "--inception", type=PATH, help="Inception weights of torch-fidelity, for ImageNet models."
-)
-@click.option("--reference", type=PATH, help="Statistics of real images: .npz with mu and sigma.")
-@click.option(
+@option(
     "--replay-acceptance",
     "replayed",
     type=PATH,
+    group=WHAT,
+    show_default="measure it",
     help="Random weights only: verdicts as in this finished benchmark.",
 )
-@click.option("--dry-run", is_flag=True, help="Show the plan and measure nothing.")
-@click.option("--readme", is_flag=True, help="Print the table of the README from finished results.")
-@click.option("--json", "as_json", is_flag=True, help="Print all tables as JSON.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@option(
+    "--num-iter",
+    type=int,
+    group=METHOD,
+    show_default="one per token",
+    help="Autoregressive steps of everything but the shorter baselines.",
+)
+@option(
+    "--head-steps", type=int, group=METHOD, show_default="the bundle's", help="Denoising steps."
+)
+@option("--seed", type=int, default=0, group=METHOD, help="Seed of all settings.")
+@option(
+    "--backend",
+    type=Choice(BACKENDS),
+    default="onnxruntime",
+    group=SPEED,
+    help="What runs the networks.",
+)
+@option("--device", type=Choice(["cpu", "cuda"]), default="cpu", group=SPEED, help="Where.")
+@option(
+    "--threads",
+    default=0,
+    type=click.IntRange(0, 1024),
+    show_default="all cores",
+    group=SPEED,
+    help="CPU threads.",
+)
+@option(
+    "--out",
+    type=PATH,
+    show_default="out/bench-001, counting up",
+    group=OUTPUT,
+    help="Folder of the results; one that is there already is resumed.",
+)
+@option("--dry-run", is_flag=True, group=OUTPUT, help="Show the plan and measure nothing.")
+@option(
+    "--readme",
+    is_flag=True,
+    group=OUTPUT,
+    help="Print the table of the README from the finished results in --out.",
+)
+@json_option
+@option("--quiet", is_flag=True, group=OUTPUT, help="No progress.")
 def command(
-    bundle: Path | None, out: Path, quick: bool, images: int | None, repeats: int | None,
+    bundle: Path | None, out: Path | None, quick: bool, images: int | None, repeats: int | None,
     batch_sizes: tuple[int, ...], no_compile: bool, num_iter: int | None, head_steps: int | None,
     seed: int, backend: str, device: str, threads: int, inception: Path | None,
     reference: Path | None, replayed: Path | None, dry_run: bool, readme: bool, as_json: bool,
@@ -88,17 +151,30 @@ def command(
     from cspd.runtime.cli import shipped_bundle
 
     if readme:
+        refuse_idle(other_options("readme", "out"), "not used with --readme; leave it out")
+        if out is None:
+            raise click.UsageError("--readme: name the folder of finished results with --out")
         click.echo(readme_table(load_results(out)).markdown(), nl=False)
         return
+    if quick:
+        refuse_idle(["no_compile"], "--quick leaves torch.compile out already")
     opened = open_bundle(bundle or shipped_bundle())
     scale = make_scale(quick, images, repeats, batch_sizes, no_compile)
+    if not scale.quality_images:
+        scores = ["inception", "reference"]
+        refuse_idle(scores, "nothing is scored here; give --images, or leave it out")
     options = {"num_iter": num_iter, "head_steps": head_steps, "seed": seed, "backend": backend}
     base = {name: value for name, value in options.items() if value is not None}
     points = make_plan(opened.manifest, base, scale)
     for point in points:
         check_config(point.config, opened.manifest)
     if dry_run:
-        click.echo(plan_text(points))
+        plan = {
+            "schema": 1,
+            "kind": "bench plan",
+            "points": [p.model_dump(mode="json") for p in points],
+        }
+        finish(as_json, plan, [], plan_text(points), "next: the same command without --dry-run")
         return
 
     def say(text: str) -> None:
@@ -108,6 +184,9 @@ def command(
     origin = {"command": command_line(), "commit": commit()}
     pattern = acceptance_pattern(opened, replayed)
     judge = quality_judge(opened, points, inception, reference)
+    if out is None:
+        out = new_out("bench")
+        say(f"results in {out}; if this is stopped, add --out {out} to resume")
     journal = Journal(out, make_header(opened, points, threads, pattern) | origin)
     Bench(opened, journal, device, threads, say, pattern).run(points)
     judge_points(journal, points, judge)
@@ -141,9 +220,10 @@ def acceptance_pattern(bundle: Bundle, folder: Path | None) -> AcceptancePattern
 
 def plan_text(points: list[Point]) -> str:
     """A line per point, and the totals."""
+    names = titles(points)
     lines = [
-        f"{point.id}: {point.repeats} x {point.config.batch_size} images"
-        f"{', scored' if point.quality else ''}; {', '.join(point.serves)}"
+        f"{names[point.id]}: {point.repeats} x {point.config.batch_size} images"
+        f"{', scored' if point.quality else ''}"
         for point in points
     ]
     images = sum(point.repeats * point.config.batch_size for point in points)
@@ -194,18 +274,20 @@ def show(results: Results, out: Path, as_json: bool) -> None:
     tables = {name: make(results) for name, make in makers.items()}
     filled = {name: table for name, table in tables.items() if table.rows}
     text = "\n".join(table.markdown() for table in filled.values())
-    (out / "tables.md").write_text(text)
-    if as_json:
-        record = {
-            "schema": 1,
-            "header": results.header,
-            "tables": {n: vars(t) for n, t in filled.items()},
-        }
-        click.echo(json.dumps(record, indent=1))
-        return
-    for table in filled.values():
-        print_table(table)
-    click.echo(f"{out / 'tables.md'}")
+    (out / TABLES_FILE).write_text(text)
+    if not as_json:
+        for table in filled.values():
+            print_table(table)
+    record = {
+        "schema": 1,
+        "header": results.header,
+        "tables": {n: vars(t) for n, t in filled.items()},
+    }
+    name = shlex.quote(click.format_filename(out))
+    finish(
+        as_json, record, [out / JOURNAL, out / TABLES_FILE],
+        f"{len(results.points)} settings in {name}; next: cspd-run report {name}",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from cspd.runtime.config import AS_RELEASED, RunConfig, make_config
 from cspd.runtime.cspd import CspdOptions
 from cspd.runtime.heads import DEFAULT_WINDOW
 from cspd.runtime.plan import MaskPlan
+from cspd.tools.settings import setting_name
 
 GAMMAS = (4, 8, 16, 32)
 PREFILLS = (0.0, 0.05, 0.15)
@@ -85,6 +86,22 @@ def make_plan(manifest: Manifest, base: dict[str, Any], scale: Scale) -> list[Po
 def reference_batch(scale: Scale) -> int:
     """The batch size of everything but the sweep over batch sizes: the middle one."""
     return sorted(scale.batch_sizes)[len(scale.batch_sizes) // 2]
+
+
+def titles(points: list[Point]) -> dict[str, str]:
+    """What to call each point of a plan, by its id: "cspd, gamma 8, batch 4".
+
+    Options are named where they differ from those of the first point, the reference.
+    """
+    return {point.id: _title(point, points[0]) for point in points}
+
+
+def _title(point: Point, main: Point) -> str:
+    same = point.config.num_iter == main.config.num_iter
+    ignored = ("batch_size", "backend", *(["num_iter"] if same else []))
+    name = setting_name(point.config, main.config, ignored)
+    backend = "" if point.backend == main.backend else f", {point.backend}"
+    return f"{name}, batch {point.config.batch_size}{backend}"
 
 
 def plan_hash(points: list[Point]) -> str:

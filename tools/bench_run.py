@@ -23,13 +23,14 @@ from cspd.runtime.config import RunConfig
 from cspd.runtime.outputs import environment, tool_version
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.stats import Statistics
-from cspd.tools.bench_plan import COMPILED, TRIES, Point, plan_hash
+from cspd.tools.bench_plan import COMPILED, TRIES, Point, plan_hash, titles
 from cspd.tools.bench_results import SCHEMA
 from cspd.tools.probe import rounds, unchanged
 from cspd.tools.replay import AcceptancePattern, ReplayPipeline
 
 JOURNAL = "bench.jsonl"
 PIXELS = "pixels"  # kept images of scored points
+PROBES = {"map": "where tokens are accepted", "tries": "at most {} draws of the residual"}
 WARM_UP = -1  # repeat number of a batch that is run before anything counts
 Line = dict[str, Any]
 
@@ -118,7 +119,7 @@ class Bench:
     def run(self, points: list[Point]) -> None:
         """Measure what the journal does not hold yet: start-up, warm-up, probes, batches."""
         self._starts(points)
-        jobs = list(self._jobs(points))
+        jobs, names = list(self._jobs(points)), titles(points)
         for number, (point, repeat) in enumerate(jobs, 1):
             if repeat == 0:
                 self._probes(points)
@@ -127,7 +128,7 @@ class Bench:
                     self._attempt(point, WARM_UP)  # a resumed run is cold again
                 line = self._attempt(point, repeat)
                 self.journal.append(line)
-                self.say(f"[{number}/{len(jobs)}] {describe(line)}")
+                self.say(f"[{number}/{len(jobs)}] {describe(line, names[point.id])}")
 
     def _jobs(self, points: list[Point]) -> Iterator[tuple[Point, int]]:
         """Warm-ups first, then the points in turn, so that drift of the machine hits all alike."""
@@ -249,7 +250,7 @@ class Bench:
         if not self.journal.has(name, tries):
             line = probe(self.pipeline(point.backend), config, tries or None)
             self.journal.append({"kind": "probe", "point": name, "repeat": tries, **line})
-            self.say(f"probe {name} {tries or ''}")
+            self.say(f"probe: {PROBES[name].format(tries)}")
 
 
 class _Compiled(torch.nn.Module):
@@ -282,12 +283,12 @@ def probe(pipeline: Pipeline, config: RunConfig, tries: int | None) -> Line:
             **_counts(statistics)}  # fmt: skip
 
 
-def describe(line: Line) -> str:
-    """A measurement in one line."""
+def describe(line: Line, name: str) -> str:
+    """A measurement of the point called `name` in one line."""
     if line["kind"] == "skip":
-        return f"{line['point']}: skipped, {line['reason']}"
+        return f"{name}: skipped, {line['reason']}"
     warm = " (warm-up)" if line["repeat"] == WARM_UP else ""
-    return f"{line['point']}: {line['seconds'] / line['images']:.3f} s per image{warm}"
+    return f"{name}: {line['seconds'] / line['images']:.3f} s per image{warm}"
 
 
 def _counts(statistics: Statistics) -> Line:

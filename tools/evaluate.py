@@ -7,6 +7,7 @@ other seeds), and image-by-image differences between methods that start from the
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +21,24 @@ import torch
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
+from cspd.engines.commands import (
+    METHOD,
+    OUTPUT,
+    SPEED,
+    WHAT,
+    Choice,
+    Verb,
+    finish,
+    json_option,
+    new_out,
+    option,
+)
 from cspd.engines.errors import CspdError
 from cspd.runtime.config import asked_config, check_config, make_config
 from cspd.runtime.outputs import environment, law, tool_version
 from cspd.runtime.pipeline import Pipeline
-from cspd.tools.bootstrap import METHOD, Judged, interval
+from cspd.tools import bootstrap
+from cspd.tools.bootstrap import Judged, interval
 from cspd.tools.evaluate_judges import FULL, Judge, check_count, find_judge, frechet_name
 from cspd.tools.evaluate_run import Variant, balanced_labels, load_images, make_images
 from cspd.tools.evaluate_tables import tables
@@ -71,7 +85,8 @@ class Evaluation:
             "bundle": {"sha256": self.bundle.sha256, "synthetic": self.bundle.manifest.synthetic},
             "n": count, "judge": self.judge.identity,
             "frechet_name": frechet_name(self.judge.identity["name"], count),
-            "intervals": METHOD, "scores": scores, "spread": spread(self.variants, judged),
+            "intervals": bootstrap.METHOD, "scores": scores,
+            "spread": spread(self.variants, judged),
             "paired": self._paired(pixels, judged),
         })  # fmt: skip
 
@@ -188,32 +203,92 @@ def parse_method(text: str) -> dict[str, Any]:
     return values
 
 
-@click.command("evaluate")
+@click.command(
+    "evaluate", cls=Verb,
+    example='cspd-run evaluate --method target --method "target:num_iter=8" --method cspd',
+)  # fmt: skip
 @click.argument("bundle", type=PATH, required=False)
-@click.option(
-    "--method", "methods", multiple=True, default=("target", "cspd"), show_default=True,
+@option(
+    "--num-images",
+    type=click.IntRange(1),
+    group=WHAT,
+    show_default="50000 for 1000 classes, else 1000",
+    help="Images per method and seed.",
+)
+@option(
+    "--seeds",
+    default="0,1",
+    group=WHAT,
+    help="Seeds; two and more show noise.",
+)
+@option(
+    "--inception",
+    type=PATH,
+    group=WHAT,
+    show_default="the shipped classifier",
+    help="Inception weights of torch-fidelity.",
+)
+@option(
+    "--reference",
+    type=PATH,
+    group=WHAT,
+    show_default="none",
+    help="Statistics of real images: .npz, mu and sigma.",
+)
+@option(
+    "--method",
+    "methods",
+    multiple=True,
+    default=("target", "cspd"),
+    group=METHOD,
     help='Methods, the first is the base: "target", "target:num_iter=8", "cspd:gamma=16".',
-)  # fmt: skip
-@click.option(
-    "--num-images", type=click.IntRange(1),
-    help="Images per method and seed.  [default: 50000 for 1000 classes, else 1000]",
-)  # fmt: skip
-@click.option("--seeds", default="0,1", show_default=True, help="Seeds; two and more show noise.")
-@click.option("--num-iter", type=int, help="Autoregressive steps.")
-@click.option("--head-steps", type=int, help="Denoising steps.")
-@click.option("--batch-size", type=click.IntRange(1), default=10, show_default=True)
-@click.option("--backend", type=click.Choice(list(BACKENDS)), default="onnxruntime")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", default=0, show_default="all cores", help="CPU threads.")
-@click.option("--inception", type=PATH, help="Inception weights of torch-fidelity.")
-@click.option("--reference", type=PATH, help="Statistics of real images: .npz, mu and sigma.")
-@click.option("--out", type=PATH, default=Path("out/evaluate"), show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print evaluate.json instead of tables.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+)
+@option(
+    "--num-iter",
+    type=int,
+    group=METHOD,
+    show_default="the bundle's",
+    help="Autoregressive steps.",
+)
+@option(
+    "--head-steps", type=int, group=METHOD, show_default="the bundle's", help="Denoising steps."
+)
+@option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=10,
+    group=SPEED,
+    help="Images computed together.",
+)
+@option(
+    "--backend",
+    type=Choice(BACKENDS),
+    default="onnxruntime",
+    group=SPEED,
+    help="What runs the networks.",
+)
+@option("--device", type=Choice(["cpu", "cuda"]), default="cpu", group=SPEED, help="Where.")
+@option(
+    "--threads",
+    default=0,
+    type=click.IntRange(0, 1024),
+    show_default="all cores",
+    group=SPEED,
+    help="CPU threads.",
+)
+@option(
+    "--out",
+    type=PATH,
+    show_default="out/evaluate-001, counting up",
+    group=OUTPUT,
+    help="Folder of images and scores; one that is there already is resumed.",
+)
+@json_option
+@option("--quiet", is_flag=True, group=OUTPUT, help="No progress.")
 def command(
     bundle: Path | None, methods: tuple[str, ...], num_images: int | None, seeds: str,
     num_iter: int | None, head_steps: int | None, batch_size: int, backend: str, device: str,
-    threads: int, inception: Path | None, reference: Path | None, out: Path, as_json: bool,
+    threads: int, inception: Path | None, reference: Path | None, out: Path | None, as_json: bool,
     quiet: bool,
 ) -> None:  # fmt: skip
     """Score the images of BUNDLE, by default the shipped pair; resumes where it was interrupted."""
@@ -233,17 +308,21 @@ def command(
 
     judge = find_judge(opened.manifest, inception, reference)
     judge.check(opened.manifest.geometry.image_channels)
-    record = Evaluation(opened, variants, judge, out, say).run(
-        Pipeline(opened, backend, device, threads)
-    )
+    pipeline = Pipeline(opened, backend, device, threads)
+    if out is None:
+        out = new_out("evaluate")
+        say(f"images in {out}; if this is stopped, add --out {out} to resume")
+    record = Evaluation(opened, variants, judge, out, say).run(pipeline)
     record |= {"command": command_line(), "commit": commit()}
-    text = json.dumps(record, indent=1)
-    (out / RESULT).write_text(text + "\n")
-    if as_json:
-        click.echo(text)
-        return
-    for table in tables(record):
-        print_table(table)
+    (out / RESULT).write_text(json.dumps(record, indent=1) + "\n")
+    if not as_json:
+        for table in tables(record):
+            print_table(table)
+    name = shlex.quote(click.format_filename(out))
+    finish(
+        as_json, record, [out / RESULT, *(out / variant.name for variant in variants)],
+        f"{len(variants) * count} images scored in {name}; next: cspd-run report {name}",
+    )  # fmt: skip
 
 
 def usual_count(bundle: Bundle) -> int:

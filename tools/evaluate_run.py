@@ -80,7 +80,7 @@ def make_images(
                 write_png(path, image.pixels, _metadata(pipeline, config, image.index))
                 lines.write(json.dumps(_line(config, image.index, _sha256(path))) + "\n")
         done += len(images)
-        say(f"{variant.name}: {done}/{config.num_images} images")
+        say(f"{variant.setting}, seed {config.seed}: {done}/{config.num_images} images")
     return time.perf_counter() - start
 
 

@@ -6,6 +6,7 @@ A ladder of comparisons, from one call of one graph up to whole images and accep
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,10 +19,21 @@ from rich.table import Table
 from cspd.engines.atomic import check_writable
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
+from cspd.engines.commands import (
+    OUTPUT,
+    SPEED,
+    WHAT,
+    Choice,
+    Verb,
+    finish,
+    json_option,
+    option,
+)
+from cspd.engines.idle_options import other_options, refuse_idle
 from cspd.runtime.config import make_config
 from cspd.runtime.outputs import environment, tool_version
 from cspd.tools.parity_bisect import Suspect, bisect
-from cspd.tools.parity_ladder import Ladder, candidates
+from cspd.tools.parity_ladder import EVERY_RUNG, Ladder, candidates
 from cspd.tools.parity_measure import ErrorStats, Row, Skipped, finite, worst
 from cspd.tools.parity_polygraphy import compare_graphs
 from cspd.tools.parity_rungs import RUNGS
@@ -116,45 +128,77 @@ def verdict(row: Row) -> str:
     return "[bold red]FAIL" if row.gate else "[yellow]would fail"
 
 
-@click.command("parity")
-@click.argument("bundle", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--rung", "rungs", multiple=True, type=click.Choice(list(RUNGS)), help="Only these rungs."
-)
-@click.option(
-    "--backend", "backends", multiple=True, type=click.Choice(COMPARED),
-    help="Only these backends.  [default: all that run here]",
+@click.command(
+    "parity", cls=Verb,
+    example="cspd-export parity --out parity.json\n"
+    "cspd-export parity bundles/mar-h-b --rung graphs --bisect",
 )  # fmt: skip
-@click.option("--images", default=2, show_default=True, type=click.IntRange(1))
-@click.option(
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@option(
+    "--rung",
+    "rungs",
+    multiple=True,
+    type=Choice(list(RUNGS)),
+    group=WHAT,
+    show_default="all",
+    help="Only these rungs; may be repeated.",
+)
+@option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=Choice(COMPARED),
+    group=WHAT,
+    show_default="all that run here",
+    help="Only these backends; may be repeated.",
+)
+@option(
+    "--images",
+    default=2,
+    type=click.IntRange(1),
+    group=WHAT,
+    help="Images of recorded runs and whole images.",
+)
+@option(
     "--num-iter",
     default=8,
-    show_default=True,
     type=click.IntRange(1),
+    group=WHAT,
     help="Autoregressive steps of recorded runs and whole images.",
 )
-@click.option("--head-steps", type=click.IntRange(2), help="Denoising steps.")
-@click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    type=click.Choice(["cpu", "cuda"]),
-    help="Where PyTorch, the reference, runs.",
+@option(
+    "--head-steps",
+    type=click.IntRange(2),
+    group=WHAT,
+    show_default="the bundle's",
+    help="Denoising steps.",
 )
-@click.option(
-    "--seeds", default=2, show_default=True, type=click.IntRange(1), help="Random inputs per size."
+@option("--seeds", default=2, type=click.IntRange(1), group=WHAT, help="Random inputs per size.")
+@option("--budget", default=20.0, group=WHAT, help="Largest random call, in 1e9 operations.")
+@option(
+    "--bisect", "with_bisect", is_flag=True, group=WHAT, help="Name the worst nodes of each graph."
 )
-@click.option(
-    "--budget", default=20.0, show_default=True, help="Largest random call, in 1e9 operations."
-)
-@click.option("--bisect", "with_bisect", is_flag=True, help="Name the worst nodes of each graph.")
-@click.option(
+@option(
     "--polygraphy",
     is_flag=True,
+    group=WHAT,
     help="Instead: ONNX Runtime against TensorRT tensor by tensor, --backend says which.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print every row as JSON.")
-@click.option("--out", type=click.Path(path_type=Path), help="Also write the JSON to this file.")
+@option(
+    "--device",
+    default="cpu",
+    type=Choice(["cpu", "cuda"]),
+    group=SPEED,
+    help="Where PyTorch, the reference, runs.",
+)
+@option(
+    "--out",
+    type=click.Path(path_type=Path),
+    group=OUTPUT,
+    show_default="none",
+    help="Also write the JSON to this file.",
+)
+@json_option
 def command(
     bundle: Path | None, rungs: tuple[str, ...], backends: tuple[str, ...], images: int,
     num_iter: int, head_steps: int | None, device: str, seeds: int, budget: float,
@@ -163,6 +207,9 @@ def command(
     """Compare every network of BUNDLE with PyTorch; exit code 1 if one differs too much."""
     from cspd.runtime.cli import shipped_bundle
 
+    if polygraphy:
+        kept = ("bundle", "backends", "polygraphy", "as_json", "out")
+        refuse_idle(other_options(*kept), "not used with --polygraphy; leave it out")
     if out is not None:
         check_writable(out)
     opened = open_bundle(bundle or shipped_bundle())
@@ -177,15 +224,47 @@ def command(
     suspects = bisect(ladder, rows) if with_bisect else []
     record = to_json(ladder, rows, skipped, suspects)
     record |= {"command": command_line(), "commit": commit()}
-    text = json.dumps(record, indent=1)
-    if out is not None:
-        out.write_text(text + "\n")
-    if as_json:
-        click.echo(text)
-    else:
+    _write(record, out)
+    if not as_json:
         _show(rows, skipped, suspects)
+    finish(
+        as_json, record, [out] if out else [], ending(rows, skipped),
+        next_step(opened, out, bool(failures(rows)), with_bisect),
+    )  # fmt: skip
     if failures(rows):
         raise SystemExit(1)
+
+
+def _write(record: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def ending(rows: list[Row], skipped: list[Skipped]) -> str:
+    """The verdict in a line: "PASS 15 of 15, 3 backends skipped: no CUDA device"."""
+    judged = [row for row, _ in worst(row for row in rows if row.gate)]
+    passed = sum(row.passed for row in judged)
+    line = f"{'PASS' if passed == len(judged) else 'FAIL'} {passed} of {len(judged)}"
+    for what, found in (
+        ("backend", [item for item in skipped if item.rung == EVERY_RUNG]),
+        ("comparison", [item for item in skipped if item.rung != EVERY_RUNG]),
+    ):
+        if found:
+            reasons = "; ".join(dict.fromkeys(item.reason for item in found))
+            line += f", {len(found)} {what}{'s' * (len(found) > 1)} skipped: {reasons}"
+    return line
+
+
+def next_step(bundle: Bundle, out: Path | None, failed: bool, bisected: bool) -> str:
+    """What to do after the ladder: find the nodes of a failure, show or use a success."""
+    name = shlex.quote(click.format_filename(bundle.folder))
+    if failed and not bisected:
+        return f"next: cspd-export parity {name} --bisect, which names the worst nodes"
+    if failed:
+        return f"next: rebuild {name}, its graphs do not compute what PyTorch computes"
+    if out is not None:
+        return f"next: cspd-run report {shlex.quote(click.format_filename(out))}"
+    return f"next: cspd-run generate {name}"
 
 
 def _polygraphy(bundle: Bundle, backends: tuple[str, ...], as_json: bool, out: Path | None) -> None:
@@ -201,22 +280,21 @@ def _polygraphy(bundle: Bundle, backends: tuple[str, ...], as_json: bool, out: P
         "host": environment(),
         "graphs": finite([{"backend": backend, **asdict(item)} for backend, item in found]),
     }  # fmt: skip
-    text = json.dumps(record, indent=1)
-    if out is not None:
-        out.write_text(text + "\n")
+    _write(record, out)
     for backend, comparison in found:
         click.echo(f"{backend} {comparison.text}", err=as_json)
-    if as_json:
-        click.echo(text)
-    if any(comparison.first for _, comparison in found):
+    failed = sum(bool(comparison.first) for _, comparison in found)
+    finish(
+        as_json, record, [out] if out else [],
+        f"{'FAIL' if failed else 'PASS'} {len(found) - failed} of {len(found)} graphs",
+    )  # fmt: skip
+    if failed:
         raise SystemExit(1)
 
 
 def _show(rows: list[Row], skipped: list[Skipped], suspects: list[Suspect]) -> None:
     console, fits = open_console(ladder_table(rows, skipped))
     console.print(ladder_table(rows, skipped, details=fits))
-    for item in skipped:
-        console.print(f"skipped {item.rung} {item.subject}: {item.reason}", highlight=False)
     for row, _ in worst(failures(rows)):
         console.print(
             f"FAIL {row.rung}: {row.subject} {row.output} at {row.case}: "

@@ -41,6 +41,7 @@ Case = tuple[str, Inputs]
 StepSession = Callable[[int], Session]  # the session that takes a denoising step
 # Graphs whose inputs are related to each other, so that only recorded ones make sense.
 RELATED_INPUTS = (ROUND, HOISTED_ROUND, "speculative_loop")
+EVERY_RUNG = "all"  # the rung of a candidate that cannot run at all
 RECORDED = 3  # recorded calls compared per graph: the first, one in the middle, the last
 
 
@@ -156,12 +157,14 @@ class Ladder:
     def skipped(self) -> list[Skipped]:
         """Candidates that cannot run here, with the reason."""
         opened = ((c, self._open(c)) for c in self.wanted if c not in self.sessions)
-        return [Skipped("all", c.name, reason) for c, reason in opened if isinstance(reason, str)]
+        return [
+            Skipped(EVERY_RUNG, c.name, reason) for c, reason in opened if isinstance(reason, str)
+        ]
 
     def _open(self, candidate: Candidate) -> dict[str, Session] | str:
         """Sessions of every graph, or the reason why the candidate cannot run."""
         if candidate.device == "cuda" and not torch.cuda.is_available():
-            return "this machine has no CUDA device"
+            return "no CUDA device"
         backend, device = candidate.backend, candidate.device
         labels = [
             label

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from cspd.engines.atomic import check_writable
+from cspd.engines.commands import OUTPUT, Verb, finish, human_bytes, json_option, new_out, option
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.runtime.outputs import tool_version
 from cspd.tools.bench_tables import Table
@@ -87,25 +88,50 @@ def write(path: Path, text: str) -> None:
     # JSON may hold half a surrogate pair, which no encoding has.
     temporary.write_text(text, encoding="utf-8", errors="replace")
     temporary.replace(path)
-    click.echo(f"{path}")
 
 
-@click.command("report")
+@click.command(
+    "report", cls=Verb, example="cspd-run report out/bench-001 out/evaluate-001 --out report.html"
+)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--out", type=PATH, default=Path("report.html"), show_default=True)
-@click.option("--plots", type=PATH, help="Also write the plots as PNG to this folder.")
-@click.option("--markdown", "text", type=PATH, help="Also write the tables, with links to --plots.")
-def command(runs: tuple[Path, ...], out: Path, plots: Path | None, text: Path | None) -> None:
+@option(
+    "--out", type=PATH, show_default="out/report-001.html, counting up", group=OUTPUT,
+    help="File of the page.",
+)  # fmt: skip
+@option(
+    "--plots", type=PATH, show_default="inside the page only", group=OUTPUT,
+    help="Also write the plots as PNG to this folder.",
+)  # fmt: skip
+@option(
+    "--markdown", "text", type=PATH, show_default="none", group=OUTPUT,
+    help="Also write the tables, with links to --plots.",
+)  # fmt: skip
+@json_option
+def command(
+    runs: tuple[Path, ...], out: Path | None, plots: Path | None, text: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Write one HTML page about RUNS: folders of bench, evaluate, generate; files of parity."""
     for path in (out, text):
         if path is not None:
             check_writable(path)
     report = build_report(load_sources(runs), plots)
-    for table in report.verdicts:
-        print_table(table)
+    if not as_json:
+        for table in report.verdicts:
+            print_table(table)
+    out = out or new_out("report", ".html")
     write(out, report.html())
+    made = [out, *(sorted(plots.glob("*.png")) if plots else [])]
     if text is not None:
         write(text, markdown(report.subtitle, report.sections, plots, text))
+        made.append(text)
+    record = {"schema": 1, "kind": "report", "runs": [click.format_filename(run) for run in runs]}
+    size = human_bytes(out.stat().st_size)
+    finish(
+        as_json, record, made,
+        f"{click.format_filename(out)}: {len(report.sections)} sections, {size}; "
+        "next: open it in a browser",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

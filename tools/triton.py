@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,9 +16,11 @@ from pathlib import Path
 import click
 
 from cspd.engines.atomic import link_file
-from cspd.engines.backends import BACKENDS
+from cspd.engines.backends import BACKENDS, ENGINES
 from cspd.engines.bundle import MANIFEST, Bundle, open_bundle
+from cspd.engines.commands import OUTPUT, SPEED, Choice, Verb, finish, json_option, option
 from cspd.engines.errors import CspdError
+from cspd.engines.idle_options import refuse_idle
 from cspd.engines.manifest import GraphRecord
 from cspd.tools.triton_config import KINDS, graph_config, loop_config
 
@@ -118,41 +121,72 @@ def _weights(bundle: Bundle, label: str) -> list[str]:
     return [name for name in names if name]
 
 
-@click.command("triton")
+@click.command("triton", cls=Verb, example="cspd-export triton bundles/mar-h-b --out repository")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option(
+@option(
     "--device",
     default="cpu",
-    show_default=True,
-    type=click.Choice(list(KINDS)),
+    type=Choice(list(KINDS)),
+    group=SPEED,
     help="Where the models run; with cuda, graphs that have a TensorRT engine use it.",
 )
-@click.option(
+@option(
     "--backend",
     default="onnxruntime",
-    show_default=True,
-    type=click.Choice(list(BACKENDS)),
+    type=Choice(list(BACKENDS)),
+    group=SPEED,
     help="What runs the networks inside the loop.",
 )
-@click.option(
+@option(
     "--threads",
     default=0,
     show_default="all cores",
     type=click.IntRange(0, 1024),
+    group=SPEED,
     help="CPU threads of the loop.",
 )
-@click.option(
+@option(
     "--max-images",
     default=64,
-    show_default=True,
     type=click.IntRange(1, 4096),
+    group=SPEED,
     help="Most images of one request.",
 )
+@option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    group=OUTPUT,
+    help="Folder to write; a new or an empty one.",
+)
+@json_option
 def command(
-    bundle: Path, out: Path, device: str, backend: str, threads: int, max_images: int
+    bundle: Path, out: Path, device: str, backend: str, threads: int, max_images: int,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Write BUNDLE as a model repository of NVIDIA Triton Inference Server."""
+    opened = open_bundle(bundle)
+    if backend in ENGINES:
+        if device == "cpu":
+            refuse_idle(["backend"], f"{backend} runs on GPUs only; add --device cuda")
+        check_engines(opened, backend)
     parameters = {"backend": backend, "threads": str(threads), "max_images": str(max_images)}
-    write_repository(open_bundle(bundle), out, device, parameters)
-    click.echo(click.format_filename(out))
+    write_repository(opened, out, device, parameters)
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    models = sum(1 for path in out.iterdir())
+    record = {"schema": 1, "kind": "triton", "models": models}
+    name = shlex.quote(click.format_filename(out))
+    finish(
+        as_json, record, files,
+        f"{models} models, {len(files)} files in {name}; "
+        f"next: tritonserver --model-repository={name}",
+    )  # fmt: skip
+
+
+def check_engines(bundle: Bundle, backend: str) -> None:
+    """Raise CspdError unless graphs of `bundle` have engines of `backend`."""
+    if not any(backend in graph.engines for graph in bundle.manifest.graphs().values()):
+        raise CspdError(
+            f"{bundle.folder}: has no engines of {backend}; build them with cspd-export build "
+            f"--backend {backend}, or use --backend onnxruntime"
+        )

@@ -271,7 +271,13 @@ def test_a_bad_request_gets_an_error_of_its_own(loop, values, message):
 def test_command(bundle, repository, tmp_path):
     arguments = ["triton", str(bundle.folder), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(main, [*arguments, "--threads", "1", "--max-images", "4"])
-    assert (done.exit_code, done.output) == (0, f"{tmp_path / 'out'}\n")
-    assert contents(tmp_path / "out") == contents(repository)
+    out = tmp_path / "out"
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert (done.exit_code, done.output) == (
+        0,
+        f"{len(bundle.manifest.graphs()) + 1} models, {len(files)} files in {out}; "
+        f"next: tritonserver --model-repository={out}\n",
+    )
+    assert contents(out) == contents(repository)
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1 and "not an empty folder" in again.output
