@@ -136,7 +136,7 @@ def build(
     from cspd.export.pairs import mar_plan
     from cspd.export.preflight import place_checks, problems, size_checks, weight_checks
 
-    presets: dict[Role, str] = {"target": target} | ({"draft": draft} if draft else {})
+    presets: dict[Role, str] = {"target": target, **({"draft": draft} if draft else {})}
     files: dict[Role, Path | None] = {"target": target_weights, "draft": draft_weights}
     options = BuildOptions(max_batch, max_rows, precision, engines=engines, hoisted=hoisted)
     expected = estimate(presets, options)

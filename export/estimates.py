@@ -36,7 +36,7 @@ class GraphCost:
 
 
 def _row(seconds: float, memory: float, *engine: float) -> GraphCost:
-    """A line of the table in docs/evidence/engines.md: s and GB of the export, s, GB, GB of the engine."""
+    """A line of the table in evidence/engines.md: s and GB of export, s, GB, GB of the engine."""
     engine_seconds, size, engine_memory = engine or (0, 0, 0)
     return GraphCost(seconds, memory * GB, engine_seconds, size * GB, engine_memory * GB)
 

@@ -22,7 +22,7 @@ UNITS = {"GB": 1e9, "MB": 1e6}
 
 
 def documented() -> dict[str, list[float]]:
-    """Rows of the table in docs/evidence/engines.md: seconds, bytes of memory, seconds, bytes, memory."""
+    """Rows of the table of engines: seconds, bytes of memory, seconds, bytes, memory."""
     text = (Path(__file__).parents[2] / "docs" / "evidence" / "engines.md").read_text()
     rows = re.findall(r"^\| (\S+)(?: \(fp32\))? \| (\d+) \| \S+ \| (\S+ GB) \| (\d+) \| (.*?) \|"
                       r" (\S+ GB) \|$", text, re.M)  # fmt: skip

@@ -10,12 +10,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from tiny_pair import tiny_plan
 
 from cspd.engines.bundle import open_bundle
 from cspd.engines.commands import human_bytes
 from cspd.engines.trt_options import BuildOptions as EngineOptions
-from cspd.export.cli import main, make
+from cspd.export.build import KEY
+from cspd.export.cli import main
 from cspd.export.pairs import demo_plan
 from cspd.runtime.settings import shipped_bundle
 
@@ -192,24 +192,23 @@ def test_tensorrt_without_its_library_or_a_gpu_is_refused_before_the_first_graph
     assert list(nowhere.iterdir()) == []
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_a_build_ends_with_what_it_made_and_what_to_do_next(built_tiny, tmp_path, capsys, as_json):
-    shutil.copytree(built_tiny[1], tmp_path / ".out.building")
-    out = tmp_path / "out"
-    make(tiny_plan(), out, False, as_json)
-    printed = capsys.readouterr().out
-    files = [path for path in out.rglob("*") if path.is_file()]
-    if as_json:
-        record = json.loads(printed)
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_build_ends_with_what_it_made_and_what_to_do_next(nowhere, flags):
+    """The shipped pair, as a build that was killed just before it was published leaves it."""
+    shutil.copytree(shipped_bundle(), nowhere / ".out.building")
+    (nowhere / ".out.building" / KEY).write_text(demo_plan().key())
+    result = cspd_export("demo-pair", "--out", "out", *flags)
+    assert result.exit_code == 0, result.output
+    files = [path.relative_to(nowhere) for path in (nowhere / "out").rglob("*") if path.is_file()]
+    if flags:
+        record = json.loads(result.stdout)
         assert sorted(record["made"]) == sorted(map(str, files))
         assert record["bytes"] == sum(path.stat().st_size for path in files)
     else:
-        what, following = printed.splitlines()
-        # All but the manifest are in the manifest.
-        assert what.startswith(f"{out}: {len(files) - 1} files, ") and what.endswith(
-            "engines: none"
-        )
-        assert following == f"next: cspd-run generate {out}"
+        assert result.stdout.splitlines() == [
+            # All but the manifest are in the manifest.
+            f"out: {len(files) - 1} files, 11 MB; engines: none", "next: cspd-run generate out",
+        ]  # fmt: skip
 
 
 def test_inspect_ends_with_its_findings(hoisted_bundle, tiny_bundle):
