@@ -310,7 +310,7 @@ def pareto_table(results: Results) -> Table:
     ]  # fmt: skip
     columns = ("method", "law", "seconds per image", "speed vs target", "accuracy",
                "Frechet distance", "n")  # fmt: skip
-    return Table("Quality against time", columns, rows)
+    return Table("Quality against time", columns, rows).filled()
 
 
 def tries_table(results: Results) -> Table:

@@ -190,7 +190,7 @@ def scored(runs, tmp_path_factory):
     with (copy / JOURNAL).open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
         for number, item in enumerate(Results(lines).serving("readme")):
-            redrawn = [30 + number + 2 * (-1) ** k for k in range(100)]
+            redrawn = [30.0 + number + 2 * (-1) ** k for k in range(100)]
             score = {"n": 10, "frechet": 30 + number}
             line = {"kind": "score", "point": item.point.id, "repeat": -2, "score": score}
             file.write(json.dumps(line | {"redrawn": {"frechet": redrawn}}) + "\n")
@@ -317,7 +317,7 @@ def test_the_report_begins_and_ends_with_the_verdict(scored):
 
 
 def test_quality_stands_only_where_there_is_quality(page, scored):
-    """A benchmark without scores has no column for them; with a Frechet distance it has that."""
+    """Without scores there is no column for them; with a Frechet distance there is that alone."""
     plain, with_scores = (re.findall(r"<th[^>]*>(.+?)</th>", path.read_text())
                           for path in (page[0], scored[0]))  # fmt: skip
     assert not any("Frechet" in column for column in plain)
