@@ -164,7 +164,7 @@ class Commands(click.Group):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.context_settings |= {"help_option_names": ["-h", "--help"], "show_default": True}
+        self.context_settings.update(help_option_names=["-h", "--help"], show_default=True)
 
     def add_tool(self, name: str, module: str, summary: str) -> None:
         """Add a verb that a module above this one provides."""

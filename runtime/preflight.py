@@ -70,7 +70,10 @@ def make_plan(
     weights = {name for m in models.values() for name in (m.weights, m.first_weights) if name}
     memory = sum(manifest.files[name].bytes for name in weights)
     disk = _disk(bundle, config, out)
-    checks = [*_checks(config, layout, device, on_ray), partial(_check_disk, disk, out)]
+    checks: list[Check] = [
+        *_checks(config, layout, device, on_ray),
+        partial(_check_disk, disk, out),
+    ]
     checks += [] if on_ray else [partial(_check_memory, memory)]
     return Plan(
         models=tuple(f"{role} {model.preset}" for role, model in models.items()),
