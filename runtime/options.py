@@ -90,8 +90,10 @@ MACHINE = (
 def _class_names(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
     """Labels that the shell may complete `text` to: the last of several goes on in each."""
     begun, comma, last = text.rpartition(",")
+    # Behind an option that still lacks its value, click has not assigned arguments yet.
+    named = next(iter(context.args), None) or context.params.get("bundle")
     try:
-        names = open_bundle(context.params.get("bundle") or shipped_bundle()).manifest.class_names
+        names = open_bundle(Path(named or shipped_bundle())).manifest.class_names
     except CspdError:
         return []
     return [begun + comma + name for name in names if name.lower().startswith(last.lower())]

@@ -71,8 +71,9 @@ def make_plan(
     memory = sum(manifest.files[name].bytes for name in weights)
     disk = _disk(bundle, config, out)
     checks: list[Check] = [
-        *_checks(config, layout, device, on_ray), partial(_check_disk, disk, out),
-    ]  # fmt: skip
+        *_checks(config, layout, device, on_ray),
+        partial(_check_disk, disk, out),
+    ]
     checks += [] if on_ray else [partial(_check_memory, memory)]
     return Plan(
         models=tuple(f"{role} {model.preset}" for role, model in models.items()),

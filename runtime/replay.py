@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from cspd.engines.bundle import Bundle
-from cspd.engines.errors import CspdError
-from cspd.runtime.config import RunConfig
+from cspd.engines.errors import CspdError, SettingError
+from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.images import read_metadata, to_pillow
 from cspd.runtime.outputs import recorded_config
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
@@ -69,6 +69,11 @@ def _settings(bundle: Bundle, path: Path) -> tuple[RunConfig, int]:
             f"{bundle.sha256[:12]}; name the bundle it was made with: cspd-run replay IMAGE BUNDLE"
         )
     config = recorded_config(metadata, path)
+    try:
+        check_config(config, bundle.manifest)
+    except SettingError as error:
+        # What stands in a file is no option that somebody typed.
+        raise CspdError(f"{path}: its settings are not valid: {error}") from None
     index = metadata.get("image")
     if type(index) is not int:
         raise CspdError(f"{path}: its settings are not valid: image is {index!r:.20}, no number")

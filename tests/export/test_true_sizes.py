@@ -60,7 +60,7 @@ def built(request, tmp_path_factory) -> Built:
     write_checkpoint(folder, averaged)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, preset, config)
-        loaded = load_mar(folder, preset)
+        loaded = load_mar(folder / "checkpoint-last.pth", preset)
     assert loaded.warnings == ()
     source = Source(preset, loaded.state, loaded.source, loaded.sha256, loaded.config)
     plan = BundlePlan(

@@ -173,7 +173,7 @@ def test_bundle_without_a_draft(tiny_bundle, tmp_path):
     (alone / "manifest.json").write_text(json.dumps(manifest))
     for method in ("cspd", "draft"):
         result = generate(alone, tmp_path / "out", *FAST, "--method", method)
-        refused(result, 1, f"--method {method}: the bundle has no draft model", "--draft")
+        refused(result, 2, f"--method {method}: the bundle has no draft model", "--draft")
     assert not (tmp_path / "out").exists()
     # The method defaults to what the bundle can do.
     result = generate(alone, tmp_path / "out", *FAST, "--json")

@@ -24,7 +24,7 @@ from cspd.runtime.resume import open_run
 NUM_IMAGES, SHARD = 24, 10
 OPTIONS = (
     "--labels", "1,417", "--num-images", NUM_IMAGES, "--num-iter", 2, "--head-steps", 2, "--gamma",
-    4, "--batch-size", 4, "--threads", 1, "--quiet", "--shard-size", SHARD,
+    4, "--batch-size", 4, "--threads", 1, "--quiet",
 )  # fmt: skip
 # The only file that tells of times and therefore differs between two runs.
 TIMES = "run.json"
@@ -32,7 +32,8 @@ KILLS = 30
 
 
 def command(bundle, out, *options: object) -> list:
-    return ["generate", bundle.folder, *OPTIONS, "--out", out, *options]
+    shards = ("--shard-size", SHARD) if {"webdataset", "parquet"} & set(options) else ()
+    return ["generate", bundle.folder, *OPTIONS, "--out", out, *shards, *options]
 
 
 def run_here(bundle, out, *options: object):
@@ -53,7 +54,7 @@ def undisturbed(tiny_bundle, tmp_path_factory):
 def unfinished(tiny_bundle, undisturbed, tmp_path):
     """A run of loose PNGs as it is after the first 12 images."""
     out = tmp_path / "out"
-    with open_run(out, config_of(undisturbed), tiny_bundle, Layout(shard_size=SHARD)):
+    with open_run(out, config_of(undisturbed), tiny_bundle, Layout()):
         pass
     lines = journal.repair(undisturbed / "png" / "images.jsonl")[:12]
     journal.append(out / "images.jsonl", lines)
@@ -246,7 +247,7 @@ def test_line_of_a_shard_that_lies(tiny_bundle, undisturbed, tmp_path, changes):
 
 def test_counts_of_a_batch_that_lie_are_not_counted(tiny_bundle, undisturbed, unfinished):
     """Neither without a checksum, nor with that of other counts, nor infinite with its own."""
-    config, layout = config_of(undisturbed), Layout(shard_size=SHARD)
+    config, layout = config_of(undisturbed), Layout()
     with open_run(unfinished, config, tiny_bundle, layout) as run:
         good = run.sealed({"images": 4, "seconds": 1.0, "statistics": {}, "calls": {}})
         endless = run.sealed({"images": 4, "seconds": float("inf"), "statistics": {}, "calls": {}})
@@ -371,7 +372,7 @@ TORN = {
 def test_torn_line(tiny_bundle, undisturbed, unfinished, case, name):
     with (unfinished / name).open("ab") as file:
         file.write(TORN[case])
-    with open_run(unfinished, config_of(undisturbed), tiny_bundle, Layout(shard_size=SHARD)) as run:
+    with open_run(unfinished, config_of(undisturbed), tiny_bundle, Layout()) as run:
         assert run.missing == list(range(12, NUM_IMAGES))
         whole = journal.repair(unfinished / "images.jsonl")
     assert (unfinished / "images.jsonl").read_bytes() == journal.encode(whole)
@@ -382,7 +383,7 @@ def test_line_whose_image_was_never_written(tiny_bundle, undisturbed, unfinished
     journal.append(unfinished / "images.jsonl", lines[12:16])
     shutil.copy(undisturbed / "png" / "00013.png", unfinished)
     shutil.copy(undisturbed / "png" / "00013.png", unfinished / "00014.png")
-    layout = Layout(shard_size=SHARD)
+    layout = Layout()
     with open_run(unfinished, config_of(undisturbed), tiny_bundle, layout) as run:
         assert run.missing == [12, *range(14, NUM_IMAGES)]
 
@@ -416,7 +417,7 @@ def test_other_configuration_is_refused(tiny_bundle, unfinished, case):
 def test_other_version_is_refused(tiny_bundle, undisturbed, unfinished, monkeypatch):
     monkeypatch.setattr("cspd.runtime.folder.tool_version", lambda: "99")
     with pytest.raises(CspdError, match=r"tool is 0.* there, 99 here"):
-        open_run(unfinished, config_of(undisturbed), tiny_bundle, Layout(shard_size=SHARD))
+        open_run(unfinished, config_of(undisturbed), tiny_bundle, Layout())
 
 
 def test_unfinished_run_may_be_overwritten(tiny_bundle, unfinished):
@@ -427,7 +428,7 @@ def test_unfinished_run_may_be_overwritten(tiny_bundle, unfinished):
 
 
 def test_two_processes_never_share_a_folder(tiny_bundle, undisturbed, unfinished):
-    layout = Layout(shard_size=SHARD)
+    layout = Layout()
     with open_run(unfinished, config_of(undisturbed), tiny_bundle, layout):
         result = run_here(tiny_bundle, unfinished)
         assert result.exit_code == 1 and "another run is writing there" in result.stderr

@@ -31,6 +31,9 @@ WRONG = {
     "verify": ("xyz", "verify is 'xyz', expected one of parallel, prefix"),
     "align": ("yes", "align is 'yes', expected true or false"),
     "on_reject": ("residuals", "did you mean 'residual'?"),
+    "residual_temperature": (0, "expected more than 0 and at most 1000"),
+    "count_in": ("step", "did you mean 'steps'?"),
+    "as_released": ("yes", "as_released is 'yes', expected true or false"),
     "window": (65, "window is 65, expected 1..32"),
 }
 
