@@ -251,3 +251,10 @@ def _wait(pid: int, reader: int) -> Ending:
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return Ending("hung", f"no end within {SECONDS} s")
     return Ending("died", f"wait status {status}")
+
+
+def quick(method: str) -> list[str]:
+    """Options of a run of seconds by `method`; only lossless has a window."""
+    options = ["--num-images", "1", "--num-iter", "2", "--head-steps", "3", "--threads", "1",
+               "--quiet", "--batch-size", "1", "--method", method]  # fmt: skip
+    return [*options, "--window", "4"] if method == "lossless" else options

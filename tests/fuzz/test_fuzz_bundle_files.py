@@ -11,7 +11,7 @@ import onnx
 import pytest
 from broken_graphs import larger
 from fuzz_counts import FULL
-from harness import budget, check, run_case, run_command, run_here
+from harness import budget, check, quick, run_case, run_command, run_here
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import damaged
@@ -24,8 +24,6 @@ SHIPPED = open_bundle(shipped_bundle())
 FILES = sorted(SHIPPED.manifest.files)
 CONTENT = {name: SHIPPED.file(name).read_bytes() for name in FILES}
 GRAPHS = {graph.file: label for label, graph in SHIPPED.manifest.graphs().items()}
-QUICK = ["--num-images", "1", "--num-iter", "2", "--head-steps", "3", "--threads", "1", "--quiet",
-         "--batch-size", "1", "--window", "4"]  # fmt: skip
 
 
 def replace(bundle, name: str, content: bytes, *, vouched: bool) -> None:
@@ -50,8 +48,8 @@ def user(name: str) -> tuple[str, str]:
 
 def generate(arena, bundle, target: str, method: str, backend: str):
     out = bundle.parent / "out"
-    arguments = ["generate", str(bundle), "--out", str(out), "--method", method]
-    call = run_command(main, [*arguments, "--backend", backend, *QUICK])
+    arguments = ["generate", str(bundle), "--out", str(out), *quick(method)]
+    call = run_command(main, [*arguments, "--backend", backend])
     return check(run_case(target, call, bundle.parent))
 
 

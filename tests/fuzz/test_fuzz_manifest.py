@@ -2,7 +2,7 @@
 
 import json
 
-from harness import budget, check, run_case, run_command, run_here
+from harness import budget, check, quick, run_case, run_command, run_here
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import Edit, apply, damaged, edits
@@ -17,9 +17,6 @@ DOCUMENT = json.loads(TEXT)
 GRAPHS, CONFIG = ("models", "draft", "graphs"), ("models", "draft", "config")
 OUTPUT = (*GRAPHS, "backbone", "spec", "outputs", 0)
 FILE = DOCUMENT["files"]["decoder/decoder.onnx"]
-# A run of seconds; what the manifest says elsewhere decides the rest.
-QUICK = ["--num-images", "1", "--num-iter", "2", "--head-steps", "3", "--threads", "1", "--quiet",
-         "--batch-size", "1", "--window", "4"]  # fmt: skip
 
 
 def put(folder, content: bytes) -> None:
@@ -98,8 +95,8 @@ def test_generate(arena, changes, method, backend):
     bundle = arena.bundle()
     put(bundle, apply(DOCUMENT, changes))
     out = arena.root / "case" / "out"
-    arguments = ["generate", str(bundle), "--out", str(out), *QUICK]
-    call = run_command(run_main, [*arguments, "--method", method, "--backend", backend])
+    arguments = ["generate", str(bundle), "--out", str(out), *quick(method)]
+    call = run_command(run_main, [*arguments, "--backend", backend])
     check(run_case("manifest: generate", call, arena.root / "case"))
 
 
@@ -109,6 +106,6 @@ def test_the_untouched_manifest_generates(arena):
     for method in ("target", "cspd", "draft", "lossless"):
         for backend in ("onnxruntime", "torch"):
             arguments = ["generate", str(bundle), "--out", str(bundle.parent / method / backend)]
-            arguments += [*QUICK, "--method", method, "--backend", backend]
+            arguments += [*quick(method), "--backend", backend]
             call = run_command(run_main, arguments)
             assert run_case("manifest: generate", call, bundle.parent).kind == "ok"
