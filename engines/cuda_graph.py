@@ -1,4 +1,4 @@
-"""Loops replayed as CUDA graphs: captured once per shape, checked once, given up only aloud."""
+"""Loops replayed as CUDA graphs: captured once per shape, checked once, given up with a note."""
 
 from __future__ import annotations
 

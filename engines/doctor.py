@@ -1,4 +1,4 @@
-"""What this machine can do, and the command that mends each thing it cannot. Never raises."""
+"""What this machine can do, and the command that fixes each thing it cannot. Never raises."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ INSTALL_DRIVER = "sudo ubuntu-drivers install"
 
 
 class Check(Record):
-    """One line of the report. `mend` is the command that helps; None where nothing is wrong."""
+    """One line of the report. `fix` is the command that helps; None where nothing is wrong."""
 
     subject: str
     found: str
     ok: bool
-    mend: str | None = None
+    fix: str | None = None
 
 
 class BackendReport(Record):
@@ -39,7 +39,7 @@ class BackendReport(Record):
     builds: bool
     runs: bool
     reason: str
-    mend: str | None = None
+    fix: str | None = None
 
 
 class Gpu(Record):
@@ -87,8 +87,8 @@ def _guard(subject: str, look: Callable[[], Check]) -> Check:
         return look()
     except Exception as error:
         found = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        mend = f"pip install --force-reinstall {subject}"
-        return Check(subject=subject, found=found, ok=False, mend=mend)
+        fix = f"pip install --force-reinstall {subject}"
+        return Check(subject=subject, found=found, ok=False, fix=fix)
 
 
 def _torch() -> Check:
@@ -110,7 +110,7 @@ def _gpus() -> tuple[Gpu, ...]:
 def _driver() -> Check:
     version = _driver_version()
     if version is None:
-        return Check(subject="nvidia driver", found="none", ok=False, mend=INSTALL_DRIVER)
+        return Check(subject="nvidia driver", found="none", ok=False, fix=INSTALL_DRIVER)
     return Check(subject="nvidia driver", found=version, ok=True)
 
 
@@ -132,11 +132,11 @@ def _gpu_check(gpus: tuple[Gpu, ...]) -> Check:
         names = ", ".join(f"{gpu.name} ({gpu.capability})" for gpu in gpus)
         return Check(subject="gpu", found=names, ok=True)
     if torch.version.cuda is None:
-        mend = "pip install --force-reinstall torch"
+        fix = "pip install --force-reinstall torch"
         found = "none seen: this torch has no CUDA"
     else:
-        mend, found = "nvidia-smi", "none seen by torch"
-    return Check(subject="gpu", found=found, ok=False, mend=mend)
+        fix, found = "nvidia-smi", "none seen by torch"
+    return Check(subject="gpu", found=found, ok=False, fix=fix)
 
 
 def _onnxruntime() -> Check:
@@ -149,7 +149,7 @@ def _onnxruntime() -> Check:
         found = " and ".join(f"{name} {_version(name)}" for name in both)
         fix = f"pip uninstall --yes {' '.join(both)} && pip install {both[-1]}"
         return Check(
-            subject="onnxruntime", ok=False, mend=fix,
+            subject="onnxruntime", ok=False, fix=fix,
             found=f"{found} are installed over each other; keep one",
         )  # fmt: skip
     providers = ", ".join(p.removesuffix("ExecutionProvider") for p in _providers())
@@ -175,7 +175,7 @@ def _version(name: str) -> str | None:
 
 
 def _missing(name: str, extra: str) -> Check:
-    return Check(subject=name, found="missing", ok=False, mend=f"pip install 'cspd[{extra}]'")
+    return Check(subject=name, found="missing", ok=False, fix=f"pip install 'cspd[{extra}]'")
 
 
 def _tensorrt(flavour: str) -> Check:
@@ -183,8 +183,8 @@ def _tensorrt(flavour: str) -> Check:
         trt = import_trt(flavour)
     except CspdError as error:
         extra = "rtx" if flavour == "tensorrt-rtx" else "gpu"
-        mend = f"pip install 'cspd[{extra}]'"
-        return Check(subject=flavour, found=str(error).split(";")[0], ok=False, mend=mend)
+        fix = f"pip install 'cspd[{extra}]'"
+        return Check(subject=flavour, found=str(error).split(";")[0], ok=False, fix=fix)
     targets = ", ".join(supported_capabilities(trt)) or "the GPU it is built on"
     return Check(subject=flavour, found=f"{trt.__version__} (engines for {targets})", ok=True)
 
@@ -195,13 +195,13 @@ def _backend(name: str, checks: dict[str, Check], gpus: tuple[Gpu, ...]) -> Back
         return _report(name, (False, True), "reference", None)
     library = checks[name]
     if not library.ok:
-        return _report(name, (False, False), library.found, library.mend)
+        return _report(name, (False, False), library.found, library.fix)
     if name == "onnxruntime":
         return _report(name, (True, True), library.found, None)
     gpu = checks["gpu"]
     builds = name == "tensorrt-rtx" or gpu.ok
     if not gpu.ok:
-        return _report(name, (builds, False), f"no GPU: {gpu.found}", gpu.mend)
+        return _report(name, (builds, False), f"no GPU: {gpu.found}", gpu.fix)
     targets = supported_capabilities(import_trt(name))
     if targets and not any(gpu.capability in targets for gpu in gpus):
         reason = f"{gpu.found} is none of {', '.join(targets)}"
@@ -209,8 +209,8 @@ def _backend(name: str, checks: dict[str, Check], gpus: tuple[Gpu, ...]) -> Back
     return _report(name, (builds, True), gpu.found, None)
 
 
-def _report(name: str, can: tuple[bool, bool], reason: str, mend: str | None) -> BackendReport:
+def _report(name: str, can: tuple[bool, bool], reason: str, fix: str | None) -> BackendReport:
     builds, runs = can
     return BackendReport.model_validate(
-        {"name": name, "builds": builds, "runs": runs, "reason": reason, "mend": mend}
+        {"name": name, "builds": builds, "runs": runs, "reason": reason, "fix": fix}
     )

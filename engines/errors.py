@@ -11,7 +11,7 @@ class CspdError(Exception):
     exit_code = 1
 
     def __init__(self, message: object = "") -> None:
-        # Lines of ours go on indented; any other newline came in with a value.
+        # Lines of ours continue indented; any other newline came in with a value.
         super().__init__("\n  ".join(map(printable, str(message).split("\n  "))))
 
 

@@ -1,4 +1,4 @@
-"""What would make an exported graph fail or crawl as an engine, found before the long build."""
+"""What would make an exported graph fail or be slow as an engine, found before the long build."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def build_bundle(
 
     `summary` gets every graph with its costs in the end, also those that an earlier run made.
     An old bundle at `out` is untouched until the new one is complete. An interrupted build of the
-    same plan goes on where it was. Raises CspdError if a graph differs from PyTorch by more than
+    same plan resumes where it was. Raises CspdError if a graph differs from PyTorch by more than
     its contract allows.
     """
     check_target(out, overwrite)

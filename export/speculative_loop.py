@@ -89,7 +89,7 @@ def speculative_loop_spec(config: MarConfig, max_rows: int) -> GraphSpec:
     row of the window that is evaluated at each step. A token at step -1 is finished.
 
     Out: the advanced state, finished at step -1; if a token is not, its candidates have come to an
-    end, and the loop goes on from there with new ones. `mean` and `log_std` of the target at the
+    end, and the loop continues from there with new ones. `mean` and `log_std` of the target at the
     last step, `sum_log_std` over the steps taken but step 0; by round, up to P of them, the steps
     that it `moved` and the candidates `drawn`.
     """

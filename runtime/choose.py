@@ -97,7 +97,7 @@ def choose_table(ways: Mapping[bool, Explained]) -> Explained:
     best = ways[table]
     if len(ways) == 1:
         return best
-    words = "looked up in a table" if table else "computed anew in every call"
+    words = "looked up in a table" if table else "computed again in every call"
     spent = f"{ways[True].expected:.0f} ms with a table, {ways[False].expected:.0f} ms without"
     choice = best.choice.model_copy(update={"table": table})
     return Explained(choice, f"{best.reason}; modulations {words}: {spent}", best.expected)

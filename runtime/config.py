@@ -188,7 +188,7 @@ class RunConfig(Record):
         return next((choice for choice in self.heads if choice.role == role), None)
 
     def label_of(self, image: int) -> int:
-        """Class of image number `image`: the labels in turn, or in blocks if `class_balanced`."""
+        """Class of image number `image`: the labels cycled, or in blocks if `class_balanced`."""
         if self.class_balanced:
             return self.labels[image // (self.num_images // len(self.labels))]
         return self.labels[image % len(self.labels)]

@@ -1,7 +1,7 @@
 """Modulations computed ahead of the steps, for as many tokens as the memory holds at once.
 
 More tokens would need more calls with fewer rows each; then the graphs that compute the modulations
-of every row anew are better.
+of every row again are better.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class _Chain:
 
 
 def _collect(results: State, state: State, out: dict[str, Tensor]) -> None:
-    """Take the tokens that a call has finished; sums go on over calls."""
+    """Take the tokens that a call has finished; sums continue over calls."""
     finished = ((out["next_step"] < 0) & (state["step"] >= 0))[:, None]
     values = (out["next_x"], out["mean"], out["log_std"])
     for name, value in zip(("sample", "mean", "log_std"), values, strict=True):

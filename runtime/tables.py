@@ -55,11 +55,11 @@ def doctor_table(diagnosis: Diagnosis) -> Group:
     """What is installed, what each backend can do, and the command that fixes what fails."""
     checks = Table("", "found", "fix with", title="this machine", title_justify="left")
     for check in diagnosis.checks:
-        checks.add_row(check.subject, escape(check.found), escape(check.mend or ""))
+        checks.add_row(check.subject, escape(check.found), escape(check.fix or ""))
     backends = Table(
         "backend", "builds", "runs", "why", "fix with", title="backends", title_justify="left"
     )
     for report in diagnosis.backends:
         yes_no = ("yes" if can else "no" for can in (report.builds, report.runs))
-        backends.add_row(report.name, *yes_no, escape(report.reason), escape(report.mend or ""))
+        backends.add_row(report.name, *yes_no, escape(report.reason), escape(report.fix or ""))
     return Group(checks, backends)

@@ -38,7 +38,7 @@ Line = dict[str, Any]
 class Journal:
     """Append-only JSON lines: the first describes the run, each other is one finished measurement.
 
-    A run that was interrupted goes on behind its last complete line.
+    A run that was interrupted resumes behind its last complete line.
     """
 
     def __init__(self, folder: Path, header: Line) -> None:
@@ -131,7 +131,7 @@ class Bench:
                 self.say(f"[{number}/{len(jobs)}] {describe(line, names[point.id])}")
 
     def _jobs(self, points: list[Point]) -> Iterator[tuple[Point, int]]:
-        """Warm-ups first, then the points in turn, so that drift of the machine hits all alike."""
+        """Warm-ups first, then the points interleaved: drift of the machine hits all alike."""
         warm: dict[str, Point] = {}
         for point in points:
             warm.setdefault(point.warm_key, point)
@@ -259,7 +259,7 @@ class _Compiled(torch.nn.Module):
     def __init__(self, module: torch.nn.Module, inner: torch.nn.Module) -> None:
         super().__init__()
         self.module = module
-        # In place: a graph module is made anew for every session, unlike the network behind it.
+        # In place: a graph module is made again for every session, unlike the network behind it.
         self.run = torch.compile(module, dynamic=True) if inner is module else module
         if inner is not module:
             inner.compile(dynamic=True)

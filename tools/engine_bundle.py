@@ -1,4 +1,4 @@
-"""A copy of a bundle with engines for the machine at hand, from its verified ONNX files."""
+"""A copy of a bundle with engines for this machine, from its verified ONNX files."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def succeeded(report: Mapping[str, Any]) -> bool:
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The findings of `work`, or how it failed; the rest of the check goes on."""
+    """The findings of `work`, or how it failed; the rest of the check continues."""
     try:
         return work()
     except (CspdError, RuntimeError) as error:
@@ -118,7 +118,7 @@ def ways(*, tables: bool) -> dict[str, dict[str, Any]]:
     if tables:
         anew = HeadChoice(role="target", window=DEFAULT_WINDOW, up_to=MAX_TOKENS, table=False)
         for method in ("target", "lossless"):
-            found[f"{method}, modulations anew"] = {**found[method], "heads": (anew,)}
+            found[f"{method}, no table of modulations"] = {**found[method], "heads": (anew,)}
     return found
 
 

@@ -3,7 +3,7 @@
 The shipped pair runs with its own weights. `--preset mar-b` or `mar-h` runs a head of that size
 with random weights and replays the acceptance, by denoising step, that the shipped pair has:
 SYNTHETIC, timing only. Ratios are times of a plain way over those of the row; all ways are
-measured in turn in one run; the median of the repeats counts.
+measured interleaved in one run; the median of the repeats counts.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def synthetic_setup(
 def measure(
     setup: Setup, tokens: int, repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, Timing]:
-    """Every way in turn, `repeats` times after a warm-up, by the seconds of `clock`."""
+    """Every way, interleaved, `repeats` times after a warm-up, by the seconds of `clock`."""
     found: dict[str, list[Timing]] = {name: [] for name in setup.ways}
     for repeat in range(repeats + 1):
         for name, head in setup.ways.items():

@@ -37,7 +37,7 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One response per request; what the client can mend comes back as an error of its own."""
+        """One response per request; what the client can fix comes back as an error of its own."""
         return [self._respond(request) for request in requests]
 
     def _respond(self, request: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The report of this machine; of machines that are not at hand, it is computed from checks."""
+"""The report of this machine; of other machines, it is computed from checks."""
 
 import json
 import subprocess
@@ -31,8 +31,8 @@ def test_this_machine():
 
 def test_every_failing_line_says_what_mends_it():
     found = diagnose()
-    assert all(check.mend for check in found.checks if not check.ok)
-    assert all(backend.mend for backend in found.backends if not backend.runs)
+    assert all(check.fix for check in found.checks if not check.ok)
+    assert all(backend.fix for backend in found.backends if not backend.runs)
 
 
 def test_json_round_trip():
@@ -58,9 +58,9 @@ def test_tensorrt_builds_and_runs_only_on_a_gpu():
     assert not doctor._backend("tensorrt", checks, ()).builds
     checks = {
         **with_gpus(),
-        "tensorrt": Check(subject="tensorrt", found="missing", ok=False, mend="m"),
+        "tensorrt": Check(subject="tensorrt", found="missing", ok=False, fix="m"),
     }
-    assert doctor._backend("tensorrt", checks, ()).mend == "m"
+    assert doctor._backend("tensorrt", checks, ()).fix == "m"
 
 
 def test_a_library_that_breaks_is_a_finding():
@@ -70,13 +70,13 @@ def test_a_library_that_breaks_is_a_finding():
     check = doctor._guard("tensorrt", broken)
     assert not check.ok
     assert check.found == "OSError: libnvinfer.so.10: cannot open shared object file"
-    assert check.mend
+    assert check.fix
 
 
 def test_a_missing_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     check = doctor._guard("onnxruntime", doctor._onnxruntime)
-    assert (check.ok, check.mend) == (False, "pip install 'cspd[cpu]'")
+    assert (check.ok, check.fix) == (False, "pip install 'cspd[cpu]'")
 
 
 def test_driver_version_from_the_kernel_and_from_the_tool(monkeypatch, tmp_path):
@@ -110,5 +110,5 @@ def test_two_onnxruntimes_over_each_other_are_a_finding(tmp_path, monkeypatch):
     assert not check.ok
     assert check.found == "onnxruntime 1.30.0 and onnxruntime-gpu 1.30.0 are installed over each " \
         "other; keep one"  # fmt: skip
-    assert check.mend == "pip uninstall --yes onnxruntime onnxruntime-gpu && " \
+    assert check.fix == "pip uninstall --yes onnxruntime onnxruntime-gpu && " \
         "pip install onnxruntime-gpu"  # fmt: skip

@@ -1,4 +1,4 @@
-"""The denoising loop of engines inside whole runs: captured per row bucket, or given up aloud.
+"""The denoising loop of engines inside whole runs: captured per row bucket, or else noted.
 
 Engines are the stand-in of fake_gpu, which computes with ONNX Runtime from raw addresses.
 """

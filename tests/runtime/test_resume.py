@@ -1,4 +1,4 @@
-"""Whatever ends a run, the same command goes on, and the files come out the same to the byte."""
+"""Whatever ends a run, the same command resumes it, and the files come out the same to the byte."""
 
 import hashlib
 import json
@@ -122,7 +122,7 @@ def test_signal_finishes_the_batch_and_says_how_to_go_on(
         f"the same command with --out {out} resumes"
     )
     assert not list(out.glob(".*"))
-    # It goes on where it was: nothing that was there is made again.
+    # It resumes where it was: nothing that was there is made again.
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     child = start(command(tiny_bundle, out, *slow), log)
     while len(promises(out)) < done + 4:

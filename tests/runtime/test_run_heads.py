@@ -95,7 +95,7 @@ def test_the_cheaper_way_is_taken(pipeline, options, graphs, share, table):
     resolved, why = pipeline.resolve(settings)
     if settings.reproducible:
         assert [choice.table for choice in resolved.heads] == [table]
-        words = "looked up in a table" if table else "computed anew in every call"
+        words = "looked up in a table" if table else "computed again in every call"
         assert words in why["target"].reason
     assert len([image for images, _ in pipeline.generate(resolved) for image in images]) == 2
     assert used(pipeline) == set(graphs.values() if table else graphs)
@@ -117,7 +117,7 @@ def test_the_baseline_takes_the_cheaper_way_too(pipeline, tmp_path):
     keep(pipeline, settings, SLOW, FAST)
     job = run.Job(run.Machine("cpu", 1), baseline=True, quiet=True)
     record, outcomes = run.generate(pipeline.bundle, settings, tmp_path / "out", job)
-    assert "computed anew in every call" in record["choices"]["target"]
+    assert "computed again in every call" in record["choices"]["target"]
     assert [outcome.config.heads[0].table for outcome in outcomes] == [False, False]
 
 
