@@ -12,9 +12,10 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 demo: .venv/run
 	$(BIN)/cspd-run generate --num-images 16 --method cspd --baseline --out out/demo --overwrite
 
-# In two processes; the tests of a file stay together, because they share what takes long to build.
+# In two processes; the tests of a file stay together, because they share what takes long to build, and
+# the longest files begin (tests/conftest.py).
 test: .venv/dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Hostile input in full, 10,000 cases at least; `make test` runs a few hundred of them.
 fuzz: .venv/dev

@@ -23,6 +23,21 @@ from fuzz_counts import (  # noqa: E402, F401 - hooks
 
 torch.set_num_threads(1)
 
+# Begun first, so that none of them is left for one process while the other idles. The first takes
+# long and needs no shared bundle: meanwhile the other process builds the tiny one.
+LONGEST = (
+    "export/test_true_sizes.py", "runtime/test_resume.py", "export/test_build_killed.py",
+    "tools/test_serve.py", "tools/test_evaluate.py", "export/test_build.py",
+    "runtime/test_scale.py", "tools/test_gallery.py", "test_docs_python.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, the others as they were."""
+    names = {name: place for place, name in enumerate(LONGEST)}
+    folder = Path(__file__).parent
+    items.sort(key=lambda item: names.get(str(item.path.relative_to(folder)), len(names)))
+
 
 @pytest.fixture(scope="session")
 def golden_settings() -> dict:

@@ -197,7 +197,7 @@ def test_cpus_are_split_so_that_every_worker_has_a_place(nodes, workers, share):
 
 
 WRONG = {
-    "workers alone": (("--workers", "2"), 2, "--workers needs --ray"),
+    "workers alone": (("--workers", "2"), 2, "--workers: changes nothing without --ray"),
     "baseline": (("--ray", "--baseline"), 2, "leave --ray out"),
 }
 

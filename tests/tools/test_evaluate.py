@@ -268,7 +268,7 @@ def test_the_command_on_the_shipped_pair(tmp_path):
     assert 0 < high - share < 1.2 * 1.96 * (share * (1 - share) / n) ** 0.5
     assert item["score"]["n"] == 100 and item["score"]["frechet"] > item["score"]["frechet_floor"]
     assert len(record["judge"]["extractor_sha256"]) == 64
-    assert record["command"].startswith("evaluate --method draft --num-images 100")
+    assert record["command"].startswith("evaluate --num-images 100 --seeds 0 --method draft")
     again = CliRunner().invoke(evaluate.command, [*arguments, "--quiet"], catch_exceptions=False)
     assert json.loads(again.stdout) == record
 

@@ -106,7 +106,7 @@ def test_the_page_shows_every_run(page, tiny_bundle):
     for title in ("Which method?", "Methods side by side", "Table 1", "Table 4", "Figure 15",
                   "Scores", "Worst of each output", "Paired differences",
                   "Image by image", "Where the time goes", tiny_bundle.sha256,
-                  "bench --quick"):  # fmt: skip
+                  "--quick"):  # fmt: skip
         assert title in text, title
     assert "SYNTHETIC" not in text
 
