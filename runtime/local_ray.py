@@ -65,6 +65,8 @@ def _closed(ray: Any) -> Iterator[None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # By default 15: beside other work a server would get next to none of the CPU.
+        "RAY_worker_niceness": "0",
     }
     before = {name: os.environ.get(name) for name in wanted}
     constants = ray._private.ray_constants  # it read the environment when it was imported

@@ -82,6 +82,7 @@ def running(settings: Settings, host: str, port: int, logs: Path | None) -> Iter
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "cspd.tools.serve_proxy.bounds"
     try:
         from ray import serve
+        from ray.exceptions import RayError
         from ray.serve.config import HTTPOptions
         from ray.serve.schema import LoggingConfig
     except ImportError as error:
@@ -92,10 +93,15 @@ def running(settings: Settings, host: str, port: int, logs: Path | None) -> Iter
         logs_config = LoggingConfig(
             encoding="JSON", logs_dir=str(logs.resolve()) if logs else None, enable_access_log=False
         )
-        serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=logs_config)
+        http = HTTPOptions(host=host, port=port)
         try:
             try:
+                serve.start(http_options=http, logging_config=logs_config)
                 gate = serve.run(application(settings), name="cspd", logging_config=logs_config)
+            except RayError as error:
+                # Ray gives its parts some seconds to answer.
+                reason = str(error).splitlines()[0]
+                raise CspdError(f"{failure}: {reason} Is this machine too busy?") from None
             except RuntimeError as error:
                 raise CspdError(f"{failure}: {error}") from None
             yield gate
