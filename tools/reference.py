@@ -61,6 +61,7 @@ NESTED = ("config", "statistics", "graphs", "files")
 def options_page(group: click.Group, name: str) -> str:
     """Every verb of a command line with its options."""
     parts = [f"# Options of `{name}`", NOTE, paragraph(group.help or "")]
+    parts.append("`-h` or `--help` behind any verb shows its options.")
     for verb in sorted(group.commands):
         context = group.commands[verb].make_context(
             f"{name} {verb}",
@@ -73,7 +74,8 @@ def options_page(group: click.Group, name: str) -> str:
         usage = " ".join(command.collect_usage_pieces(context))
         parts.append(f"```\n{name} {verb} {usage}\n```")
         parts += [paragraph(text) for text in (command.help, command.epilog) if text]
-        found = (parameter.get_help_record(context) for parameter in command.get_params(context))
+        # Without --help, which click makes once and names as the first caller has it.
+        found = (parameter.get_help_record(context) for parameter in command.params)
         parts.append("\n".join(item(*record) for record in found if record))
     return page(parts)
 
