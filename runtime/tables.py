@@ -17,10 +17,11 @@ def outcome_table(outcomes: list[Outcome], bundle: Bundle) -> Table:
     baseline = next((o.tally for o in outcomes if o.config.method == "target"), None)
     title = "synthetic weights: images mean nothing" if bundle.manifest.synthetic else None
     table = Table(
-        "method", "images", "seconds", "acceptance", "target rounds", "target calls",
-        "draft calls", title=title,
+        "method", "images", "seconds", "accepted", "target\nrounds", "target\ncalls",
+        "draft\ncalls", "speed vs\ntarget", title=title,
     )  # fmt: skip
-    table.add_column("speed vs\ntarget", no_wrap=True)
+    for column in table.columns:
+        column.no_wrap = True
     for outcome in outcomes:
         tally = outcome.tally
         rate = tally.statistics.verdicts.acceptance_rate
