@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 
+from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import open_bundle
 from cspd.engines.commands import METHOD, SPEED, WHAT, Choice, Option, option
 from cspd.engines.errors import CspdError
@@ -84,6 +85,11 @@ MACHINE = (
            help="Where the networks run."),
     option("--threads", default=0, type=click.IntRange(0, 1024), show_default="all cores",
            group=SPEED, help="CPU threads."),
+)  # fmt: skip
+# Of verbs that do not take the settings of a run, which hold one too.
+backend_option = option(
+    "--backend", default="onnxruntime", type=Choice(tuple(BACKENDS)), group=SPEED,
+    help="What runs the networks.",
 )  # fmt: skip
 
 

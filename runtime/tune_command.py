@@ -41,13 +41,13 @@ def cost_table(found: HeadCosts) -> Table:
     Where modulations can be looked up in a table, costs with it stand before those without.
     """
     guided = "with guidance" if found.guided else "without guidance"
-    both = "" if found.anew is None else ", with / without a table of modulations"
+    both = "" if found.no_table is None else ", with / without a table of modulations"
     title = f"{found.role} head, {found.costs.num_steps} steps, {guided}{both}, ms"
     windows = (f"window {window}" for window in WHOLE_WINDOWS)
     table = Table(
         "tokens together", "stepping", *windows, "choice", title=title, title_justify="left"
     )
-    measured = [found.costs] if found.anew is None else [found.costs, found.anew]
+    measured = [found.costs] if found.no_table is None else [found.costs, found.no_table]
     for tokens, _ in found.costs.plain:
         ways = zip(*(_chains(costs, tokens) for costs in measured), strict=True)
         cells = (" / ".join(f"{ms:.2f}" for ms in costs) for costs in ways)
@@ -70,7 +70,7 @@ def _choice(found: HeadCosts, tokens: int) -> str:
     ways = {table: best(chooser) for table, chooser in found.choosers().items()}
     choice = choose_table(ways).choice
     way = f"window {choice.window}" if choice.up_to else "stepping"
-    return way if found.anew is None else f"{way}, {'table' if choice.table else 'no table'}"
+    return way if found.no_table is None else f"{way}, {'table' if choice.table else 'no table'}"
 
 
 @click.command("tune", cls=Verb, example="cspd-run tune\ncspd-run tune bundles/mar-h-b --cfg 1")

@@ -39,25 +39,25 @@ LIBRARIES = ("torch", "numpy", "onnxruntime", "tensorrt", "tensorrt-rtx-cu12")
 class HeadCosts(Record):
     """Costs of one head and the share of its drafts that passed, by step.
 
-    `anew` has the costs without a table of modulations, where engines can do with and without.
+    `no_table` has the costs without a table of modulations, where engines can do with and without.
     """
 
     role: Role
     guided: bool
     costs: CostRecord
-    anew: CostRecord | None = None
+    no_table: CostRecord | None = None
     acceptance: tuple[Annotated[float, Field(ge=0, le=1)], ...]
 
     @model_validator(mode="after")
     def _of_one_chain(self) -> HeadCosts:
-        steps = {record.num_steps for record in (self.costs, self.anew) if record is not None}
+        steps = {record.num_steps for record in (self.costs, self.no_table) if record is not None}
         if steps != {len(self.acceptance)}:
             raise ValueError(f"shares of {len(self.acceptance)} steps, costs of {sorted(steps)}")
         return self
 
     def choosers(self) -> dict[bool, WindowChooser]:
         """Choose windows, with a table of modulations (True) or, if that was measured, without."""
-        costs = {True: self.costs, False: self.anew}
+        costs = {True: self.costs, False: self.no_table}
         share = np.array(self.acceptance)
         return {table: WindowChooser(c, share) for table, c in costs.items() if c is not None}
 
@@ -139,7 +139,7 @@ def load(bundle: Bundle, role: str, key: str) -> HeadCosts | None:
                 f"{path}: not a record of costs ({_reason(error)}); delete it, or measure again: "
                 "cspd-run tune"
             ) from None
-        for costs in (found.costs, found.anew or found.costs):
+        for costs in (found.costs, found.no_table or found.costs):
             costs.require(key)
         return found
     return None
@@ -250,10 +250,10 @@ def measure(pipeline: Pipeline, role: Role, config: RunConfig) -> HeadCosts:
         return measure_heads(plain, speculative, examples, schedule, noise, key)
 
     on_table = costs(config.modulation_memory << 20)
-    anew = costs(0) if pipeline.has_tables(role) else None
+    no_table = costs(0) if pipeline.has_tables(role) else None
     tested, accepted = totals
     share = (accepted + PRIOR_WEIGHT / 2) / (tested + PRIOR_WEIGHT)
     return HeadCosts(
-        role=role, guided=config.cfg != 1, costs=on_table, anew=anew,
+        role=role, guided=config.cfg != 1, costs=on_table, no_table=no_table,
         acceptance=tuple(share.tolist()),
     )  # fmt: skip

@@ -8,14 +8,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.commands import (
     METHOD,
     OUTPUT,
-    SPEED,
     WHAT,
-    Choice,
     Verb,
     finish,
     json_option,
@@ -25,11 +22,12 @@ from cspd.engines.commands import (
 from cspd.engines.errors import CspdError
 from cspd.engines.idle_options import other_options, refuse_idle
 from cspd.runtime.config import check_config
+from cspd.runtime.options import backend_option, machine_options
 from cspd.tools.bench_plan import Point, Scale, make_plan, titles
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_run import JOURNAL, PIXELS, Bench, Journal, make_header, read_lines
 from cspd.tools.bench_tables import TABLES, readme_table
-from cspd.tools.evaluate_judges import Judge, check_count, find_judge
+from cspd.tools.evaluate_judges import Judge, check_count, find_judge, judge_options
 from cspd.tools.provenance import command_line, commit
 from cspd.tools.replay import AcceptancePattern, load_pattern
 from cspd.tools.terminal import print_table
@@ -75,20 +73,7 @@ TABLES_FILE = "tables.md"
     help="Batch sizes of table 1; may be repeated.",
 )
 @option("--no-compile", is_flag=True, group=WHAT, help="Leave out torch.compile.")
-@option(
-    "--inception",
-    type=PATH,
-    group=WHAT,
-    show_default="the shipped classifier",
-    help="Inception weights of torch-fidelity, for ImageNet models.",
-)
-@option(
-    "--reference",
-    type=PATH,
-    group=WHAT,
-    show_default="none",
-    help="Statistics of real images: .npz with mu and sigma.",
-)
+@judge_options
 @option(
     "--replay-acceptance",
     "replayed",
@@ -108,22 +93,8 @@ TABLES_FILE = "tables.md"
     "--head-steps", type=int, group=METHOD, show_default="the bundle's", help="Denoising steps."
 )
 @option("--seed", type=int, default=0, group=METHOD, help="Seed of all settings.")
-@option(
-    "--backend",
-    type=Choice(BACKENDS),
-    default="onnxruntime",
-    group=SPEED,
-    help="What runs the networks.",
-)
-@option("--device", type=Choice(["cpu", "cuda"]), default="cpu", group=SPEED, help="Where.")
-@option(
-    "--threads",
-    default=0,
-    type=click.IntRange(0, 1024),
-    show_default="all cores",
-    group=SPEED,
-    help="CPU threads.",
-)
+@backend_option
+@machine_options
 @option(
     "--out",
     type=PATH,

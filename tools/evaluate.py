@@ -19,14 +19,12 @@ import click
 import numpy as np
 import torch
 
-from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.commands import (
     METHOD,
     OUTPUT,
     SPEED,
     WHAT,
-    Choice,
     Verb,
     finish,
     json_option,
@@ -35,11 +33,19 @@ from cspd.engines.commands import (
 )
 from cspd.engines.errors import CspdError
 from cspd.runtime.config import asked_config, check_config, make_config
+from cspd.runtime.options import backend_option, machine_options
 from cspd.runtime.outputs import environment, law, tool_version
 from cspd.runtime.pipeline import Pipeline
 from cspd.tools import bootstrap
 from cspd.tools.bootstrap import Judged, interval
-from cspd.tools.evaluate_judges import FULL, Judge, check_count, find_judge, frechet_name
+from cspd.tools.evaluate_judges import (
+    FULL,
+    Judge,
+    check_count,
+    find_judge,
+    frechet_name,
+    judge_options,
+)
 from cspd.tools.evaluate_run import Variant, balanced_labels, load_images, make_images
 from cspd.tools.evaluate_tables import tables
 from cspd.tools.parity_measure import finite
@@ -221,20 +227,7 @@ def parse_method(text: str) -> dict[str, Any]:
     group=WHAT,
     help="Seeds; two and more show noise.",
 )
-@option(
-    "--inception",
-    type=PATH,
-    group=WHAT,
-    show_default="the shipped classifier",
-    help="Inception weights of torch-fidelity.",
-)
-@option(
-    "--reference",
-    type=PATH,
-    group=WHAT,
-    show_default="none",
-    help="Statistics of real images: .npz, mu and sigma.",
-)
+@judge_options
 @option(
     "--method",
     "methods",
@@ -260,22 +253,8 @@ def parse_method(text: str) -> dict[str, Any]:
     group=SPEED,
     help="Images computed together.",
 )
-@option(
-    "--backend",
-    type=Choice(BACKENDS),
-    default="onnxruntime",
-    group=SPEED,
-    help="What runs the networks.",
-)
-@option("--device", type=Choice(["cpu", "cuda"]), default="cpu", group=SPEED, help="Where.")
-@option(
-    "--threads",
-    default=0,
-    type=click.IntRange(0, 1024),
-    show_default="all cores",
-    group=SPEED,
-    help="CPU threads.",
-)
+@backend_option
+@machine_options
 @option(
     "--out",
     type=PATH,

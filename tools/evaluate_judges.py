@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import click
 import numpy as np
 import torch
 
+from cspd.engines.commands import WHAT, option
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.engines.manifest import Manifest
 from cspd.export.pairs import FASHION_CLASSES
@@ -32,12 +35,28 @@ from cspd.tools.metrics import (
     score_features,
 )
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+
 INCEPTION_CHUNK = 32
 # The network that FID is defined by.
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 FULL = 50_000
 NEIGHBOUR_IMAGES = 10_000
+
+
+def judge_options(command: Command) -> Command:
+    """Options that choose who scores images, and against what."""
+    path = click.Path(path_type=Path)
+    reference = option(
+        "--reference", type=path, group=WHAT, show_default="none",
+        help="Statistics of real images: .npz with mu and sigma.",
+    )  # fmt: skip
+    inception = option(
+        "--inception", type=path, group=WHAT, show_default="the shipped classifier",
+        help="Inception weights of torch-fidelity, for ImageNet models.",
+    )  # fmt: skip
+    return inception(reference(command))
 
 
 class Judge(Protocol):

@@ -116,9 +116,9 @@ def ways(*, tables: bool) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {method: {"method": method} for method in METHODS}
     found["lossless"]["window"] = DEFAULT_WINDOW
     if tables:
-        anew = HeadChoice(role="target", window=DEFAULT_WINDOW, up_to=MAX_TOKENS, table=False)
+        no_table = HeadChoice(role="target", window=DEFAULT_WINDOW, up_to=MAX_TOKENS, table=False)
         for method in ("target", "lossless"):
-            found[f"{method}, no table of modulations"] = {**found[method], "heads": (anew,)}
+            found[f"{method}, no table of modulations"] = {**found[method], "heads": (no_table,)}
     return found
 
 

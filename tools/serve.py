@@ -15,13 +15,12 @@ from typing import Any
 
 import click
 
-from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import open_bundle
-from cspd.engines.commands import OUTPUT, SPEED, Choice, Verb, finish, json_option, option
+from cspd.engines.commands import OUTPUT, SPEED, Verb, finish, json_option, option
 from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.runtime.local_ray import local_ray, quietly
-from cspd.runtime.options import FOLDER, machine_options
+from cspd.runtime.options import FOLDER, backend_option, machine_options
 from cspd.runtime.settings import shipped_bundle
 from cspd.runtime.stopping import StopWish
 from cspd.tools.serve_models import MAX_IMAGES, Settings
@@ -191,13 +190,7 @@ def serve_until_signal(gate: Any, seconds: float) -> int:
     group=SPEED,
     help="Images computed together, as in generate.",
 )
-@option(
-    "--backend",
-    default="onnxruntime",
-    type=Choice(tuple(BACKENDS)),
-    group=SPEED,
-    help="What runs the networks.",
-)
+@backend_option
 @machine_options
 @option("--logs", type=FOLDER, group=OUTPUT, show_default="Ray's", help="Folder of the JSON logs.")
 @json_option

@@ -49,12 +49,12 @@ def costs(key: str, plain_ms: float, round_ms: float) -> CostRecord:
     return CostRecord(key=key, num_steps=STEPS, plain=plain, rounds=rounds)
 
 
-def keep(pipeline, settings, on_table: float, anew: float, round_share: float = 1.0) -> None:
+def keep(pipeline, settings, on_table: float, no_table: float, round_share: float = 1.0) -> None:
     """Save costs of stepping with and without a table; a round takes a share of them."""
     key = tuning.cost_key(tuning.facts(pipeline, "target", settings))
     found = tuning.HeadCosts(
         role="target", guided=True, costs=costs(key, on_table, round_share * on_table),
-        anew=costs(key, anew, round_share * anew), acceptance=(0.9,) * STEPS,
+        no_table=costs(key, no_table, round_share * no_table), acceptance=(0.9,) * STEPS,
     )  # fmt: skip
     tuning.save(pipeline.bundle, found)
 
@@ -69,9 +69,9 @@ def used(pipeline) -> set[str]:
 def test_both_ways_are_measured(pipeline):
     found = tuning.tuned(pipeline, "target", config(method="auto"))
     assert used(pipeline) == {*STEPPING, *STEPPING.values(), *ROUNDS, *ROUNDS.values()}
-    assert found.anew is not None and found.anew != found.costs
+    assert found.no_table is not None and found.no_table != found.costs
     shapes = [(r.num_steps, len(r.plain), len(r.rounds), len(r.whole)) for r in
-              (found.costs, found.anew)]  # fmt: skip
+              (found.costs, found.no_table)]  # fmt: skip
     assert shapes[0] == shapes[1] and shapes[0][0] == STEPS
     assert found == tuning.saved(pipeline, "target", config(method="auto"))
 
@@ -90,8 +90,8 @@ def test_both_ways_are_measured(pipeline):
 )
 def test_the_cheaper_way_is_taken(pipeline, options, graphs, share, table):
     settings = config(**options)
-    on_table, anew = (FAST, SLOW) if table else (SLOW, FAST)
-    keep(pipeline, settings, on_table, anew, share)
+    on_table, no_table = (FAST, SLOW) if table else (SLOW, FAST)
+    keep(pipeline, settings, on_table, no_table, share)
     resolved, why = pipeline.resolve(settings)
     if settings.reproducible:
         assert [choice.table for choice in resolved.heads] == [table]
@@ -133,15 +133,15 @@ def test_where_loops_are_graphs_there_is_no_other_way(pipeline):
     settings = config(method="target", backend="onnxruntime")
     keep(elsewhere, settings, SLOW, FAST)
     assert elsewhere.resolve(settings) == (settings, {})
-    assert tuning.tuned(elsewhere, "target", config(method="auto", cfg=1.0)).anew is None
+    assert tuning.tuned(elsewhere, "target", config(method="auto", cfg=1.0)).no_table is None
 
 
 def test_tune_shows_both_ways():
     key, whole = "k", ((8, 1.0, 30.0), (16, 1.0, 40.0))
     on_table = costs(key, 50.0, 1.0).model_copy(update={"whole": whole})
-    anew = costs(key, 20.0, 1.0).model_copy(update={"whole": whole})
+    no_table = costs(key, 20.0, 1.0).model_copy(update={"whole": whole})
     found = tuning.HeadCosts(
-        role="target", guided=True, costs=on_table, anew=anew, acceptance=(0.9,) * STEPS
+        role="target", guided=True, costs=on_table, no_table=no_table, acceptance=(0.9,) * STEPS
     )
     table = cost_table(found)
     assert "with / without a table" in str(table.title)

@@ -100,7 +100,7 @@ BAD_SHARES = {"share": [2.0] * 10, "negative share": [-0.1] * 10, "NaN": [NAN] *
     ("where", "value"),
     [
         *((("costs", name), value) for name, value in BAD_COSTS.values()),
-        *((("anew", name), value) for name, value in BAD_COSTS.values()),
+        *((("no_table", name), value) for name, value in BAD_COSTS.values()),
         *((("acceptance",), value) for value in BAD_SHARES.values()),
     ],
 )
@@ -109,7 +109,7 @@ def test_costs_that_are_no_costs_are_refused(pipeline, where, value):
     settings = config()
     path = keep(pipeline, 10.0, 1.0, settings)
     document = json.loads(path.read_text())
-    document["anew"] = document["costs"] if where[0] == "anew" else None
+    document["no_table"] = document["costs"] if where[0] == "no_table" else None
     place = document
     for name in where[:-1]:
         place[name] = place = dict(place[name])
@@ -198,8 +198,8 @@ def test_interrupted_run_keeps_the_choices_it_began_with(pipeline, tmp_path):
     assert {path.name: path.read_bytes() for path in out.glob("*.png")} == images
     # A finished one too; a new one in its place follows the new costs.
     assert run.generate(pipeline.bundle, settings, out, job)[0] == again
-    anew = run.Job(run.Machine("cpu", 1), quiet=True, overwrite=True)
-    other, _ = run.generate(pipeline.bundle, settings, out, anew)
+    no_table = run.Job(run.Machine("cpu", 1), quiet=True, overwrite=True)
+    other, _ = run.generate(pipeline.bundle, settings, out, no_table)
     assert other["config"]["heads"][0]["up_to"] == 0
 
 
