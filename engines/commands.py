@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib
 import json
@@ -17,6 +16,7 @@ import click
 from cspd.engines import streams
 from cspd.engines.cpus import limit_torch_threads
 from cspd.engines.errors import MAX_LINE, CspdError, printable
+from cspd.engines.words import nearest
 
 # Headings of the help: in the order of the first option of each, and the last of these last.
 WHAT, METHOD, SPEED, OUTPUT, OTHER = "What to make", "Method", "Speed", "Output", "Options"
@@ -59,8 +59,8 @@ class Choice(click.Choice[str]):
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         """What is wrong with `value`."""
         message = super().get_invalid_choice_message(value, ctx)
-        near = difflib.get_close_matches(str(value), self.choices, n=1)
-        return f"{message} Did you mean {near[0]!r}?" if near else message
+        near = nearest(str(value), map(str, self.choices))
+        return f"{message} Did you mean {near!r}?" if near else message
 
 
 class Verb(click.Command):

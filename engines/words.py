@@ -1,10 +1,12 @@
-"""What a setting is called in a message: an option on the command line, an argument in Python."""
+"""Words of messages: what a setting is called by whom, and what a mistyped name may stand for."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Literal
 
@@ -40,3 +42,19 @@ def setting(name: str, value: object = None) -> str:
 def counted(number: int, noun: str) -> str:
     """Such as "1 image" and "8 images"."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The name that `word` may stand for: one it begins, one with a word it begins, the most like.
+
+    Case does not count. None if `word` holds no letter or no name is like it by `cutoff`, 0 to 1.
+    """
+    word = word[:60].lower()
+    if not re.search(r"[^\W\d_]", word):
+        return None
+    by_name = {name.lower(): name for name in known}
+    names = sorted(by_name, key=len)
+    begun = [name for name in names if name.startswith(word)]
+    begun += [name for name in names if any(part.startswith(word) for part in name.split())]
+    found = begun or difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
+    return by_name[found[0]] if found else None

@@ -131,10 +131,11 @@ def build(
     if draft is None:
         refuse_idle(["draft_weights"], "there is no draft; add --draft with its size")
     require_exporter()
+    from cspd.engines.preflight import problems
     from cspd.export.build import BuildOptions
     from cspd.export.estimates import estimate
     from cspd.export.pairs import mar_plan
-    from cspd.export.preflight import place_checks, problems, size_checks, weight_checks
+    from cspd.export.preflight import place_checks, size_checks, weight_checks
 
     presets: dict[Role, str] = {"target": target, **({"draft": draft} if draft else {})}
     files: dict[Role, Path | None] = {"target": target_weights, "draft": draft_weights}
@@ -233,8 +234,9 @@ def demo_pair(
     """
     engines = engine_options(backends, engine)
     require_exporter()
+    from cspd.engines.preflight import problems
     from cspd.export.pairs import demo_plan
-    from cspd.export.preflight import place_checks, problems
+    from cspd.export.preflight import place_checks
 
     refuse(problems(place_checks(out, overwrite, engines)))
     make(demo_plan(weights, precision, engines, hoisted), out, overwrite, as_json)

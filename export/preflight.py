@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 from cspd.engines.atomic import free_disk, standing_parent
 from cspd.engines.bundle import check_target
-from cspd.engines.commands import human_bytes
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Role
-from cspd.engines.memory import available_memory
+from cspd.engines.preflight import Check, check_disk, check_memory
 from cspd.engines.trt_build import check_buildable
 from cspd.engines.trt_options import BuildOptions as EngineOptions
 from cspd.export.build import staging_of
 from cspd.export.estimates import Estimate
 from cspd.export.pairs import weights_file
-
-Check = Callable[[], object]  # raises CspdError
-
-
-def problems(checks: Iterable[Check]) -> list[str]:
-    """What the checks that fail say, in their order."""
-    found = []
-    for check in checks:
-        try:
-            check()
-        except CspdError as error:
-            found.append(str(error))
-    return found
 
 
 def place_checks(out: Path, overwrite: bool, engines: Iterable[EngineOptions]) -> Iterator[Check]:
@@ -55,8 +41,10 @@ def weight_checks(
 
 def size_checks(estimate: Estimate, out: Path) -> Iterator[Check]:
     """Whether disk and memory hold what the build is estimated to take."""
-    yield partial(check_disk, estimate.disk_bytes, out)
-    yield partial(check_memory, estimate.least_memory_bytes)
+    fewer = "choose another --out, or build fewer engines or a smaller pair"
+    yield partial(check_disk, f"{out}: the bundle takes", estimate.disk_bytes, _free(out), fewer)
+    smaller = "end other programs, build a smaller pair, or build on a larger machine"
+    yield partial(check_memory, "the build takes about", estimate.least_memory_bytes, smaller)
 
 
 def check_parent(out: Path) -> None:
@@ -68,22 +56,7 @@ def check_parent(out: Path) -> None:
         )
 
 
-def check_disk(size: int, out: Path) -> None:
-    """Raise CspdError unless `size` bytes fit where `out` is to be made, or is half made."""
+def _free(out: Path) -> int:
+    """Bytes of disk where `out` is to be made, with what an unfinished build there holds."""
     kept = sum(path.stat().st_size for path in staging_of(out).rglob("*") if path.is_file())
-    free = free_disk(out) + kept
-    if size > free:
-        raise CspdError(
-            f"{out}: the bundle takes about {human_bytes(size)}, {human_bytes(free)} of disk are "
-            "free there; choose another --out, or build fewer engines or a smaller pair"
-        )
-
-
-def check_memory(size: int) -> None:
-    """Raise CspdError unless about `size` bytes of memory are available."""
-    available = available_memory()
-    if available is not None and size > available:
-        raise CspdError(
-            f"memory: the build takes about {human_bytes(size)}, {human_bytes(available)} are "
-            "available; end other programs, build a smaller pair, or build on a larger machine"
-        )
+    return free_disk(out) + kept

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel
@@ -48,8 +46,3 @@ def _bounds(part: dict[str, Any]) -> str:
 
 def _plain(bound: float) -> str:
     return str(int(bound)) if bound == int(bound) else str(bound)
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The most similar of the names `known`; None if none is similar."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)

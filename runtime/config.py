@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -15,9 +14,9 @@ from cspd.engines.commands import SPEED, WHAT
 from cspd.engines.errors import SettingError
 from cspd.engines.manifest import Manifest, Role
 from cspd.engines.spec import Record
-from cspd.engines.words import setting
+from cspd.engines.words import nearest, setting
 from cspd.runtime.about import GUIDED, OF_CSPD, OF_RESIDUAL, SPECULATIVE, About, idle
-from cspd.runtime.bounds import expected, nearest
+from cspd.runtime.bounds import expected
 from cspd.runtime.contract import check_graphs
 from cspd.runtime.relax import Relaxation
 from cspd.runtime.steps import HeadSteps
@@ -316,7 +315,7 @@ def parse_labels(text: str, class_names: tuple[str, ...]) -> tuple[int, ...]:
         elif span:
             labels += _span(int(span[1]), int(span[2]), len(class_names))
         else:
-            near = nearest_name(part[:60].lower(), by_name)
+            near = nearest(part, by_name, cutoff=0.0)
             hint = f"; the nearest is {near!r}" if near else ""
             raise SettingError(
                 f"{setting('labels')}: no class {part!r:.60}{hint}; expected {LABEL_SYNTAX}"
@@ -331,16 +330,3 @@ def _span(first: int, last: int, num_classes: int) -> range:
             f"expected ascending numbers within 0-{num_classes - 1}"
         )
     return range(first, last + 1)
-
-
-def nearest_name(part: str, names: Iterable[str]) -> str | None:
-    """The name that `part` may stand for: one it begins, one with a word it begins, the most like.
-
-    None if `part` holds no letter. All in lower case.
-    """
-    if not re.search(r"[^\W\d_]", part):
-        return None
-    known = sorted(names, key=len)
-    begun = [name for name in known if name.startswith(part)]
-    begun += [name for name in known if any(word.startswith(part) for word in name.split())]
-    return (begun or difflib.get_close_matches(part, known, n=1, cutoff=0.0))[0]

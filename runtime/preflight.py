@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from cspd.engines.backends import ENGINES
 from cspd.engines.bundle import Bundle
 from cspd.engines.commands import human_bytes
 from cspd.engines.errors import CspdError
-from cspd.engines.memory import available_memory
 from cspd.engines.ort_session import import_onnxruntime
+from cspd.engines.preflight import Check, check_disk, check_memory, problems
 from cspd.engines.session import torch_device
 from cspd.engines.spec import Record
 from cspd.engines.trt_api import import_trt
@@ -24,7 +24,6 @@ from cspd.runtime.local_ray import import_ray
 
 COMPRESSED = 0.6  # size of a photograph's PNG against its pixels
 SETTINGS_BYTES = 1500  # of an image: its settings inside it, and its line
-Check = Callable[[], object]  # raises CspdError
 
 
 class Plan(Record):
@@ -70,27 +69,21 @@ def make_plan(
     weights = {name for m in models.values() for name in (m.weights, m.first_weights) if name}
     memory = sum(manifest.files[name].bytes for name in weights)
     disk = _disk(bundle, config, out)
+    fewer = "choose another --out or fewer --num-images"
+    other = "end other programs, or run on a larger machine"
     checks: list[Check] = [
         *_checks(config, layout, device, on_ray),
-        partial(_check_disk, disk, out),
+        partial(check_disk, f"{out}: the images take", disk, free_disk(out), fewer),
     ]
-    checks += [] if on_ray else [partial(_check_memory, memory)]
+    checks += [] if on_ray else [partial(check_memory, "the weights alone take", memory, other)]
     return Plan(
         models=tuple(f"{role} {model.preset}" for role, model in models.items()),
         graphs=tuple(graphs), images=config.num_images,
         batches=-(-config.num_images // config.batch_size),
         autoregressive_steps=config.num_iter, denoising_steps=config.head_steps,
         estimated_disk_bytes=disk, estimated_memory_bytes=memory,
-        problems=tuple(_problems(checks)),
+        problems=tuple(problems(checks)),
     )  # fmt: skip
-
-
-def _problems(checks: list[Check]) -> Iterator[str]:
-    for check in checks:
-        try:
-            check()
-        except CspdError as error:
-            yield str(error)
 
 
 def _checks(config: RunConfig, layout: Layout, device: str, on_ray: bool) -> Iterator[Check]:
@@ -114,24 +107,6 @@ def _disk(bundle: Bundle, config: RunConfig, out: Path) -> int:
     geometry = bundle.manifest.geometry
     pixels = geometry.image_channels * geometry.image_size**2
     return max(0, config.num_images - made) * (int(pixels * COMPRESSED) + SETTINGS_BYTES)
-
-
-def _check_disk(size: int, out: Path) -> None:
-    free = free_disk(out)
-    if size > free:
-        raise CspdError(
-            f"{out}: the images take about {human_bytes(size)}, {human_bytes(free)} of disk are "
-            "free there; choose another --out or fewer --num-images"
-        )
-
-
-def _check_memory(size: int) -> None:
-    available = available_memory()
-    if available is not None and size > available:
-        raise CspdError(
-            f"memory: the weights alone take {human_bytes(size)}, {human_bytes(available)} are "
-            "available; end other programs, or run on a larger machine"
-        )
 
 
 def require(plan: Plan) -> None:

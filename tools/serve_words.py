@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from cspd.engines.errors import CspdError
 from cspd.engines.spec import Record
+from cspd.engines.words import nearest
 from cspd.tools.serve_models import Bound, ImageRequest
 
 # Options of the command that have another name in a request.
@@ -66,10 +66,8 @@ def choices_of(field: str) -> tuple[str, ...]:
 
 def near(word: str, known: Iterable[str]) -> str:
     """The end of a sentence, "; did you mean 'cspd'?", or "" if no known word is like `word`."""
-    by_name = {name.lower(): name for name in known}
-    found = difflib.get_close_matches(word[:60].lower(), by_name, n=1)
-    found = found or [name for name in by_name if word and name.startswith(word.lower())][:1]
-    return f"; did you mean {by_name[found[0]]!r}?" if found else ""
+    found = nearest(word, known)
+    return f"; did you mean {found!r}?" if found else ""
 
 
 def of_request(error: CspdError) -> FieldProblem:

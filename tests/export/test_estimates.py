@@ -6,13 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from cspd.engines.errors import CspdError
+from cspd.engines.preflight import problems
 from cspd.engines.trt_options import BuildOptions as EngineOptions
 from cspd.export.build import BuildOptions
-from cspd.export.estimates import GB, MEASURED, WHOLE_BUILD, estimate, parameters
+from cspd.export.estimates import (
+    GB,
+    MEASURED,
+    WHOLE_BUILD,
+    Estimate,
+    GraphCost,
+    estimate,
+    parameters,
+)
 from cspd.export.mar import Mar
 from cspd.export.networks import model_graphs
-from cspd.export.preflight import check_disk, check_memory
+from cspd.export.preflight import size_checks
 from cspd.export.presets import PRESETS
 from cspd.runtime.settings import shipped_bundle
 
@@ -81,10 +89,12 @@ def test_parameters_are_those_of_the_weight_files():
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(CspdError, match=r"out: the bundle takes about 1000000000.00 GB, .* free"):
-        check_disk(round(1e9 * GB), tmp_path / "new" / "out")
-    with pytest.raises(CspdError, match=r"memory: the build takes about 1000000000.00 GB"):
-        check_memory(round(1e9 * GB))
-    check_disk(1, tmp_path / "new" / "out")
-    check_memory(1)
+    out, large = tmp_path / "new" / "out", 1e9 * GB
+    small, huge = (
+        Estimate({"g": GraphCost(1, size, 0, 0, 0)}, round(size), ()) for size in (1, large)
+    )
+    assert problems(size_checks(small, out)) == []
+    disk, memory = problems(size_checks(huge, out))
+    assert disk.startswith(f"{out}: the bundle takes about 1000000000.00 GB, ")
+    assert "are free there" in disk and memory.startswith("memory: the build takes about ")
     assert list(tmp_path.iterdir()) == []

@@ -51,9 +51,11 @@ def test_what_is_there_needs_no_room(tiny_bundle, tmp_path, monkeypatch):
     assert CliRunner().invoke(main, [*command, "--num-images", "3"]).exit_code == 1
 
 
-@pytest.mark.parametrize("place", ["free_disk", "available_memory"])
+@pytest.mark.parametrize(
+    "place", ["runtime.preflight.free_disk", "engines.preflight.available_memory"]
+)
 def test_too_little_room(dry_run, monkeypatch, place):
-    monkeypatch.setattr(f"cspd.runtime.preflight.{place}", lambda *out: 1000)
+    monkeypatch.setattr(f"cspd.{place}", lambda *out: 1000)
     result = dry_run()
     assert result.exit_code == 1 and "problem: " in result.stdout
     assert "1 kB" in result.stderr and result.stderr.startswith("Error: ")
