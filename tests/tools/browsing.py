@@ -41,7 +41,10 @@ def faint(driver: webdriver.Chrome) -> list[str]:
     return driver.execute_script(FAINT)
 
 
+# Colours are read where their transitions end, not on the way there.
 FAINT = """
+for (const motion of document.getAnimations())
+  if (Number.isFinite(motion.effect.getComputedTiming().endTime)) motion.finish();
 const box = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
 const known = new Map();
 const channels = (colour) => {
