@@ -100,7 +100,7 @@ def round_spec(config: MarConfig, max_rows: int) -> GraphSpec:
 
     Per token: the state (`x`, `step`, the frozen `x0` and `fraction`), its conditions; by step, the
     noise of its chain (zero at step 0) and the logarithms of uniform numbers for its tests;
-    candidates of the residual law; `length`, the number of its rows. `draft_state` and
+    candidates of the residual distribution; `length`, the number of its rows. `draft_state` and
     `draft_noise` map (x, x0) and the added noise to the drafted states and to their means. `row`
     [R] names the evaluated rows among the N * L drafted states, `slot` [N, L] the way back.
 

@@ -116,7 +116,7 @@ def advance(
     last = torch.where(passed, window, offset[:, None]).amin(1).minimum(last_row)
     committed = (offset <= last.minimum(state.step - 1))[..., None]
     sum_log_std = (target.log_std * committed).sum(1, keepdim=True)
-    # The row where the round ends: draw from its kernel, or from the residual law.
+    # The row where the round ends: draw from its kernel, or from the residual distribution.
     everything = torch.cat([*target, drafted_mean, drafted_log_std, xi], dim=-1)
     at = embedding(token * window + last, everything.flatten(0, 1)).chunk(7, dim=-1)
     target, drafted_mean, drafted_log_std, xi = Kernel(*at[:4]), *at[4:]
@@ -139,7 +139,7 @@ def residual(
     target: tuple[Tensor, Tensor], drafted: tuple[Tensor, Tensor, Tensor], noise: Tensor,
     choices: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Candidates of the residual law as noise of the target [N, K, C]; which are kept [N, K, 1].
+    """Candidates of the residual as noise of the target [N, K, C]; which are kept [N, K, 1].
 
     `target` (mean, log_std), `drafted` (mean, log_std, std), each [N, 1, C]. See the runtime's
     `coupling.Envelope`.

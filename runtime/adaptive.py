@@ -35,9 +35,9 @@ class Speculative(Protocol):
 class AdaptiveHead:
     """`plain` or `speculative`, as `chooser` says for the number of tokens; learns if `learning`.
 
-    Both have the same law. Turn `learning` off where results must repeat to the bit. On CUDA the
-    time of a call includes its one transfer to the host per round, so that no synchronisation is
-    missing. `report` hears of every choice.
+    Both have one distribution. Turn `learning` off where results must repeat to the bit. On
+    CUDA the time of a call includes its one transfer to the host per round, so that no
+    synchronisation is missing. `report` hears of every choice.
     """
 
     plain: Head

@@ -20,8 +20,8 @@ from cspd.runtime import pipeline
 from cspd.runtime.batches import timed, timed_batches
 from cspd.runtime.canvas import Canvas
 from cspd.runtime.config import Method, RunConfig, check_config, make_config
+from cspd.runtime.distribution import distribution
 from cspd.runtime.images import to_pillow
-from cspd.runtime.law import law
 from cspd.runtime.outputs import image_metadata
 from cspd.runtime.pipeline import GeneratedImage, ImageId
 from cspd.runtime.progress import RunProgress
@@ -201,7 +201,7 @@ class Pipeline:
             class_names=[bundle.manifest.class_names[image.label] for image in made],
             seeds=[settings.seed for settings in own],
             config=config,
-            distribution=law(config, bundle.manifest),
+            distribution=distribution(config, bundle.manifest),
             stats=tally.statistics,
             seconds=tally.seconds,
             notes=list(dict.fromkeys(notes)),

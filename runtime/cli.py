@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-from rich.console import Console
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import open_bundle
@@ -23,6 +22,7 @@ from cspd.engines.commands import (
 )
 from cspd.engines.doctor import diagnose
 from cspd.engines.idle_options import refuse_idle
+from cspd.engines.terminal import print_table
 from cspd.engines.words import counted
 from cspd.runtime import run
 from cspd.runtime.config import check_config
@@ -34,7 +34,7 @@ from cspd.runtime.outputs import image_metadata
 from cspd.runtime.preflight import make_plan, require
 from cspd.runtime.replay import replay as make_again
 from cspd.runtime.settings import configure, shipped_bundle
-from cspd.runtime.tables import doctor_table, outcome_table
+from cspd.runtime.tables import doctor_tables, fixes, outcome_table
 
 
 @click.group(cls=Commands)
@@ -161,7 +161,7 @@ def generate(
     for line in record.get("notes", []):
         click.echo(f"note: {line}", err=True)
     if not as_json:
-        Console().print(outcome_table(outcomes, opened))
+        print_table(outcome_table(outcomes, opened))
     made = sorted(path for path in folder.rglob("*") if path.is_file())
     name, preview = click.format_filename(folder), click.format_filename(folder / GRID)
     lines = [f"{counted(config.num_images, 'image')} in {name}, preview: {preview}"]
@@ -214,7 +214,10 @@ def doctor(backend: str, as_json: bool) -> None:
     """Say what this machine can build and run, and how to fix what it cannot."""
     diagnosis = diagnose()
     if not as_json:
-        Console().print(doctor_table(diagnosis))
+        for table in doctor_tables(diagnosis):
+            print_table(table)
+        for line in ("\nFix with", *fixes(diagnosis), "") if fixes(diagnosis) else [""]:
+            click.echo(line)
     able = [report.name for report in diagnosis.backends if report.runs]
     next_one = backend if backend in able else next(iter(able))
     finish(

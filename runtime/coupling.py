@@ -1,4 +1,4 @@
-"""Maximal coupling of two diagonal Gaussians: accept a draft or repair it; the law stays the same.
+"""Maximal coupling of two diagonal Gaussians: accept a draft or repair it; the distribution stays.
 
 Tensors and random numbers in, tensors out. A drafted value is kept with the probability
 min(1, p / q) and otherwise replaced by a draw from the residual (p - q)+, which leaves exactly p
@@ -57,7 +57,7 @@ def accept(log_uniform: Tensor, log_target_over_draft: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Envelope:
-    """An upper bound of the residual law (p - q)+ of two kernels that is easy to draw from.
+    """An upper bound of the residual (p - q)+ of two kernels that is easy to draw from.
 
     With z the noise that the target turns into a value, log p / q is constant + linear . z + square
     . z^2, and (p - q)+ = p (1 - q / p)+ is at most p times the positive parts of these terms, added
@@ -107,7 +107,7 @@ class Envelope:
         return torch.where(chosen[..., 2:], longer, drawn)
 
     def keep(self, noise: Tensor, uniform: Tensor) -> Tensor:
-        """Which of the drawn `noise` [N, K, C] belongs to the residual law, bool [N, K]."""
+        """Which of the drawn `noise` [N, K, C] belongs to the residual, bool [N, K]."""
         linear = (noise * self.linear[:, None]).sum(-1)
         squares = noise * noise
         ratio = self.constant[:, None] + linear + (squares * self.square[:, None]).sum(-1)
@@ -122,7 +122,7 @@ class Envelope:
 def residual(
     target: Gaussian, drafted: Gaussian, noise: Tensor, choices: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """First of K candidates that belongs to the residual law (p - q)+: value and its index.
+    """First of K candidates that belongs to the residual (p - q)+: value and its index.
 
     `target`, `drafted` [N, C]; the candidates come from standard normal `noise` [N, K, C] and
     `choices` [N, K, 3]: a uniform number, a chi-square one with two degrees of freedom, a uniform

@@ -17,7 +17,7 @@ DEFAULT_WINDOW = 8
 
 @dataclass(frozen=True)
 class MixedHead:
-    """`speculative` for up to `up_to` tokens together, `plain` for more. Both have the same law."""
+    """`speculative` for up to `up_to` tokens together, `plain` for more; one distribution."""
 
     plain: Head
     speculative: Head

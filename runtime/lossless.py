@@ -1,4 +1,4 @@
-"""Speculative denoising inside the diffusion head: fewer sequential calls, the target's exact law.
+"""Speculative denoising inside the diffusion head: fewer sequential calls, exact samples.
 
 The newest evaluation of the head, frozen, drafts the next steps of the chain without any network;
 one call verifies them all; each step is coupled maximally with the target's own. Every step is
@@ -70,7 +70,7 @@ class SpeculativeHead:
         """Sample every token of `rows`, in chunks that fit the largest row bucket.
 
         `depth` [S] int64: how many rows to evaluate for a token at each step, at least 1; by
-        default as many as the window and the chain hold. The law of the samples is the same.
+        default as many as the window and the chain hold. The samples' distribution is the same.
         """
         depth = depths_of(self.options.window, schedule.num_steps, depth)
         chain = Chain(schedule, self.numbers(noise, purpose), depth, self._drafts(schedule))

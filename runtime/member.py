@@ -17,7 +17,7 @@ from cspd.runtime.noise import Noise, Purpose
 
 @dataclass(frozen=True)
 class HeadSample:
-    """Sampled tokens and what is known of their law, each [N, C] float32.
+    """Sampled tokens and what is known of their distribution, each [N, C] float32.
 
     `mean` and `log_std` belong to the last denoising step, which adds no noise (so that `sample` is
     `mean`); `sum_log_std` adds up the steps before it. All without the temperature.

@@ -30,8 +30,8 @@ class Purpose(IntEnum):
     ACCEPT = 3
     RESAMPLE = 4
     RESAMPLE_ACCEPT = 5
-    # Speculative denoising: candidates of the residual law, keyed by their number within a token;
-    # the tests of drafts, one number per step. Chains with noise of their own have their own.
+    # Speculative denoising: candidates of the residual distribution, keyed by their number within
+    # a token; the tests of drafts, one number per step; what chains with noise of their own take.
     SPECULATE = 6
     SPECULATE_TEST = 7
     SPECULATE_DRAFT = 8

@@ -15,7 +15,7 @@ from cspd.engines.bundle import Bundle
 from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError
 from cspd.runtime.config import RunConfig, make_config
-from cspd.runtime.law import certificate, law
+from cspd.runtime.distribution import certificate, distribution
 from cspd.runtime.pipeline import GeneratedImage
 from cspd.runtime.stats import Tally, Verdicts, read_tally
 
@@ -79,7 +79,7 @@ def run_record(config: RunConfig, bundle: Bundle, tally: Tally) -> dict[str, Any
         "schema": RUN_SCHEMA,
         "tool": tool_version(),
         "bundle": {"sha256": bundle.sha256, "synthetic": bundle.manifest.synthetic},
-        "law": law(config, bundle.manifest),
+        "distribution": distribution(config, bundle.manifest),
         "certificate": certificate(config),
         "config": config.model_dump(mode="json"),
         "images": config.num_images,

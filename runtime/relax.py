@@ -51,10 +51,10 @@ class Relaxation:
     def certificate(self) -> str:
         """What is guaranteed about the samples, for the report of a run."""
         if self.kind == "tv":
-            return f"each token's law is within {self.amount:g} of the target's in total variation"
+            return f"each token is within {self.amount:g} of the target's in total variation"
         return (
             f"each kept denoising state is within {self.amount:g} standard deviations of the state "
-            "that the target reaches with the same noise; nothing is guaranteed about the law"
+            "that the target reaches with the same noise; the distribution is not guaranteed"
         )
 
     @property
@@ -68,10 +68,10 @@ class LenientNumbers(ChainNumbers):
     """Numbers u - b instead of u, so that drafts pass with probability min(1, p / q + b).
 
     b is `budget` / (S - 1); residuals stay exact. Adding b to an acceptance probability and keeping
-    the residual law moves the law of that step by at most b in total variation; a step is tested at
-    most once, so that a token's law moves by at most `budget`. By the same account no rule with
-    this guarantee saves more than `budget` refusals a token, of a dozen: this one is for reports,
-    not for speed.
+    the residual moves the distribution of that step by at most b in total variation; a step is
+    tested at most once, so that a token's moves by at most `budget`. By the same account no rule
+    with this guarantee saves more than `budget` refusals a token, of a dozen: this one is for
+    reports, not for speed.
     """
 
     budget: float = 0.0

@@ -12,8 +12,8 @@ from PIL import Image
 
 from cspd.engines.errors import CspdError
 from cspd.runtime.config import Method, RunConfig
+from cspd.runtime.distribution import is_exact
 from cspd.runtime.images import grid, write_png
-from cspd.runtime.law import is_exact
 from cspd.runtime.stats import Statistics
 
 

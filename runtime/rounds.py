@@ -25,7 +25,7 @@ class Window:
 
     `steps` [N, L] int32, clamped at 0 where the chain has ended; `states` [N, L, C], the inputs of
     the steps, and `reached` [N, L, C], what they lead to; `noise` [N, L, C]; `kernel` [N, L, C],
-    the law that `reached` was drafted from.
+    the distribution that `reached` was drafted from.
     """
 
     steps: Tensor

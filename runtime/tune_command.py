@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from cspd.engines.bundle import open_bundle
 from cspd.engines.commands import Verb, finish, json_option
+from cspd.engines.table import Table
+from cspd.engines.terminal import print_table
 from cspd.engines.words import counted
 from cspd.runtime.choose import Explained, choose, choose_table
 from cspd.runtime.config import RunConfig, check_config
@@ -44,15 +44,13 @@ def cost_table(found: HeadCosts) -> Table:
     both = "" if found.no_table is None else ", with / without a table of modulations"
     title = f"{found.role} head, {found.costs.num_steps} steps, {guided}{both}, ms"
     windows = (f"window {window}" for window in WHOLE_WINDOWS)
-    table = Table(
-        "tokens together", "stepping", *windows, "choice", title=title, title_justify="left"
-    )
+    rows = []
     measured = [found.costs] if found.no_table is None else [found.costs, found.no_table]
     for tokens, _ in found.costs.plain:
         ways = zip(*(_chains(costs, tokens) for costs in measured), strict=True)
         cells = (" / ".join(f"{ms:.2f}" for ms in costs) for costs in ways)
-        table.add_row(f"{tokens:g}", *cells, _choice(found, int(tokens)))
-    return table
+        rows.append([f"{tokens:g}", *cells, _choice(found, int(tokens))])
+    return Table(title, ("tokens together", "stepping", *windows, "choice"), rows)
 
 
 def _chains(costs: CostRecord, tokens: float) -> list[float]:
@@ -91,7 +89,7 @@ def command(bundle: Path | None, device: str, threads: int, as_json: bool, **sam
     check_config(config, opened.manifest)
     found = tune(Pipeline(opened, config.backend, device, threads), config)
     for record in () if as_json else found.values():
-        Console().print(cost_table(record))
+        print_table(cost_table(record))
     places = sorted({click.format_filename(path.parent) for path in found})
     again = ["cspd-run", "generate", *([str(bundle)] if bundle else []), "--method", "lossless"]
     finish(

@@ -2,7 +2,8 @@
 
 Speculation trades calls for rows. What that is worth depends on the machine (a call of few rows
 costs the weights' traffic, a call of many their products), on the model (how long a frozen
-prediction stays right) and on how many tokens share a call. The choice changes time, never the law.
+prediction stays right) and on how many tokens share a call. The choice changes time,
+never the distribution.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from cspd.engines.commands import (
 )
 from cspd.engines.errors import CspdError
 from cspd.engines.idle_options import other_options, refuse_idle
+from cspd.engines.terminal import print_table
 from cspd.runtime.config import check_config
 from cspd.runtime.options import backend_option, machine_options
 from cspd.tools.bench_plan import Point, Scale, make_plan, titles
@@ -30,7 +31,6 @@ from cspd.tools.bench_tables import TABLES, readme_table
 from cspd.tools.evaluate_judges import Judge, check_count, find_judge, judge_options
 from cspd.tools.provenance import command_line, commit
 from cspd.tools.replay import AcceptancePattern, load_pattern
-from cspd.tools.terminal import print_table
 from cspd.tools.verdict import verdict_table
 
 PATH = click.Path(path_type=Path)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from cspd.engines.errors import CspdError
+from cspd.tools import scores
 from cspd.tools.bench_plan import Point
-from cspd.tools.bootstrap import interval, replicates, score_text
+from cspd.tools.bootstrap import interval, replicates
 
 SCHEMA = 2  # 2: target calls and rounds apart, `replaced_by_target` beside `fallback`
 Line = dict[str, Any]
@@ -52,11 +53,11 @@ class Summary:
     interval: dict[str, list[float]]
     redrawn: dict[str, list[float]]
 
-    def scored(self, name: str, form: str) -> str:
+    def scored(self, name: str) -> str:
         """A score with half its interval, "-" if it was not measured."""
         if name not in self.score:
             return "-"
-        return score_text(self.score[name], self.interval.get(name), form)
+        return scores.text(name, self.score[name], self.interval.get(name))
 
     def difference(self, other: Summary, name: str) -> tuple[float, list[float]] | None:
         """A score less that of `other`, with its 95 % interval; None unless both have one at one n.
@@ -234,7 +235,7 @@ def _order(item: Summary) -> tuple[Any, ...]:
 
 
 def neutral(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide which law the target draws from, and with which noise."""
+    """The settings that decide which distribution the target draws from, and with which noise."""
     names = ("num_iter", "head_steps", "cfg", "cfg_schedule", "temperature", "seed")
     return {name: values[name] for name in names}
 

@@ -32,9 +32,10 @@ from cspd.engines.commands import (
     option,
 )
 from cspd.engines.errors import CspdError
+from cspd.engines.terminal import print_table
 from cspd.runtime.config import asked_config, check_config, make_config
 from cspd.runtime.options import backend_option, machine_options
-from cspd.runtime.outputs import environment, law, tool_version
+from cspd.runtime.outputs import distribution, environment, tool_version
 from cspd.runtime.pipeline import Pipeline
 from cspd.tools import bootstrap
 from cspd.tools.bootstrap import Judged, interval
@@ -51,7 +52,6 @@ from cspd.tools.evaluate_tables import tables
 from cspd.tools.parity_measure import finite
 from cspd.tools.provenance import command_line, commit
 from cspd.tools.settings import setting_name
-from cspd.tools.terminal import print_table
 
 SCHEMA = 1
 RESULT = "evaluate.json"
@@ -81,7 +81,8 @@ class Evaluation:
             found = self.judge.score(pixels[variant.name], labels, variant.config.seed)
             judged[variant.name] = found
             scores.append({
-                "variant": variant.name, "setting": variant.setting, "law": law(variant.config),
+                "variant": variant.name, "setting": variant.setting,
+                "distribution": distribution(variant.config),
                 "config": variant.config.model_dump(mode="json", exclude={"labels"}),
                 "folder": variant.name, "score": found.score, "interval": found.intervals(),
             })  # fmt: skip

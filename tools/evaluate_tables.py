@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cspd.tools.bench_tables import Table
-from cspd.tools.bootstrap import half_text
+from cspd.engines.table import DASH, Table
+from cspd.tools.scores import difference_text, text, words
 
 
 def score_table(record: dict[str, Any]) -> Table:
@@ -16,21 +16,18 @@ def score_table(record: dict[str, Any]) -> Table:
     rows = []
     for setting in settings:
         seeds = cells[setting, names[0]]["seeds"]
-        figures = [_with_interval(cells[setting, name]) for name in names]
+        found = [cells[setting, name] for name in names]
+        figures = [text(row["score"], row["mean"], row["interval"]) for row in found]
         rows.append([setting, str(record["n"]), str(seeds), *figures])
     note = (
-        f"frechet: {record['frechet_name']}. Judge: {record['judge']['name']}, extractor "
-        f"{record['judge']['extractor_sha256'][:12]}, statistics "
+        f"{words('frechet')}: {record['frechet_name']}. Judge: {record['judge']['name']}, "
+        f"extractor {record['judge']['extractor_sha256'][:12]}, statistics "
         f"{record['judge']['statistics_sha256'][:12]}. ± {record['intervals']}; a score without it "
         "has none."
     )
     if record["bundle"]["synthetic"]:
         note = "SYNTHETIC random weights: these figures mean nothing. " + note
-    return Table("Scores", ("setting", "n", "seeds", *names), rows, note)
-
-
-def _with_interval(row: dict[str, Any]) -> str:
-    return f"{row['mean']:.4g}" + half_text(row["mean"], row["interval"])
+    return Table("Scores", ("setting", "images", "seeds", *map(words, names)), rows, note)
 
 
 def paired_table(record: dict[str, Any]) -> Table:
@@ -39,12 +36,12 @@ def paired_table(record: dict[str, Any]) -> Table:
     rows = [
         [row["setting"], row["comparison"], str(row["seed"]), f"{row['rmse']:.4f}",
          f"{row['psnr_db']:.1f}", f"{row['identical']:.1%}", f"{row['shift']:+.4f}",
-         *(_difference_text(row["differences"].get(name)) for name in names)]
+         *(_difference(name, row["differences"].get(name)) for name in names)]
         for row in record["paired"]
     ]  # fmt: skip
     columns = ("setting", "against the first setting", "seed", "RMSE", "median PSNR, dB",
                "identical", "brightness shift",
-               *(f"{name}, difference" for name in names))  # fmt: skip
+               *(f"{words(name)}, difference" for name in names))  # fmt: skip
     note = (
         "Sets with one seed start from the same noise, image by image: they are paired, not "
         f"independent, and their differences are surer than their scores. ± {record['intervals']}."
@@ -52,10 +49,8 @@ def paired_table(record: dict[str, Any]) -> Table:
     return Table("Paired differences", columns, rows, note)
 
 
-def _difference_text(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    return f"{found['value']:+.3g}{half_text(found['value'], found['interval'])}"
+def _difference(name: str, found: dict[str, Any] | None) -> str:
+    return DASH if found is None else difference_text(name, found["value"], found["interval"])
 
 
 def tables(record: dict[str, Any]) -> list[Table]:

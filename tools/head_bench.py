@@ -18,13 +18,13 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from cspd.engines.bundle import open_bundle
 from cspd.engines.ort_session import ort_session
 from cspd.engines.schedule import Schedule, make_schedule
+from cspd.engines.table import Table
+from cspd.engines.terminal import print_table
 from cspd.export.presets import PRESETS
 from cspd.runtime.chain_numbers import ChainNumbers
 from cspd.runtime.cli import shipped_bundle
@@ -177,15 +177,12 @@ def _summary(timings: list[Timing]) -> Timing:
 def table(title: str, found: dict[str, Timing]) -> Table:
     """Times, and ratios to each plain way."""
     bases = {name: label for name, label in BASES.items() if name in found}
-    result = Table(
-        "way", "head calls", "rows per token", "ms", *bases.values(),
-        title=title, title_justify="left",
-    )  # fmt: skip
+    rows = []
     for name, timing in found.items():
         counts = (f"{value:.1f}" if value else "-" for value in (timing.calls, timing.rows))
         ratios = (f"{found[base].ms / timing.ms:.2f}x" for base in bases)
-        result.add_row(name, *counts, f"{timing.ms:.1f}", *ratios)
-    return result
+        rows.append([name, *counts, f"{timing.ms:.1f}", *ratios])
+    return Table(title, ("way", "head calls", "rows per token", "ms", *bases.values()), rows)
 
 
 @click.command()
@@ -214,20 +211,19 @@ def main(
     values = {**bundle.manifest.defaults, "labels": (0,), "num_images": 1, "method": "target"}
     config = make_config(**values)
     sizes = [int(part) for part in windows.split(",")]
-    console = Console()
     if preset is None:
         setup = pair_setup(pipeline, config, tuple(sizes))
         for count in (int(part) for part in tokens.split(",")):
             found = measure(setup, count, repeats, clock)
             title = f"shipped pair, {count} tokens with guidance, {unit}"
-            console.print(table(title, found))
+            print_table(table(title, found))
         return
     acceptance = recorded_acceptance(pipeline, config)
     schedule = make_schedule(bundle.manifest.schedule, STEPS)
     with synthetic_setup(preset, acceptance, tuple(sizes), threads, schedule) as setup:
         for count in (int(part) for part in tokens.split(",")):
             title = f"SYNTHETIC {preset} head, replayed acceptance, {count} tokens, {unit}"
-            console.print(table(title, measure(setup, count, repeats, clock)))
+            print_table(table(title, measure(setup, count, repeats, clock)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 import torch
-from rich.table import Table
+from rich.console import Console
 
 from cspd.engines.atomic import check_writable
 from cspd.engines.backends import BACKENDS
@@ -30,6 +30,8 @@ from cspd.engines.commands import (
     option,
 )
 from cspd.engines.idle_options import other_options, refuse_idle
+from cspd.engines.table import Table
+from cspd.engines.terminal import fits, print_table
 from cspd.runtime.config import make_config
 from cspd.runtime.outputs import environment, tool_version
 from cspd.tools.parity_bisect import Suspect, bisect
@@ -38,7 +40,6 @@ from cspd.tools.parity_measure import ErrorStats, Row, Skipped, finite, worst
 from cspd.tools.parity_polygraphy import compare_graphs
 from cspd.tools.parity_rungs import RUNGS
 from cspd.tools.provenance import command_line, commit
-from cspd.tools.terminal import open_console
 
 SCHEMA = 1
 COMPARED = [name for name in BACKENDS if name != "torch"]
@@ -99,20 +100,19 @@ def ladder_table(rows: list[Row], skipped: list[Skipped], details: bool = True) 
     measures = ("max_abs", "mean_abs", "p99_abs", "max_rel", "mean_rel", "p99_rel", "cosine")
     shown = measures if details else ()
     headings = [name.replace("_", " ") for name in shown]
-    table = Table(
-        "rung", "subject", "worst output", *headings, "error", "tolerance", "verdict", "of"
-    )
+    columns = ("rung: subject, worst output", *headings, "error", "tolerance", "verdict", "of")
+    lines = []
     for row, count in worst(rows):
         figures = [_figure(row.stats, name) for name in shown]
         error = f"{row.error:.1f} dB" if row.unit == "PSNR dB" else f"{row.error:.1e}"
-        table.add_row(
-            row.rung, row.subject, row.output, *figures, error, f"{row.tolerance:.0e}",
+        lines.append([
+            f"{row.rung}: {row.subject}, {row.output}", *figures, error, f"{row.tolerance:.0e}",
             verdict(row), str(count),
-        )  # fmt: skip
+        ])  # fmt: skip
     for item in skipped:
-        blanks = ["-"] * (3 + len(shown))
-        table.add_row(item.rung, item.subject, *blanks, "[yellow]skipped", "")
-    return table
+        blanks = ["-"] * (2 + len(shown))
+        lines.append([f"{item.rung}: {item.subject}", *blanks, "[yellow]skipped", ""])
+    return Table("Against PyTorch", columns, lines)
 
 
 def _figure(stats: ErrorStats | None, name: str) -> str:
@@ -293,8 +293,8 @@ def _polygraphy(bundle: Bundle, backends: tuple[str, ...], as_json: bool, out: P
 
 
 def _show(rows: list[Row], skipped: list[Skipped], suspects: list[Suspect]) -> None:
-    console, fits = open_console(ladder_table(rows, skipped))
-    console.print(ladder_table(rows, skipped, details=fits))
+    console, table = Console(), ladder_table(rows, skipped)
+    print_table(table if fits(table) else ladder_table(rows, skipped, details=False))
     for row, _ in worst(failures(rows)):
         console.print(
             f"FAIL {row.rung}: {row.subject} {row.output} at {row.case}: "

@@ -155,7 +155,7 @@ def batch_of(pipeline: Pipeline, config: RunConfig) -> Batch:
 def rounds(pipeline: Pipeline, config: RunConfig, tries: int | None = None) -> Iterator[Round]:
     """Every verification round of the images of `config`, generated as one batch.
 
-    `tries`, if given, limits the draws from the residual law.
+    `tries`, if given, limits the draws from the residual distribution.
     """
     play, batch = players(pipeline, config), batch_of(pipeline, config)
     if tries is not None:

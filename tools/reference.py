@@ -37,7 +37,7 @@ RUN_PARTS = {
     "schema": "version of this format",
     "tool": "version of cspd",
     "bundle": "SHA-256 of the bundle's manifest; whether its weights are random",
-    "law": "which output distribution the images are samples of, in words",
+    "distribution": "which output distribution the images are samples of, in words",
     "certificate": "what is guaranteed with `--relax`; null otherwise",
     "config": "every setting: RunConfig in [python.md](python.md#runconfig)",
     "images": "number of images",

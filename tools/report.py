@@ -10,12 +10,12 @@ import click
 from cspd.engines.atomic import check_writable
 from cspd.engines.commands import OUTPUT, Verb, finish, human_bytes, json_option, new_out, option
 from cspd.engines.errors import CspdError, MissingExtraError
+from cspd.engines.table import Table
+from cspd.engines.terminal import print_table
 from cspd.runtime.outputs import tool_version
-from cspd.tools.bench_tables import Table
 from cspd.tools.report_markdown import markdown
 from cspd.tools.report_parts import Card, Section
 from cspd.tools.report_sources import Source, load_sources
-from cspd.tools.terminal import print_table
 from cspd.tools.verdict import TITLE
 
 PATH = click.Path(path_type=Path)

@@ -12,8 +12,10 @@ import matplotlib
 import numpy as np
 from cycler import cycler
 
+from cspd.tools.bench_cells import name_of
 from cspd.tools.bench_results import Results, Summary
-from cspd.tools.bench_tables import PARTS, acceptance_by_known, name_of, seconds_in, tries_shares
+from cspd.tools.bench_tables import acceptance_by_known, tries_shares
+from cspd.tools.bench_times import PARTS, seconds_in
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

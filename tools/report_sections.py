@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from cspd.engines.table import Table
 from cspd.runtime.folder import GRID
 from cspd.runtime.images import encode_png, numbered
+from cspd.tools import scores
+from cspd.tools.bench_cells import name_of, percent, ratio
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_run import PIXELS
-from cspd.tools.bench_tables import TABLES, Table, name_of, percent, ratio
-from cspd.tools.bootstrap import score_text
+from cspd.tools.bench_tables import TABLES
 from cspd.tools.evaluate_tables import tables
 from cspd.tools.report_parts import Card, PairRow, Pairs, Picture, Section
 from cspd.tools.report_plots import FIGURES, errors_by_step, save
@@ -256,7 +258,7 @@ def evaluate_cards(source: Source) -> list[Card]:
     rows = [row for row in source.record["spread"] if row["score"] == "accuracy"]
     return [
         Card(
-            score_text(row["mean"], row.get("interval"), ".1%"),
+            scores.text("accuracy", row["mean"], row.get("interval")),
             f"accuracy of {row['setting']}, {row['seeds']} x n = {source.record['n']}",
         )
         for row in rows[:1]
@@ -272,7 +274,8 @@ def images_section(sources: list[Source]) -> Section:
         grids = (source.folder / name for name in (GRID, "grid.png"))
         if grid := next((path for path in grids if path.is_file()), None):
             caption = f"{config['method']}, seed {config['seed']}, {count} images"
-            caption += f": {source.record['law']}"
+            # Version 1 of the schema called it law.
+            caption += f": {source.record.get('distribution') or source.record['law']}"
             section.pictures.append(Picture(caption, data_uri(grid.read_bytes(), "image/png")))
     return section
 

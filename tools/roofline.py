@@ -21,13 +21,13 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from rich.console import Console
-from rich.table import Table
 
 from cspd.engines.commands import Commands
 from cspd.engines.errors import CspdError
 from cspd.engines.ort_session import import_onnxruntime, thread_options
 from cspd.engines.schedule import ScheduleSpec, make_schedule
+from cspd.engines.table import Table
+from cspd.engines.terminal import print_table
 from cspd.export.presets import PRESETS
 from cspd.tools.synthetic_head import SyntheticHead
 
@@ -252,8 +252,8 @@ PRESET = click.option(
 def predict_command(preset: str) -> None:
     """Predicted time of the head of one autoregressive step on GPUs that nobody measured."""
     torch.manual_seed(0)
-    console, tokens = Console(), 4
-    console.print(
+    tokens = 4
+    assumed = (
         f"PREDICTED, not measured. {preset} head, {tokens} tokens with guidance, {STEPS} steps, "
         f"fp16. Assumed: {EFFICIENCY:.0%} of peak arithmetic and bandwidth, "
         f"{KERNELS_PER_PRODUCT} kernels per product of {GPUS[0].launch * 1e6:g} us each (captured "
@@ -262,7 +262,7 @@ def predict_command(preset: str) -> None:
     )
     sizes = [None, *LOSSLESS]
     ways = [(window, hoisted) for hoisted in (False, True) for window in sizes]
-    table = Table("ms per autoregressive step", *(machine.name for machine in GPUS))
+    lines = []
     with tempfile.TemporaryDirectory() as folder:
         head = SyntheticHead(preset, Path(folder))
         columns = [
@@ -270,16 +270,17 @@ def predict_command(preset: str) -> None:
         ]
     for row, (window, hoisted) in enumerate(ways):
         name = "plain" if window is None else f"lossless, window {window}"
-        table.add_row(name + ", hoisted" * hoisted, *(f"{column[row]:.2f}" for column in columns))
+        lines.append([name + ", hoisted" * hoisted, *(f"{column[row]:.2f}" for column in columns)])
     best = [
         min(s for s, (w, _) in zip(column, ways, strict=True) if w is None)
         / min(s for s, (w, _) in zip(column, ways, strict=True) if w is not None)
         for column in columns
     ]
-    table.add_row("best plain over best lossless", *(f"{ratio:.2f}x" for ratio in best))
-    console.print(table)
-    for machine in GPUS:
-        console.print(f"{machine.name}: {machine.source}")
+    lines.append(["best plain over best lossless", *(f"{ratio:.2f}x" for ratio in best)])
+    sources = (f"{machine.name}: {machine.source}" for machine in GPUS)
+    names = tuple(machine.name for machine in GPUS)
+    note = "\n".join([assumed, *sources])
+    print_table(Table("PREDICTED ms per autoregressive step", ("way", *names), lines, note))
 
 
 @main.command("check")

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
-from cspd.runtime.outputs import law, tool_version
+from cspd.runtime.outputs import distribution, tool_version
 from cspd.tools.serve_limits import PAGE_FILES, Guard, Refusal, error_response
 from cspd.tools.serve_models import (
     ErrorAnswer,
@@ -64,7 +64,7 @@ def add_images(app: FastAPI, service: Service) -> None:
             return png_response(made[0])
         return ImagesAnswer(
             id=request.state.request_id,
-            law=law(config),
+            distribution=distribution(config),
             config=config.model_dump(mode="json"),
             bundle=service.model.id,
             images=made,

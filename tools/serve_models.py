@@ -105,7 +105,7 @@ class ImagesAnswer(Record):
     """All images of a request, and what makes them again."""
 
     id: str
-    law: str
+    distribution: str
     config: dict[str, Any]
     bundle: str
     images: list[ImageAnswer]

@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import BundleError, CspdError, MissingExtraError
 from cspd.runtime.config import RunConfig
-from cspd.runtime.outputs import law
+from cspd.runtime.outputs import distribution
 from cspd.tools.serve_bundle import configuration, describe
 from cspd.tools.serve_limits import INTERNAL, Admission, Refusal
 from cspd.tools.serve_metrics import Metrics
@@ -61,7 +61,7 @@ class Service:
 
     async def events(self, config: RunConfig, request_id: str) -> AsyncIterator[str]:
         """Server-sent events of the making of one image."""
-        yield _event("accepted", {"id": request_id, "law": law(config)})
+        yield _event("accepted", {"id": request_id, "distribution": distribution(config)})
         try:
             with self.admission.admit(1):
                 watch = self.engine.options(stream=True).watch

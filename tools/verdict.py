@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from cspd.engines.table import DASH, Table
 from cspd.runtime.tables import ratio_text
+from cspd.tools.bench_cells import name_of, output
 from cspd.tools.bench_results import Results, Summary
-from cspd.tools.bench_tables import DASH, Table, law, name_of
-from cspd.tools.bootstrap import half_text, score_text
+from cspd.tools.bootstrap import half_text
+from cspd.tools.scores import difference_text, words
 
 TITLE = "Which method?"
 # Scores that decide about quality, and the sign of a difference for the better.
 BETTER = {"accuracy": 1, "frechet": -1}
-FORMS = {"accuracy": ".1%", "frechet": ".1f"}
 
 
 def verdict_table(results: Results) -> Table:
@@ -19,7 +20,7 @@ def verdict_table(results: Results) -> Table:
     if results.batches(results.main.id):
         reference = results.summary(results.main)
         measured = candidates(results)
-        exact = [item for item in measured if law(item, results.main) == "exact"]
+        exact = [item for item in measured if output(item, results.main) == "exact"]
         rows.append(
             _row(results, "fastest exact way", _fastest(results, exact, reference), reference)
         )
@@ -32,8 +33,8 @@ def verdict_table(results: Results) -> Table:
         if cspd is not None:
             rows.append(_row(results, "where cspd stands", cspd, reference))
             rows[-1][1] += f", is {standing(results, cspd, measured)}"
-    columns = ("question", "answer", "speed vs target", "accuracy, difference",
-               "Frechet distance, difference")  # fmt: skip
+    columns = ("question", "answer", "speed vs target",
+               *(f"{words(name)}, difference" for name in BETTER))  # fmt: skip
     note = (
         "Equal quality: no score is worse than the target's beyond the 95 % interval of the "
         "difference, which is drawn image by image from equal noise. The differences say how much "
@@ -114,4 +115,4 @@ def _difference(item: Summary, reference: Summary, name: str) -> str:
     if found is None or item.point.id == reference.point.id:
         return DASH
     value, ends = found
-    return ("+" if value >= 0 else "") + score_text(value, ends, FORMS[name])
+    return difference_text(name, value, ends)

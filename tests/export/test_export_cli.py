@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from click.testing import CliRunner
+from narrow import check_narrow
 from safetensors.torch import load_file
 
 from cspd.engines.bundle import open_bundle
@@ -39,6 +40,7 @@ def test_inspect_shows_graphs_weights_and_identity(tiny_bundle):
     assert result.exit_code == 0
     for label in tiny_bundle.manifest.graphs():
         assert label in result.stdout
+    check_narrow("\n".join(result.stdout.splitlines()[:-1]), "model_ema")
     for fragment in (
         tiny_bundle.sha256[:16], "16 tokens of 16 channels", "1 x 16 x 16", "1000 classes",
         "clipped at 950", "target: tiny-target, fp32", "target/weights.safetensors",

@@ -166,7 +166,7 @@ def test_accepted_and_resampled_mass_are_complementary(temperature, log_sigma):
 
 
 def one_dimensional_run(accept_temperature: float, residual_temperature: float) -> np.ndarray:
-    """20,000 tokens: drawn from the draft's law N(0.6, 1.3), tested, and replaced if rejected."""
+    """20,000 tokens: drawn from the draft's N(0.6, 1.3), tested, and replaced if rejected."""
     count, tries = 20_000, 200
     noise, index = Noise(11), torch.arange(20_000)
     zero = torch.zeros((), dtype=torch.int64)
@@ -188,7 +188,7 @@ def one_dimensional_run(accept_temperature: float, residual_temperature: float) 
 
 
 def test_on_one_common_space_the_output_follows_the_target():
-    """Kolmogorov-Smirnov at level 1e-4 with a fixed seed; the law is exact where Sigma = T = 1."""
+    """Kolmogorov-Smirnov at level 1e-4 with a fixed seed; exact where Sigma = T = 1."""
     assert stats.kstest(one_dimensional_run(1.0, 1.0), "norm").pvalue > 1e-4
 
 

@@ -1,4 +1,4 @@
-"""The choice is carried out, learnt from, and never changes the law's way of being sampled."""
+"""The choice is carried out, learnt from, and never changes how the distribution is sampled."""
 
 import numpy as np
 import pytest

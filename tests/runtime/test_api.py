@@ -10,7 +10,7 @@ import cspd
 from cspd.engines.bundle import open_bundle
 from cspd.runtime.cli import main
 from cspd.runtime.config import make_config
-from cspd.runtime.law import is_exact
+from cspd.runtime.distribution import is_exact
 from cspd.runtime.settings import shipped_bundle
 
 QUICK = {"num_iter": 4, "head_steps": 4, "batch_size": 2}
@@ -43,7 +43,7 @@ def test_files_are_those_of_the_command_line_to_the_byte(pipe, tmp_path, method)
     for path in saved:
         assert path.read_bytes() == (tmp_path / "cli" / path.name).read_bytes()
     assert made.config.model_dump(mode="json") == record["config"]
-    assert made.distribution == record["law"]
+    assert made.distribution == record["distribution"]
     assert made.stats.acceptance_rate == record["statistics"]["acceptance_rate"]
     assert made.stats.target_calls == record["statistics"]["target_calls"]
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from click.testing import CliRunner
+from narrow import check_narrow
 
 from cspd.engines.errors import CspdError
 from cspd.runtime.cli import main
@@ -238,10 +239,11 @@ def test_quiet_says_nothing_on_stderr(tiny_bundle, tmp_path):
 def test_table_has_a_line_per_method(tiny_bundle, tmp_path):
     result = generate(tiny_bundle.folder, tmp_path / "out", *FAST, "--baseline")
     assert result.exit_code == 0
-    rows = [line for line in result.stdout.splitlines() if "│" in line]
-    methods = [line.strip("│ ").split()[0] for line in rows]
-    assert methods == ["cspd", "target"]
-    assert rows[1].strip("│ ").endswith("1.00x")
+    rows = [line.split() for line in result.stdout.splitlines()]
+    methods = [row for row in rows if row[:1] in (["cspd"], ["target"])]
+    check_narrow("\n".join(result.stdout.splitlines()[:-2]))  # the last two hold paths
+    assert [row[0] for row in methods if row[1] == "1"] == ["cspd", "target"]
+    assert methods[-1][-1] == "1.00x"
     out = tmp_path / "out"
     assert result.stdout.splitlines()[-2:] == [
         f"1 image in {out}, preview: {out / 'preview' / 'grid.png'}",

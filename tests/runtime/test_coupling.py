@@ -80,8 +80,8 @@ def test_law_in_several_dimensions(temperature):
     # Three coordinates, their sum and the log density: five tests for each of two temperatures.
     samples = [(score[:, i], stats.norm()) for i in range(3)]
     samples += [(score.sum(1), stats.norm(0, 3**0.5)), ((score**2).sum(1), stats.chi2(3))]
-    for sample, law in samples:
-        assert stats.kstest(sample, law.cdf).pvalue > LEVEL / 10
+    for sample, expected in samples:
+        assert stats.kstest(sample, expected.cdf).pvalue > LEVEL / 10
 
 
 def test_log_ratio_is_that_of_the_densities():
@@ -146,7 +146,7 @@ def residual_cdf(shift, ratio):
 
 
 def draw_residual(shift, ratio):
-    """Draws of the residual law of N(0, 1) and N(shift, ratio^2), and the index of each."""
+    """Draws of the residual of N(0, 1) and N(shift, ratio^2), and the index of each."""
     target, drafted = kernel([0.0], [0.0], rows=DRAWS), kernel([shift], [math.log(ratio)])
     drafted = Gaussian(*(value.expand(DRAWS, -1) for value in vars(drafted).values()))
     generator = torch.Generator().manual_seed(4)
@@ -205,7 +205,7 @@ def test_mutant_of_the_bound_is_caught(monkeypatch, name):
     assert worst < 1e-6
 
 
-def test_bound_is_above_the_residual_law():
+def test_bound_is_above_the_residual():
     generator = torch.Generator().manual_seed(5)
     mean, log_std, other_mean, other_log_std = 0.2 * torch.randn(4, 300, 6, generator=generator)
     one = torch.ones(300)

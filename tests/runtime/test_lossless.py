@@ -1,4 +1,4 @@
-"""The speculative head against stepping: identities to the bit, and the law of what it samples.
+"""The speculative head against stepping: identities to the bit, and what it samples.
 
 Statistical tests compare with sequential sampling under another seed: Kolmogorov-Smirnov on 40
 projections of the sample and 40 of (an intermediate state, the sample), Bonferroni over the 80, a

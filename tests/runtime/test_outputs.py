@@ -17,9 +17,9 @@ from PIL.PngImagePlugin import PngInfo
 from cspd.engines.errors import CspdError
 from cspd.runtime.cli import main
 from cspd.runtime.config import AS_RELEASED, RunConfig, make_config
+from cspd.runtime.distribution import distribution
 from cspd.runtime.formats import Layout
 from cspd.runtime.images import CAPTION, grid, read_metadata, shorten, to_pillow, write_png
-from cspd.runtime.law import law
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.replay import padded_to
 from cspd.runtime.resume import open_run
@@ -91,7 +91,7 @@ def test_run_json(finished, tiny_bundle):
     assert (config.labels, config.seed, config.gamma) == ((1, 417), 11, 4)
     assert (config.head_steps, config.cfg) == (10, 3.0)
     assert (config.method, config.accept_temperature) == ("cspd", 42.0)
-    assert record["law"].startswith("approximate")
+    assert record["distribution"].startswith("approximate")
     assert record["images"] == 5
     assert record["seconds_per_image"] == pytest.approx(record["seconds"] / 5)
     assert {"torch", "python", "cpus", "gpu"} <= set(record["host"])
@@ -322,7 +322,9 @@ def test_as_released_is_written_out(tiny_bundle, tmp_path):
     config = record["config"]
     assert {name: config[name] for name in AS_RELEASED} == dict(AS_RELEASED)
     assert (config["accept_temperature"], config["residual_temperature"]) == (42, 1)
-    assert record["law"].endswith("test at 42 and residual at 1 standard deviations: as released")
+    assert record["distribution"].endswith(
+        "test at 42 and residual at 1 standard deviations: as released"
+    )
     # Six steps, the first by the target; then 1 and 2, 3 and 4, 5.
     assert record["statistics"]["target_rounds"] == 1 + 3
     again = cspd_run("replay", tmp_path / "out/00000.png", tiny_bundle.folder, "--threads", "1")
@@ -457,4 +459,4 @@ def test_law_says_who_published_the_residual(test, residual, origin):
     options = {"accept_temperature": test, "residual_temperature": residual}
     config = make_config(labels=(0,), num_images=1, on_reject="residual", **options)
     words = f"test at {test} and residual at {residual} standard deviations: {origin}"
-    assert law(config).startswith("approximate") and law(config).endswith(words)
+    assert distribution(config).startswith("approximate") and distribution(config).endswith(words)

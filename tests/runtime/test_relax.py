@@ -70,7 +70,7 @@ def test_total_variation_rule_gives_up_no_more_than_its_share(shift):
     exact, loose = accepted_share(shift, 0.0), accepted_share(shift, 0.5)
     # Level 1e-4: four standard errors of a share of 200,000.
     assert exact == pytest.approx(1 - excess_mass(shift), abs=4 * 0.5 / 200_000**0.5)
-    # A budget of 0.5 over ten tests: the law of this one moves by what more is accepted.
+    # A budget of 0.5 over ten tests: the distribution of this one moves by what more is accepted.
     assert 0.2 * 0.05 < loose - exact <= 0.05
 
 
@@ -82,4 +82,4 @@ def test_wrong_words_are_refused(text):
 
 def test_certificates_differ():
     assert "total variation" in Relaxation.parse("tv=0.05").certificate
-    assert "nothing is guaranteed about the law" in Relaxation.parse("sigma=0.5").certificate
+    assert "the distribution is not guaranteed" in Relaxation.parse("sigma=0.5").certificate

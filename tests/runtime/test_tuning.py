@@ -6,14 +6,16 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
+from narrow import check_narrow
 
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
+from cspd.engines.terminal import print_table
 from cspd.runtime import run, tuning
 from cspd.runtime.cli import main, shipped_bundle
 from cspd.runtime.config import make_config
+from cspd.runtime.distribution import certificate, distribution
 from cspd.runtime.heads import MixedHead
-from cspd.runtime.law import certificate, law
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.lossless_loop import SpeculativeLoopHead
 from cspd.runtime.member import LoopHead
@@ -175,7 +177,8 @@ def test_run_says_what_was_chosen_and_replays(pipeline, tmp_path, capsys):
     record, outcomes = run.generate(pipeline.bundle, settings, tmp_path / "out", job)
     assert "target head: speculation with" in capsys.readouterr().err
     assert record["choices"]["target"].startswith("speculation with")
-    assert record["config"]["heads"][0]["role"] == "target" and record["law"].startswith("exact")
+    assert record["config"]["heads"][0]["role"] == "target"
+    assert record["distribution"].startswith("exact")
     assert [outcome.config.method for outcome in outcomes] == ["auto", "target"]
     shutil.rmtree(tmp_path / "bundle.tuned")
     _, _, same = replay(pipeline.bundle, tmp_path / "out" / "00001.png", device="cpu", threads=1)
@@ -236,7 +239,7 @@ def test_relaxed_denoising_composes(pipeline, relax, kind, steps):
         assert isinstance(head.session, SameNoiseRound) and head.session.tolerance == 0.5
     images = [image for images, _ in pipeline.generate(settings) for image in images]
     assert len(images) == 2
-    assert law(settings).startswith(
+    assert distribution(settings).startswith(
         f"approximate: relaxed denoising of the target model (--relax {relax}"
     )
     assert certificate(settings)
@@ -268,7 +271,7 @@ def test_relaxation_of_nothing_is_stepping(pipeline):
     ],
 )
 def test_law_in_words(tiny_bundle, values, expected):
-    assert expected in law(config(**values), tiny_bundle.manifest)
+    assert expected in distribution(config(**values), tiny_bundle.manifest)
 
 
 @pytest.mark.parametrize(
@@ -303,14 +306,15 @@ def test_tune_command(pipeline, tmp_path):
     assert result.stderr.splitlines() == ["measuring the draft head", "measuring the target head"]
 
 
-def test_tune_table_shows_what_was_measured_and_what_follows():
+def test_tune_table_shows_what_was_measured_and_what_follows(capsys):
     whole = ((8, 1.0, 5.0), (16, 1.0, 3.0), (8, 32.0, 50.0), (16, 32.0, 60.0))
     costs = CostRecord(
         key="k", num_steps=10, plain=((1.0, 4.0), (32.0, 40.0)), rounds=((1.0, 0.1),), whole=whole
     )
     found = tuning.HeadCosts(role="target", guided=True, costs=costs, acceptance=(0.9,) * 10)
-    columns = [list(column.cells) for column in cost_table(found).columns]
-    assert columns == [
+    print_table(cost_table(found))
+    check_narrow(capsys.readouterr().out)
+    assert [list(cells) for cells in zip(*cost_table(found).rows, strict=True)] == [
         ["1", "32"], ["4.00", "40.00"], ["5.00", "50.00"], ["3.00", "60.00"],
         ["window 16", "stepping"],
     ]  # fmt: skip

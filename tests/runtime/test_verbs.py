@@ -7,6 +7,7 @@ import click
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
+from narrow import check_narrow
 
 from cspd.engines.commands import OTHER, ToolCommand, Verb
 from cspd.runtime.cli import main
@@ -112,7 +113,9 @@ def test_the_shell_completes(typed, expected):
 
 
 def test_doctor_says_what_runs_and_what_to_do_next():
-    last = run("doctor").stdout.splitlines()[-1]
+    shown = run("doctor").stdout
+    check_narrow(shown)
+    last = shown.splitlines()[-1]
     assert last.startswith("runs here: torch, onnxruntime")
     assert last.endswith("next: cspd-run generate --backend onnxruntime")
     assert json.loads(run("doctor", "--json").stdout)["made"] == []

@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from narrow import check_narrow
 
 from cspd.engines.errors import CspdError
 from cspd.runtime.config import AS_RELEASED
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.plan import MaskPlan, WindowPlan
 from cspd.tools import bench, bench_run
+from cspd.tools.bench_cells import output
 from cspd.tools.bench_plan import TRIES, Scale, make_plan, plan_hash
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_run import JOURNAL, Journal, make_header, read_lines
-from cspd.tools.bench_tables import acceptance_by_known, law, tries_shares
+from cspd.tools.bench_tables import acceptance_by_known, tries_shares
 from cspd.tools.bootstrap import Judged
 from cspd.tools.replay import AcceptancePattern, ReplayPipeline, load_pattern
 from cspd.tools.report_sections import bench_cards
@@ -153,13 +155,14 @@ def test_tables_hold_the_paper_s(finished):
     assert first[1] == "exact" and first[3] == "1.00x"
 
 
-def test_laws(finished):
+def test_outputs(finished):
     results = Results(read_lines(finished[0] / JOURNAL))
-    laws = {}
+    outputs = {}
     for item in results.serving("readme"):
-        laws.setdefault(item.point.config.method, []).append(law(item, results.main))
-    assert set(laws["cspd"]) == {"approximate"} and laws["draft"] == ["lossy (law of the draft)"]
-    assert laws["target"][0] == "exact" and set(laws["target"][1:]) == {"lossy (fewer steps)"}
+        outputs.setdefault(item.point.config.method, []).append(output(item, results.main))
+    assert set(outputs["cspd"]) == {"approximate"}
+    assert outputs["draft"] == ["lossy (the draft alone)"]
+    assert outputs["target"][0] == "exact" and set(outputs["target"][1:]) == {"lossy (fewer steps)"}
 
 
 def test_a_finished_run_is_not_measured_again(finished, tiny_bundle, monkeypatch):
@@ -242,6 +245,15 @@ def test_readme_option_prints_finished_results(finished):
     assert result.stdout.startswith("### Methods side by side")
     missing = CliRunner().invoke(bench.command, ["--readme", "--out", str(finished[0] / "no")])
     assert isinstance(missing.exception, CspdError)
+
+
+def test_finished_results_are_printed_for_a_terminal(finished, tiny_bundle):
+    arguments = [str(tiny_bundle.folder), *OPTIONS, "--out", str(finished[0])]
+    result = CliRunner().invoke(bench.command, arguments)
+    assert result.exit_code == 0, result.output
+    tables, _, ending = result.stdout.rpartition("\n\n")
+    check_narrow(tables)
+    assert "Which method?" in tables and "settings in" in ending
 
 
 def synthetic(bundle):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from narrow import check_narrow
 from PIL import Image
 
 from cspd.engines.bundle import open_bundle
@@ -271,6 +272,11 @@ def test_the_command_on_the_shipped_pair(tmp_path):
     assert record["command"].startswith("evaluate --num-images 100 --seeds 0 --method draft")
     again = CliRunner().invoke(evaluate.command, [*arguments, "--quiet"], catch_exceptions=False)
     assert json.loads(again.stdout) == record
+    arguments.remove("--json")
+    shown = CliRunner().invoke(evaluate.command, [*arguments, "--quiet"], catch_exceptions=False)
+    tables, _, ending = shown.stdout.rpartition("\n\n")
+    check_narrow(tables)
+    assert "Frechet distance of real images" in tables and "images scored in" in ending
 
 
 def test_inception_weights_are_looked_at_before_they_are_loaded(tmp_path):

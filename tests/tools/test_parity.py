@@ -9,6 +9,7 @@ import onnx.numpy_helper
 import pytest
 import torch
 from click.testing import CliRunner
+from narrow import check_narrow
 
 from cspd.engines.bundle import hash_file, open_bundle
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
@@ -112,6 +113,7 @@ def test_the_command_succeeds_on_a_sound_bundle(tiny_bundle, tmp_path):
     result = CliRunner().invoke(parity.command, arguments)
     assert result.exit_code == 0, result.output
     assert "decisions" in result.stdout and "…" not in result.stdout  # nothing is cut in a pipe
+    check_narrow("\n".join(result.stdout.splitlines()[:-1]))  # the last line holds a path
     record = json.loads(out.read_text())
     assert record["passed"] and {row["rung"] for row in record["rows"]} == {"decisions", "image"}
 

@@ -83,7 +83,7 @@ def test_several_images_are_the_files_of_the_command(server, tmp_path):
     for index, image in enumerate(answer["images"]):
         written = (tmp_path / f"{index:05d}.png").read_bytes()
         assert base64.b64decode(image["png"]) == written
-    assert "approximate" in answer["law"]
+    assert "approximate" in answer["distribution"]
     assert [image["class_name"] for image in answer["images"]] == ["bag", "bag"]
 
 

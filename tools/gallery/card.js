@@ -17,13 +17,13 @@ export const picture = (png) => `data:image/png;base64,${png}`;
 const count = (number) => number.toLocaleString("en");
 
 export class Card {
-  constructor(model, body, title = body.method, law = ABOUT[body.method][0]) {
+  constructor(model, body, title = body.method, output = ABOUT[body.method][0]) {
     const root = document.getElementById("card").content.cloneNode(true).firstElementChild;
     Object.assign(this, { root, model, body, title, judged: 0, accepted: 0, known: 0 });
     this.find = (selector) => root.querySelector(selector);
     root.dataset.method = title === body.method ? title : "baseline";
     this.find("h2").textContent = title;
-    this.find(".law").textContent = law;
+    this.find(".output").textContent = output;
     this.find(".bar").setAttribute("aria-label", `${title}: progress`);
     if (body.n > 1) this.sheet();
     else this.map();

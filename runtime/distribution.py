@@ -10,8 +10,8 @@ from cspd.runtime.steps import HeadSteps
 MODEL_STEPS = 100  # of the published models, where a bundle says nothing else
 
 
-def law(config: RunConfig, manifest: Manifest | None = None) -> str:
-    """The law of `config`; `manifest` tells the model's own number of denoising steps."""
+def distribution(config: RunConfig, manifest: Manifest | None = None) -> str:
+    """What the images of `config` are samples of; `manifest` tells the model's own head steps."""
     parts = [_base(config), *_losses(config, manifest)]
     return "; ".join(parts)
 
