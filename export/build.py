@@ -23,7 +23,7 @@ from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.trt_options import BuildOptions as EngineOptions
 from cspd.engines.trt_progress import ProgressCallback
 from cspd.export.assemble import assemble_mar, assemble_vae
-from cspd.export.build_graph import DONE, FinishedGraph, GraphBuilder, ShowProgress, intact_files
+from cspd.export.build_graph import FinishedGraph, GraphBuilder, ShowProgress, intact_files
 from cspd.export.graphs import PixelDecoder, decoder_spec
 from cspd.export.image_effect import with_image_effects
 from cspd.export.networks import EXACT, model_graphs, with_tolerance
@@ -293,11 +293,13 @@ def _manifest(
 
 
 def _remove_unlisted(staging: Path, manifest: Manifest) -> None:
-    """Drop records of finished graphs and whatever a killed build left half-written."""
+    """Drop records of finished graphs and whatever a killed build left half-written.
+
+    Libraries, too, write beside the file they are asked for, under names of their own.
+    """
     for path in staging.rglob("*"):
         name = path.relative_to(staging).as_posix()
         if path.is_file() and name not in (MANIFEST, KEY) and name not in manifest.files:
-            assert name.endswith((DONE, ".tmp")), name
             path.unlink()
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from cspd.engines.backends import check_backend
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
-from cspd.engines.session import torch_device
+from cspd.engines.machine import check_machine
 from cspd.engines.words import setting, speaking
 from cspd.runtime import pipeline
 from cspd.runtime.batches import timed, timed_batches
@@ -52,8 +51,7 @@ def load(
     """
     opened = open_bundle(shipped_bundle() if bundle is None else Path(bundle))
     name = configure(opened, None, {"backend": backend}).backend
-    check_backend(name)
-    torch_device(device)
+    check_machine(opened, name, device)
     if not 0 <= threads <= MAX_THREADS:
         raise CspdError(f"{setting('threads')} is {threads}, expected 0..{MAX_THREADS}")
     return Pipeline(pipeline.Pipeline(opened, name, device, threads), quiet)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from cspd.engines.atomic import free_disk
-from cspd.engines.backends import ENGINES
 from cspd.engines.bundle import Bundle
 from cspd.engines.commands import human_bytes
 from cspd.engines.errors import CspdError
-from cspd.engines.ort_session import import_onnxruntime
+from cspd.engines.machine import machine_checks
 from cspd.engines.preflight import Check, check_disk, check_memory, problems
-from cspd.engines.session import torch_device
 from cspd.engines.spec import Record
-from cspd.engines.trt_api import import_trt
 from cspd.runtime.config import RunConfig
 from cspd.runtime.folder import IMAGES
 from cspd.runtime.formats import Layout
@@ -72,7 +68,9 @@ def make_plan(
     fewer = "choose another --out or fewer --num-images"
     other = "end other programs, or run on a larger machine"
     checks: list[Check] = [
-        *_checks(config, layout, device, on_ray),
+        layout.check,
+        # With Ray, the device and the libraries are on its nodes.
+        *((import_ray,) if on_ray else machine_checks(bundle, config.backend, device)),
         partial(check_disk, f"{out}: the images take", disk, free_disk(out), fewer),
     ]
     checks += [] if on_ray else [partial(check_memory, "the weights alone take", memory, other)]
@@ -84,19 +82,6 @@ def make_plan(
         estimated_disk_bytes=disk, estimated_memory_bytes=memory,
         problems=tuple(problems(checks)),
     )  # fmt: skip
-
-
-def _checks(config: RunConfig, layout: Layout, device: str, on_ray: bool) -> Iterator[Check]:
-    """Extras and the device; with Ray, the device and the libraries are on its nodes."""
-    yield layout.check
-    if on_ray:
-        yield import_ray
-        return
-    yield partial(torch_device, device)
-    if config.backend in ENGINES:
-        yield partial(import_trt, config.backend)
-    elif config.backend == "onnxruntime":
-        yield import_onnxruntime
 
 
 def _disk(bundle: Bundle, config: RunConfig, out: Path) -> int:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError, SettingError
+from cspd.engines.machine import check_machine
 from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.images import read_metadata, to_pillow
 from cspd.runtime.outputs import recorded_config
@@ -38,6 +39,7 @@ def replay(
             f"{path}: its pixels are stored as {mode}, cspd-run writes {expected}, so it was "
             "encoded again; identical means the same pixels in the same mode: replay the original"
         )
+    check_machine(bundle, config.backend, device)
     pipeline = Pipeline(bundle, config.backend, device, threads)
     sizes = {min(config.batch_size, FEW), min(config.batch_size, MOST)}
     for size in sorted(sizes):

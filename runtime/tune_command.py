@@ -10,6 +10,7 @@ import click
 
 from cspd.engines.bundle import open_bundle
 from cspd.engines.commands import Verb, finish, json_option
+from cspd.engines.machine import check_machine
 from cspd.engines.table import Table
 from cspd.engines.terminal import print_table
 from cspd.engines.words import counted
@@ -87,6 +88,7 @@ def command(bundle: Path | None, device: str, threads: int, as_json: bool, **sam
     opened = open_bundle(bundle or shipped_bundle())
     config = configure(opened, None, sampling)
     check_config(config, opened.manifest)
+    check_machine(opened, config.backend, device)
     found = tune(Pipeline(opened, config.backend, device, threads), config)
     for record in () if as_json else found.values():
         print_table(cost_table(record))

@@ -21,6 +21,7 @@ from cspd.engines.commands import (
 )
 from cspd.engines.errors import CspdError
 from cspd.engines.idle_options import other_options, refuse_idle
+from cspd.engines.machine import check_machine
 from cspd.engines.terminal import print_table
 from cspd.runtime.config import check_config
 from cspd.runtime.options import backend_option, machine_options
@@ -152,6 +153,7 @@ def command(
         if not quiet:
             click.echo(text, err=True)
 
+    check_machine(opened, backend, device)
     origin = {"command": command_line(), "commit": commit()}
     pattern = acceptance_pattern(opened, replayed)
     judge = quality_judge(opened, points, inception, reference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cspd.engines.table import DASH
+from cspd.engines.words import counted
 from cspd.runtime.config import RunConfig
 from cspd.runtime.tables import ratio_text
 from cspd.tools.bench_plan import Point
@@ -29,7 +30,7 @@ def host_note(results: Results) -> str:
     where = (
         host["gpu"]
         if host["gpu"] != "none"
-        else f"CPU, {header['threads'] or host['cpus']} threads"
+        else f"CPU, {counted(header['threads'] or host['cpus'], 'thread')}"
     )
     names = " + ".join(f"{role} {preset}" for role, preset in header["models"].items())
     warning = ""
@@ -45,9 +46,17 @@ def host_note(results: Results) -> str:
         f"{warning}{names}; {where} ({host['machine']}), {results.main.backend}; batch "
         f"{main.batch_size}, {main.num_iter} autoregressive and {main.head_steps} denoising steps, "
         f"guidance {main.cfg:g} {main.cfg_schedule}; median and quartiles of batches; calls "
-        "are per batch, a round is what the target does at once. The "
-        "Frechet distance is measured in the features of the judge named in the run, see evaluate. "
-        f"± {METHOD}."
+        "are per batch, a round is what the target does at once."
+        f"{_score_note(results)}"
+    )
+
+
+def _score_note(results: Results) -> str:
+    if not any(line["kind"] == "score" for line in results.lines):
+        return ""
+    return (
+        " The Frechet distance is measured in the features of the judge named in the run, see "
+        f"evaluate. ± {METHOD}."
     )
 
 

@@ -32,6 +32,7 @@ from cspd.engines.commands import (
     option,
 )
 from cspd.engines.errors import CspdError
+from cspd.engines.machine import check_machine
 from cspd.engines.terminal import print_table
 from cspd.runtime.config import asked_config, check_config, make_config
 from cspd.runtime.options import backend_option, machine_options
@@ -286,6 +287,7 @@ def command(
         if not quiet:
             click.echo(text, err=True)
 
+    check_machine(opened, backend, device)
     judge = find_judge(opened.manifest, inception, reference)
     judge.check(opened.manifest.geometry.image_channels)
     pipeline = Pipeline(opened, backend, device, threads)

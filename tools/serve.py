@@ -19,6 +19,7 @@ from cspd.engines.bundle import open_bundle
 from cspd.engines.commands import OUTPUT, SPEED, Verb, finish, json_option, option
 from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError, MissingExtraError
+from cspd.engines.machine import check_machine
 from cspd.runtime.local_ray import local_ray, quietly
 from cspd.runtime.options import FOLDER, backend_option, machine_options
 from cspd.runtime.settings import shipped_bundle
@@ -209,6 +210,7 @@ def command(
         bundle=folder, replicas=replicas, key_sha256=read_key(api_key_file, host),
         hosts=LOOPBACK if is_loopback(host) else (), **options,
     )  # fmt: skip
+    check_machine(opened, settings.backend, settings.device)
     check_port(host, port)
     with running(settings, host, port, logs) as gate:
         url = f"http://{host}:{port}/"

@@ -124,6 +124,17 @@ def test_killed_before_its_publication(built_tiny, tmp_path, monkeypatch):
     assert not (out / "build.key").exists()
 
 
+def test_what_a_library_left_half_written_is_dropped(built_tiny, tmp_path):
+    """safetensors writes .tmpXXXXXX beside the file that it was asked for."""
+    out = tmp_path / "out"
+    shutil.copytree(built_tiny[1], out.with_name(".out.building"))
+    for left in ("draft/.tmpHBn4Bd", "target/weights.tmp", "manifest.json.part"):
+        (out.with_name(".out.building") / left).write_bytes(b"half")
+    build_bundle(tiny_plan(), out)
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert files == {*open_bundle(out).manifest.files, "manifest.json"}
+
+
 def test_killed_between_the_two_renames(built_tiny, tmp_path):
     """The old bundle lies aside, the new one is finished: it is published, the old one goes."""
     out = tmp_path / "out"
