@@ -6,6 +6,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cspd.runtime.distribution import distribution
 from cspd.runtime.images import to_pillow
 from cspd.runtime.outputs import image_metadata
 from cspd.runtime.pipeline import GeneratedImage, ImageId
-from cspd.runtime.progress import RunProgress
+from cspd.runtime.progress import RunProgress, working
 from cspd.runtime.result import Images
 from cspd.runtime.settings import configure, shipped_bundle
 from cspd.runtime.stats import Statistics, Tally
@@ -104,12 +105,13 @@ class Pipeline:
 
         Raises CspdError for settings that are wrong or that the bundle cannot run.
         """
+        silent = self.quiet if quiet is None else quiet
+        self.networks.working = partial(working, quiet=silent)
         config, reasons = self.networks.resolve(
             self.settings(labels, seed=seed, method=method, **options)
         )
         self.networks.open(config)
         seeds = _seeds(seed)
-        silent = self.quiet if quiet is None else quiet
         made, tally = self._make(config, seeds, callback_on_step, silent)
         notes = [f"{role} head: {explained.reason}" for role, explained in reasons.items()]
         return self._images(config, seeds, made, tally, [*notes, *self.networks.notes])

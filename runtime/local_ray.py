@@ -48,6 +48,21 @@ def local_ray(failure: str, **options: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
+def unannounced(ray: Any) -> Iterator[None]:
+    """Without Ray's own lines about workers that died: paragraphs that name no image.
+
+    Ray prints them whatever `log_to_driver` says.
+    """
+    worker = ray._private.worker
+    shown = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = shown
+
+
+@contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Without output: Ray reports the end of its own actors as failures."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

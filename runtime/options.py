@@ -94,7 +94,7 @@ backend_option = option(
 
 
 def _class_names(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
-    """Labels that the shell may complete `text` to: the last of several goes on in each."""
+    """Labels that the shell may complete `text` to: the last of several is completed in each."""
     begun, comma, last = text.rpartition(",")
     # Behind an option that still lacks its value, click has not assigned arguments yet.
     named = next(iter(context.args), None) or context.params.get("bundle")

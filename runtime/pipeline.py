@@ -68,6 +68,8 @@ class Pipeline:
     graphs: Graphs | None = None
     # What a run should know: engines that could be better, loops that no CUDA graph holds.
     notes: list[str] = field(default_factory=list)
+    # Around what keeps a person waiting before the first image; it is told what that is.
+    working: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext
     _sessions: dict[str, TimedSession] = field(default_factory=dict)
 
     def session(self, label: str) -> TimedSession:

@@ -57,6 +57,10 @@ class RunProgress:
             note += f"  accepted {rate:4.0%}"
         self._show(self._done + share * self._in_work, note)
 
+    def say(self, what: str) -> None:
+        """Print a line, above the bar if there is one."""
+        self._console.print(what, markup=False, highlight=False, soft_wrap=True)
+
     def advance(self, images: int) -> None:
         """Count finished images."""
         self._done += images

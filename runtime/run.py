@@ -6,12 +6,14 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from cspd.engines.bundle import Bundle
+from cspd.engines.words import counted
 from cspd.runtime.batches import FinishedBatch, encode, timed_batches
 from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.folder import RunFolder
@@ -59,13 +61,13 @@ def generate(
     """
     check_config(config, bundle.manifest)
     job.layout.check()
-    pipeline = Pipeline(bundle, config.backend, job.machine.device, job.machine.threads)
+    pipeline = Pipeline(
+        bundle, config.backend, job.machine.device, job.machine.threads,
+        working=partial(working, quiet=job.quiet),
+    )  # fmt: skip
     old = None if job.overwrite else recorded(out, config, bundle, job.layout)
     if old is None:
-        # Costs that nobody measured yet are measured here.
-        measures = config.head_mode == "auto" and not config.heads
-        with working("choosing by measured costs", job.quiet or not measures):
-            config, chosen = pipeline.resolve(config)
+        config, chosen = pipeline.resolve(config)
         choices = {str(role): explained.reason for role, explained in chosen.items()}
     else:
         config, choices = old
@@ -122,7 +124,8 @@ def _generate_on_ray(
             StopWish() as stop,
         ):
             count = len(workers.workers)
-            progress = _progress(folder, job.quiet, f", {count} workers")
+            progress = _progress(folder, job.quiet, f", {counted(count, 'worker')}")
+            workers.say = progress.say
             session = _write(folder, workers.batches(stop), stop, progress)
         record = folder.finish(_record(folder, session | {"workers": count}))
     return record, [Outcome(config, folder.tally)]

@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError
 from cspd.runtime.batches import FinishedBatch, encode, timed_batches
 from cspd.runtime.config import RunConfig
-from cspd.runtime.local_ray import begin_ray, import_ray, local_ray
+from cspd.runtime.local_ray import begin_ray, import_ray, local_ray, unannounced
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.shipping import Shipment, ship, unpack
 from cspd.runtime.stopping import StopWish
@@ -93,7 +93,7 @@ class Pool:
     """Workers, the batches that wait, and those in flight (reference -> worker, batch).
 
     A worker that died is asked to be `ready`, which Ray answers when it has restarted it, on
-    another node if need be; until then it is `away` and gets no work.
+    another node if need be; until then it is `away` and gets no work. `say` gets a line about it.
     """
 
     ray: Any
@@ -103,6 +103,7 @@ class Pool:
     flying: dict[Any, tuple[Any, list[int] | None]] = field(default_factory=dict)
     away: set[Any] = field(default_factory=set)
     deaths: Counter[int] = field(default_factory=Counter)
+    say: Callable[[str], None] = print
 
     def batches(self, stop: StopWish) -> Iterator[FinishedBatch]:
         """Every batch as it is finished, in any order; after a signal only those in flight."""
@@ -148,6 +149,7 @@ class Pool:
                 f"images {batch[0]}..{batch[-1]}: {MAX_DEATHS} workers died with them ({reason}); "
                 "too little memory for --batch-size?"
             )
+        self.say(f"a worker died ({reason}); images {batch[0]}..{batch[-1]} are made again")
         self.waiting.appendleft(batch)
         if worker not in self.away:
             self.away.add(worker)
@@ -189,10 +191,10 @@ def pool(
 def connected(machine: Machine, cluster: Cluster) -> Iterator[Any]:
     """Ray, connected to the cluster or started here; a connection that is there is used.
 
-    What Ray prints goes to stderr: it would print the deaths of workers among our results.
+    What Ray prints goes to stderr, and not among our results.
     """
     ray = import_ray()
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), unannounced(ray):
         if ray.is_initialized():
             yield ray
             return

@@ -1,7 +1,8 @@
 """Fewer denoising steps on purpose: "50:20" anneals their number over the autoregressive steps.
 
 Late tokens are conditioned on most of the image and need fewer steps. Another number of steps than
-the model's own is another law: lossy, and reported as that. (DiSA, arXiv 2505.20297.)
+the model's own draws from another distribution: lossy, and reported as that (DiSA, arXiv
+2505.20297).
 """
 
 from __future__ import annotations

@@ -162,7 +162,8 @@ def tuned(pipeline: Pipeline, role: Role, config: RunConfig) -> HeadCosts:
     """Costs of the head of `role`: saved ones, or measured now and saved."""
     found = saved(pipeline, role, config)
     if found is None:
-        found = measure(pipeline, role, config)
+        with pipeline.working(f"measuring the {role} head, once per machine"):
+            found = measure(pipeline, role, config)
         save(pipeline.bundle, found)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -205,9 +206,15 @@ class Bench:
         if backend not in self.pipelines:
             name, wrap = ("torch", self._compiled) if backend == COMPILED else (backend, unchanged)
             self.pipelines[backend] = ReplayPipeline(
-                self.bundle, name, self.device, self.threads, wrap=wrap, pattern=self.pattern
-            )
+                self.bundle, name, self.device, self.threads, wrap=wrap, pattern=self.pattern,
+                working=self._working,
+            )  # fmt: skip
         return self.pipelines[backend]
+
+    @contextlib.contextmanager
+    def _working(self, what: str) -> Iterator[None]:
+        self.say(what)
+        yield
 
     def _compiled(self, label: str, session: Session) -> Session:
         """The PyTorch session of `label` with its module compiled for dynamic shapes."""

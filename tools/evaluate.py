@@ -11,6 +11,7 @@ import shlex
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from cspd.runtime.config import asked_config, check_config, make_config
 from cspd.runtime.options import backend_option, machine_options
 from cspd.runtime.outputs import distribution, environment, tool_version
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.progress import working
 from cspd.tools import bootstrap
 from cspd.tools.bootstrap import Judged, interval
 from cspd.tools.evaluate_judges import (
@@ -290,7 +292,7 @@ def command(
     check_machine(opened, backend, device)
     judge = find_judge(opened.manifest, inception, reference)
     judge.check(opened.manifest.geometry.image_channels)
-    pipeline = Pipeline(opened, backend, device, threads)
+    pipeline = Pipeline(opened, backend, device, threads, working=partial(working, quiet=quiet))
     if out is None:
         out = new_out("evaluate")
         say(f"images in {out}; if this is stopped, add --out {out} to resume")

@@ -128,6 +128,13 @@ def verdict(row: Row) -> str:
     return "[bold red]FAIL" if row.gate else "[yellow]would fail"
 
 
+# Options that only some rungs use, and those rungs.
+USERS = {
+    ("seeds", "budget"): ("backends", "graphs"),
+    ("backends",): ("trajectory", "image", "decisions", "backends"),
+}
+
+
 @click.command(
     "parity", cls=Verb,
     example="cspd-export parity --out parity.json\n"
@@ -174,7 +181,13 @@ def verdict(row: Row) -> str:
     help="Denoising steps.",
 )
 @option("--seeds", default=2, type=click.IntRange(1), group=WHAT, help="Random inputs per size.")
-@option("--budget", default=20.0, group=WHAT, help="Largest random call, in 1e9 operations.")
+@option(
+    "--budget",
+    default=20.0,
+    type=click.FloatRange(0, min_open=True),
+    group=WHAT,
+    help="Largest random call, in 1e9 operations.",
+)
 @option(
     "--bisect", "with_bisect", is_flag=True, group=WHAT, help="Name the worst nodes of each graph."
 )
@@ -210,6 +223,9 @@ def command(
     if polygraphy:
         kept = ("bundle", "backends", "polygraphy", "as_json", "out")
         refuse_idle(other_options(*kept), "not used with --polygraphy; leave it out")
+    for names, users in USERS.items():
+        if rungs and not set(rungs) & set(users):
+            refuse_idle(names, f"not used by these rungs; leave it out, or add --rung {users[-1]}")
     if out is not None:
         check_writable(out)
     opened = open_bundle(bundle or shipped_bundle())

@@ -161,10 +161,10 @@ def equal_shares(a: Tensor, b: Tensor) -> float:
 
 
 def energy_test(a: ImageSet, b: ImageSet, seed: int = 0) -> float:
-    """p-value of equal laws of the features given the class: permutations within the classes.
+    """p-value of equal distributions of the features given the class: permutations within classes.
 
     Exact at any size: the observed split is one of `PERMUTATIONS` + 1 that are equally likely if
-    the laws are equal. At most `MAX_PER_SIDE` images of each side are used.
+    they are equal. At most `MAX_PER_SIDE` images of each side are used.
     """
     a, b = (_thin(images) for images in (a, b))
     labels = torch.cat([a.labels, b.labels])

@@ -146,7 +146,7 @@ COUNTS = {
 }  # fmt: skip
 RECORD = {
     "schema": 2, "tool": "0.1.0", "bundle": {"sha256": BUNDLE.sha256, "synthetic": False},
-    "law": "exact", "config": CONFIG.model_dump(mode="json"), "images": 2, "seconds": 1.5,
+    "distribution": "exact", "config": CONFIG.model_dump(mode="json"), "images": 2, "seconds": 1.5,
     "seconds_per_image": 0.75,
     "statistics": {
         **COUNTS, "acceptance_rate": 0.5, "mean_distance": 0.1, "prefilled": 2,
@@ -165,7 +165,7 @@ def test_report_on_run_records(arena, changes):
 @budget(full=150, ci=4)
 @given(content=st.one_of(damaged(json.dumps(RECORD).encode()), st.binary(max_size=100)))
 @example(content=b"[" * 100_000)
-@example(content=json.dumps(RECORD | {"law": "\ud800"}).encode())
+@example(content=json.dumps(RECORD | {"distribution": "\ud800"}).encode())
 @example(content=json.dumps(RECORD | {"bundle": {"sha256": -6.7, "synthetic": False}}).encode())
 def test_report_on_other_bytes(arena, content):
     report(arena, content)

@@ -1,4 +1,4 @@
-"""Folders of runs nobody vouches for: a run goes on in them, or says why not."""
+"""Folders of runs nobody vouches for: a run resumes in them, or says why not."""
 
 import json
 import shutil

@@ -21,6 +21,7 @@ from cspd.runtime.lossless_loop import SpeculativeLoopHead
 from cspd.runtime.member import LoopHead
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.progress import working
 from cspd.runtime.relax import SameNoiseRound
 from cspd.runtime.replay import replay
 from cspd.runtime.tune_command import cost_table
@@ -57,13 +58,17 @@ def keep(pipeline, plain_ms, round_ms, settings, role="target"):
     return tuning.save(pipeline.bundle, found)
 
 
-def test_measured_once_and_kept_beside_the_bundle(pipeline, tmp_path, monkeypatch):
+def test_measured_once_and_kept_beside_the_bundle(pipeline, tmp_path, monkeypatch, capsys):
+    """And said while it is measured, not when saved costs are read."""
+    pipeline.working = working
     found = tuning.tuned(pipeline, "target", config())
+    assert capsys.readouterr().err == "measuring the target head, once per machine\n"
     (path,) = (tmp_path / "bundle.tuned").iterdir()
     assert found.costs.num_steps == 10 and len(found.acceptance) == 10
     assert all(0 < share < 1 for share in found.acceptance)
     monkeypatch.setattr(tuning, "measure", None)  # a second measurement would fail
     assert tuning.tuned(pipeline, "target", config()) == found
+    assert capsys.readouterr().err == ""
     text = path.read_text().replace(found.costs.key, "0" * 64)
     path.write_text(text)
     with pytest.raises(CspdError, match="cspd-run tune"):

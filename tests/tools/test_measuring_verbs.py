@@ -20,6 +20,8 @@ IDLE = {
     ("bench", "--quick", "--no-compile"): "--no-compile: --quick leaves torch.compile out",
     ("bench", "--quick", "--inception", "w"): "--inception: nothing is scored here",
     ("parity", "--polygraphy", "--seeds", "3", "--bisect"): "--seeds, --bisect: not used with",
+    ("parity", "--rung", "image", "--budget", "3"): "--budget: not used by these rungs; leave it",
+    ("parity", "--rung", "graphs", "--backend", "onnxruntime"): "or add --rung backends",
     ("triton", SHIPPED, "--out", "x", "--backend", "tensorrt"): "--backend: tensorrt runs on GPUs",
 }  # fmt: skip
 
