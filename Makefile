@@ -41,7 +41,7 @@ bench: .venv/report
 	$(BIN)/cspd-export parity --out out/parity.json
 	$(BIN)/cspd-run report out/bench out/evaluate out/parity.json --out out/report.html --plots out/plots --markdown out/report.md
 
-# docs/evidence/gallery.png shows times: take it on an idle machine, while cspd-run serve --batch-size 1 runs.
+# docs/evidence/gallery.png shows times: take it on an idle machine, while cspd-run serve runs.
 gallery-picture: .venv/dev
 	$(BIN)/python tests/tools/gallery_picture.py docs/evidence/gallery.png
 

@@ -31,6 +31,14 @@ def human_bytes(size: float) -> str:
     return f"{size:.2f} GB"
 
 
+def human_seconds(seconds: float) -> str:
+    """A duration, rounded, with its unit."""
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 1 else "less than a second"
+
+
 class Option(click.Option):
     """An option that stands in the help under `group`; a text in `show_default` is shown as is."""
 

@@ -123,7 +123,7 @@ def build(
     max_batch: int, max_rows: int, clip_timesteps: int | None, backends: tuple[str, ...],
     hoisted: bool, out: Path, overwrite: bool, dry_run: bool, as_json: bool, **engine: Any,
 ) -> None:  # fmt: skip
-    """Export a pair of MAR models and its decoder as one verified bundle."""
+    """Export MAR models and a decoder as one verified bundle."""
     engines = engine_options(backends, engine)
     if random_weights:
         weights = ("target_weights", "draft_weights", "allow_non_ema")
@@ -227,7 +227,7 @@ def demo_pair(
     weights: Path | None, precision: Precision, backends: tuple[str, ...], hoisted: bool,
     out: Path, overwrite: bool, as_json: bool, **engine: Any,
 ) -> None:  # fmt: skip
-    """Rebuild the shipped bundle, in another precision or with engines if you like.
+    """Rebuild the shipped bundle, with engines if you like.
 
     WEIGHTS is a folder with target.safetensors and draft.safetensors, by default the weights of
     the shipped bundle.
@@ -252,7 +252,7 @@ def demo_pair(
 )  # fmt: skip
 @json_option
 def lint(model: Path, flavour: str | None, as_json: bool) -> None:
-    """Say what would make the ONNX file MODEL fail as an engine, or slow."""
+    """Say what would make an engine of MODEL fail, or slow."""
     findings = lint_model(model, None, flavour)
     errors = sum(finding.severity == "error" for finding in findings)
     if not as_json:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cspd.engines.commands import human_bytes
+from cspd.engines.commands import human_bytes, human_seconds
 from cspd.engines.manifest import Precision, Role
 from cspd.export.build import BuildOptions
 from cspd.export.mar import Mar
@@ -110,7 +110,7 @@ class Estimate:
     def summary(self) -> str:
         """Time, memory and disk in a line."""
         return (
-            f"estimated: {self.seconds / 60:.0f} min on one CPU core, "
+            f"estimated: {human_seconds(self.seconds)} on one CPU core, "
             f"{human_bytes(self.memory_bytes)} of memory, {human_bytes(self.disk_bytes)} of disk"
         )
 

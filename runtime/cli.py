@@ -119,9 +119,10 @@ def generate(
     overwrite: bool, format_name: Format, shard_size: int, address: str | None,
     workers: int | None, dry_run: bool, quiet: bool, as_json: bool, **sampling: Any,
 ) -> None:  # fmt: skip
-    """Generate images with BUNDLE, by default the small trained pair inside the package.
+    """Generate images with BUNDLE, by default the shipped pair.
 
-    A run that was stopped, killed or ran out of disk is resumed by the same command with its --out.
+    That pair is small, trained and inside the package. A run that was stopped, killed or ran out of
+    disk is resumed by the same command with its --out.
     """
     opened = open_bundle(bundle or shipped_bundle())
     config = configure(opened, ",".join(labels) if labels else None, sampling)
@@ -146,8 +147,9 @@ def generate(
     check_config(config, opened.manifest)
     place = out or Path("out") / "generate"
     plan = make_plan(
-        opened, config, place, layout=job.layout, device=device, on_ray=address is not None
-    )
+        opened, config, place, layout=job.layout, device=device, threads=threads,
+        on_ray=address is not None,
+    )  # fmt: skip
     if dry_run:
         finish(as_json, plan.model_dump(mode="json"), [], *plan.lines)
     require(plan)
@@ -188,7 +190,7 @@ def replay_command(image: Path, bundle: Path | None, device: str) -> str:
 def replay(
     image: Path, bundle: Path | None, device: str, threads: int, out: Path | None, as_json: bool
 ) -> None:
-    """Make IMAGE again from the settings inside it, and say whether it came out the same."""
+    """Make IMAGE again from the settings inside it, and compare."""
     opened = open_bundle(bundle or shipped_bundle())
     made, config, same = make_again(opened, image, device=device, threads=threads)
     written = [out] if out is not None else []
@@ -211,7 +213,7 @@ def replay(
         help="Backend that decides the exit code.")  # fmt: skip
 @json_option
 def doctor(backend: str, as_json: bool) -> None:
-    """Say what this machine can build and run, and how to fix what it cannot."""
+    """Say what this machine can do, and how to fix the rest."""
     diagnosis = diagnose()
     if not as_json:
         for table in doctor_tables(diagnosis):

@@ -137,7 +137,10 @@ class RunConfig(Record):
     ] = None
     # What was chosen for each model from measured costs. Without it, "auto" chooses.
     heads: tuple[HeadChoice, ...] = ()
-    batch_size: Annotated[int, About("Images computed together.", SPEED)] = Field(8, ge=1, le=4096)
+    batch_size: Annotated[
+        int,
+        About("Images computed together.", SPEED, default="up to 8, evenly filled"),
+    ] = Field(8, ge=1, le=4096)
     modulation_memory: Annotated[
         int,
         About(

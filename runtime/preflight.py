@@ -5,25 +5,31 @@ from __future__ import annotations
 import contextlib
 from functools import partial
 from pathlib import Path
+from textwrap import wrap
 
 from cspd.engines.atomic import free_disk
 from cspd.engines.bundle import Bundle
-from cspd.engines.commands import human_bytes
+from cspd.engines.commands import human_bytes, human_seconds
 from cspd.engines.errors import CspdError
 from cspd.engines.machine import machine_checks
 from cspd.engines.preflight import Check, check_disk, check_memory, problems
 from cspd.engines.spec import Record
 from cspd.runtime.config import RunConfig
+from cspd.runtime.estimate import image_seconds
 from cspd.runtime.folder import IMAGES
 from cspd.runtime.formats import Layout
 from cspd.runtime.local_ray import import_ray
 
+WIDTH = 80  # of lines for people
 COMPRESSED = 0.6  # size of a photograph's PNG against its pixels
 SETTINGS_BYTES = 1500  # of an image: its settings inside it, and its line
 
 
 class Plan(Record):
-    """What a run would take. Sizes are estimates: images as PNG, weights once."""
+    """What a run would take, without the images that are there already.
+
+    Sizes are estimates: images as PNG, weights once. So are seconds, see `estimate`; None on GPUs.
+    """
 
     models: tuple[str, ...]
     graphs: tuple[str, ...]
@@ -33,25 +39,35 @@ class Plan(Record):
     denoising_steps: int | str
     estimated_disk_bytes: int
     estimated_memory_bytes: int
+    estimated_seconds: float | None
     problems: tuple[str, ...]
 
     @property
     def lines(self) -> list[str]:
         """The plan for people."""
-        return [
-            f"models: {', '.join(self.models)}; graphs to choose from: {', '.join(self.graphs)}",
+        lines = [
+            f"models: {', '.join(self.models)}",
+            f"graphs to choose from: {', '.join(self.graphs)}",
             f"{self.images} images in {self.batches} batches, "
             f"{self.autoregressive_steps} autoregressive steps of {self.denoising_steps} "
             "denoising steps",
-            f"estimated: {human_bytes(self.estimated_disk_bytes)} of disk, "
-            f"{human_bytes(self.estimated_memory_bytes)} of memory at least; time is not estimated",
-            *(f"problem: {problem}" for problem in self.problems),
+            f"estimated: {human_bytes(self.estimated_disk_bytes)} of disk, at least "
+            f"{human_bytes(self.estimated_memory_bytes)} of memory, {self._time}",
         ]
+        short = [part for line in lines for part in wrap(line, WIDTH, subsequent_indent="  ")]
+        return [*short, *(f"problem: {problem}" for problem in self.problems)]
+
+    @property
+    def _time(self) -> str:
+        if self.estimated_seconds is None:
+            return "time unknown: measured on single CPUs only"
+        return f"{human_seconds(self.estimated_seconds)} within a factor of two"
 
 
 def make_plan(
-    bundle: Bundle, config: RunConfig, out: Path, *, layout: Layout, device: str, on_ray: bool
-) -> Plan:
+    bundle: Bundle, config: RunConfig, out: Path, *, layout: Layout, device: str, threads: int,
+    on_ray: bool,
+) -> Plan:  # fmt: skip
     """The plan of `config`, which `check_config` passed, and everything that is known to stop it.
 
     Opens and writes nothing.
@@ -64,7 +80,9 @@ def make_plan(
     ]
     weights = {name for m in models.values() for name in (m.weights, m.first_weights) if name}
     memory = sum(manifest.files[name].bytes for name in weights)
-    disk = _disk(bundle, config, out)
+    missing = _missing(config, out)
+    disk = missing * _image_bytes(bundle)
+    seconds = None if on_ray else image_seconds(bundle, config, device, threads)
     fewer = "choose another --out or fewer --num-images"
     other = "end other programs, or run on a larger machine"
     checks: list[Check] = [
@@ -80,18 +98,23 @@ def make_plan(
         batches=-(-config.num_images // config.batch_size),
         autoregressive_steps=config.num_iter, denoising_steps=config.head_steps,
         estimated_disk_bytes=disk, estimated_memory_bytes=memory,
+        estimated_seconds=None if seconds is None else missing * seconds,
         problems=tuple(problems(checks)),
     )  # fmt: skip
 
 
-def _disk(bundle: Bundle, config: RunConfig, out: Path) -> int:
-    """Bytes that the images which `out` lacks take."""
+def _missing(config: RunConfig, out: Path) -> int:
+    """How many images `out` lacks."""
     made = 0
     with contextlib.suppress(OSError):
         made = (out / IMAGES).read_bytes().count(b"\n")
+    return max(0, config.num_images - made)
+
+
+def _image_bytes(bundle: Bundle) -> int:
     geometry = bundle.manifest.geometry
     pixels = geometry.image_channels * geometry.image_size**2
-    return max(0, config.num_images - made) * (int(pixels * COMPRESSED) + SETTINGS_BYTES)
+    return int(pixels * COMPRESSED) + SETTINGS_BYTES
 
 
 def require(plan: Plan) -> None:

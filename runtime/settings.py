@@ -13,6 +13,8 @@ from cspd.engines.errors import SettingError
 from cspd.engines.words import setting
 from cspd.runtime.config import RunConfig, asked_config, parse_labels
 
+USUAL_BATCH = 8
+
 
 def shipped_bundle() -> Path:
     """The trained pair inside the package."""
@@ -32,10 +34,18 @@ def configure(
     chosen["labels"] = _classes(labels, bundle)
     usual = {
         "num_images": len(chosen["labels"]),
+        "batch_size": even_batch(chosen.get("num_images", len(chosen["labels"]))),
         "method": "cspd" if "draft" in manifest.models else "target",
         **manifest.defaults,
     }
     return asked_config(chosen, usual)
+
+
+def even_batch(num_images: object) -> int:
+    """Images per batch that leave the fewest to pad: a batch that is not full costs a full one."""
+    if not isinstance(num_images, int) or num_images < 1:
+        return USUAL_BATCH  # what is wrong with the number is said with the rest
+    return -(-num_images // -(-num_images // USUAL_BATCH))
 
 
 def _classes(labels: str | Iterable[int | str] | None, bundle: Bundle) -> tuple[int, ...]:

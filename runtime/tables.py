@@ -27,7 +27,7 @@ def outcome_table(outcomes: list[Outcome], bundle: Bundle) -> Table:
     columns = ("method", "images", "seconds", "accepted", "target rounds", "target calls",
                "draft calls", "speed vs target")  # fmt: skip
     title = "SYNTHETIC weights: images mean nothing" if bundle.manifest.synthetic else ""
-    return Table(title, columns, rows)
+    return Table(title, columns, rows).filled()
 
 
 def _speed(tally: Tally, baseline: Tally | None) -> str:

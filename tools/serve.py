@@ -186,10 +186,10 @@ def serve_until_signal(gate: Any, seconds: float) -> int:
 )
 @option(
     "--batch-size",
-    default=8,
     type=click.IntRange(1, 512),
     group=SPEED,
-    help="Images computed together, as in generate.",
+    show_default="1 on a CPU, 8 on a GPU",
+    help="Images computed together, whoever asks for them; fewer cost as much.",
 )
 @backend_option
 @machine_options
@@ -206,6 +206,7 @@ def command(
     folder = opened.folder.resolve()
     if not options["threads"]:
         options["threads"] = max(1, available_cpus() // replicas)
+    options["batch_size"] = options["batch_size"] or (8 if options["device"] == "cuda" else 1)
     settings = Settings(
         bundle=folder, replicas=replicas, key_sha256=read_key(api_key_file, host),
         hosts=LOOPBACK if is_loopback(host) else (), **options,

@@ -306,6 +306,16 @@ def test_labels_default_to_every_class(tiny_bundle):
     assert chosen.labels == tuple(range(tiny_bundle.manifest.geometry.num_classes))
 
 
+@pytest.mark.parametrize(
+    ("images", "batch"), [(1, 1), (2, 2), (8, 8), (9, 5), (10, 5), (17, 6), (1000, 8)]
+)
+def test_batches_are_filled_evenly(tiny_bundle, images, batch):
+    """An image more than 8 does not cost 8; what was asked for is kept."""
+    assert configure(tiny_bundle, "0", {"num_images": images}).batch_size == batch
+    assert configure(tiny_bundle, "0", {"num_images": images, "batch_size": 3}).batch_size == 3
+    assert -(-images // batch) == -(-images // 8)
+
+
 def test_noise_is_drawn_for_one_step_at_a_time(pipeline, monkeypatch):
     """Not for all tokens of all images up front (D12)."""
     drawn = []

@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from cspd.engines.commands import human_seconds
 from cspd.runtime.cli import main
 from cspd.runtime.preflight import COMPRESSED, SETTINGS_BYTES
 
@@ -35,8 +36,14 @@ def test_plan_of_a_run(dry_run, tiny_bundle):
     weights = tiny_bundle.folder / "target" / "weights.safetensors"
     assert plan["estimated_memory_bytes"] == weights.stat().st_size
     assert plan["problems"] == [] == plan["made"]
-    text = dry_run(*options).stdout
+    shown = dry_run(*options).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    text = " ".join(shown.split())
     assert "20 images in 3 batches, 4 autoregressive steps" in text and "estimated: 33 kB" in text
+    seconds = plan["estimated_seconds"]
+    assert seconds > 0 and f"{human_seconds(seconds)} within a factor of two" in text
+    more = json.loads(dry_run(*options, "--num-images", "40", "--json").stdout)
+    assert more["estimated_seconds"] == pytest.approx(2 * seconds)
 
 
 def test_what_is_there_needs_no_room(tiny_bundle, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from narrow import check_narrow
 
 from cspd.engines.commands import OTHER, ToolCommand, Verb
+from cspd.export.cli import main as export_main
 from cspd.runtime.cli import main
 from cspd.runtime.config import RunConfig, about
 from cspd.runtime.settings import shipped_bundle
@@ -46,6 +47,15 @@ def test_help_of_a_verb(name):
         assert (program, called) == ("cspd-run", name)
         parser = found.make_parser(context)
         assert parser.parse_args(list(arguments))[1] == []  # no argument that the verb lacks
+
+
+@pytest.mark.parametrize("program", [main, export_main])
+def test_the_list_of_verbs_has_whole_sentences(program, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = CliRunner().invoke(program, ["--help"]).stdout.partition("Commands:")[2]
+    verbs = listed.strip().splitlines()
+    assert len(verbs) == len(program.commands)
+    assert all(line.endswith(".") and not line.endswith("...") for line in verbs)
 
 
 def test_an_option_stands_once():

@@ -2,7 +2,7 @@
 
 On an otherwise idle machine, because the picture shows times:
 
-    cspd-run serve --batch-size 1 &
+    cspd-run serve &
     python tests/tools/gallery_picture.py docs/evidence/gallery.png
 """
 
