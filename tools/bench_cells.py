@@ -30,7 +30,7 @@ def host_note(results: Results) -> str:
     where = (
         host["gpu"]
         if host["gpu"] != "none"
-        else f"CPU, {counted(header['threads'] or host['cpus'], 'thread')}"
+        else f"CPU, {counted(header['threads'] or int(host['cpus']), 'thread')}"
     )
     names = " + ".join(f"{role} {preset}" for role, preset in header["models"].items())
     warning = ""
@@ -71,7 +71,9 @@ def name_of(item: Summary) -> str:
 
 
 def seconds(item: Summary) -> str:
-    """Median with quartiles."""
+    """Median with quartiles, which one batch does not have."""
+    if item.batches == 1:
+        return f"{item.seconds:.3g}"
     return f"{item.seconds:.3g} ({item.low:.3g} to {item.high:.3g})"
 
 

@@ -28,8 +28,8 @@ header p { margin: 0; color: #c4d2e0; font-size: .9rem; max-width: 62rem; }
   grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
 .card { background: var(--panel); border: 1px solid var(--line); border-radius: .6rem;
   padding: .8rem 1rem; box-shadow: 0 2px 8px rgb(0 0 0 / 7%); }
-.card b { display: block; font-size: 1.6rem; line-height: 1.2; color: var(--accent);
-  font-variant-numeric: tabular-nums; }
+.card b { display: block; font-size: 1.35rem; line-height: 1.2; color: var(--accent);
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
 .card.good b { color: var(--good); } .card.bad b { color: var(--bad); }
 .card span { font-size: .82rem; color: var(--soft); }
 nav { position: sticky; top: 0; z-index: 3; background: var(--back); margin-top: 1rem;

@@ -193,8 +193,9 @@ def time_by_graph(results: Results) -> Figure | None:
     figure, axes = new_figure("Where the time goes", "milliseconds per image", "")
     axes.grid(False, axis="y")
     names, left = [textwrap.fill(name_of(item), LABEL) for item in items], np.zeros(len(items))
-    lines = sum(1 + name.count("\n") for name in names)
-    figure.set_size_inches(SIZE[0], max(SIZE[1], 1.4 + 0.22 * lines))
+    lines = len(names) * max(1 + name.count("\n") for name in names)  # bars are equally far apart
+    figure.set_size_inches(SIZE[0], max(SIZE[1], 1.4 + 0.19 * lines))
+    axes.tick_params(axis="y", labelsize=9)
     for part, starts in PARTS.items():
         width = np.array([seconds_in(item, starts) * 1e3 for item in items])
         if width.any():

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cspd.engines.table import Table
+from cspd.engines.words import counted
 from cspd.runtime.folder import GRID
 from cspd.runtime.images import encode_png, numbered
 from cspd.tools import scores
@@ -158,7 +159,7 @@ def subtitle(source: Source) -> str:
     header = header_of(source)
     models = " + ".join(f"{preset} ({role})" for role, preset in header["models"].items())
     host = header["host"]
-    machine = host["gpu"] if host["gpu"] != "none" else f"{host['cpus']} CPU cores"
+    machine = host["gpu"] if host["gpu"] != "none" else counted(int(host["cpus"]), "CPU core")
     code = f", commit {header['commit'][:12]}" if header.get("commit") else ""
     return f"{models}. {machine} ({host['machine']}), PyTorch {host['torch']}{code}."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cspd.runtime.config import RunConfig
+from cspd.runtime.config import AS_RELEASED, RunConfig
 
 # They say which images are made and how many, not how.
 NOT_SETTINGS = ("labels", "num_images", "seed")
@@ -22,7 +22,9 @@ def setting_name(config: RunConfig, usual: RunConfig, ignored: tuple[str, ...] =
     parts += [f"{config.num_iter} steps"] if "num_iter" not in ignored else []
     if "gamma" not in ignored and (config.method == "cspd" or config.gamma != usual.gamma):
         parts += [f"gamma {config.gamma}"]
-    hidden = (*NOT_SETTINGS, *ALWAYS_NAMED, *ignored)
+    released = all(values[name] == value for name, value in AS_RELEASED.items())
+    parts += ["as released"] if released else []
+    hidden = (*NOT_SETTINGS, *ALWAYS_NAMED, *ignored, *(AS_RELEASED if released else ()))
     parts += [
         f"{name.replace('_', '-')} {_shown(value)}"
         for name, value in values.items()

@@ -38,13 +38,15 @@ def resize(driver: webdriver.Chrome, width: int, height: int, dark: bool = False
 
 def faint(driver: webdriver.Chrome) -> list[str]:
     """Texts on the page with less contrast than WCAG 2.2, 1.4.3 asks: 4.5:1, large ones 3:1."""
-    return driver.execute_script(FAINT)
+    return driver.execute_script(SETTLE + FAINT)
 
 
-# Colours are read where their transitions end, not on the way there.
-FAINT = """
+# Colours are read, and pictures taken, where transitions end, not on the way there.
+SETTLE = """
 for (const motion of document.getAnimations())
   if (Number.isFinite(motion.effect.getComputedTiming().endTime)) motion.finish();
+"""
+FAINT = """
 const box = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
 const known = new Map();
 const channels = (colour) => {

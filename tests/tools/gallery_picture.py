@@ -12,7 +12,7 @@ import argparse
 import base64
 from pathlib import Path
 
-from browsing import open_browser, resize
+from browsing import SETTLE, open_browser, resize
 from selenium.webdriver.support.ui import WebDriverWait
 
 COMPARE = """
@@ -38,6 +38,7 @@ def take(url: str, out: Path, *, width: int = 1280, dark: bool = False, label: s
         wait.until(lambda _: driver.execute_script(IDLE.format(cards=5)))
         driver.execute_script("document.querySelector('#shelf').hidden = true; scrollTo(0, 0)")
         resize(driver, width, driver.execute_script(HEIGHT), dark)
+        driver.execute_script(SETTLE)
         shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})
     out.write_bytes(base64.b64decode(shot["data"]))
 

@@ -110,7 +110,7 @@ def test_options_that_change_nothing_and_contradictions_are_refused(tiny_bundle)
         settings_of(tiny_bundle, {"method": "target", "gamma": "4"})
     released = evaluate.parse_method("cspd:as-released=true")
     (name,) = settings_of(tiny_bundle, released)
-    assert name == "cspd, 6 steps, gamma 8, on-reject residual, count-in steps"
+    assert name == "cspd, 6 steps, gamma 8, as released"
     with pytest.raises(CspdError, match="--as-released means --verify parallel"):
         settings_of(tiny_bundle, {**released, "verify": "prefix"})
     with pytest.raises(CspdError, match="--as-released is 'maybe', expected true or false"):

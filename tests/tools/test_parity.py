@@ -108,7 +108,7 @@ def test_the_command_fails_and_names_the_node(tiny_bundle, tmp_path):
 
 def test_the_command_succeeds_on_a_sound_bundle(tiny_bundle, tmp_path):
     out = tmp_path / "parity.json"
-    arguments = [str(tiny_bundle.folder), "--num-iter", "2", "--head-steps", "5", "--seeds", "1"]
+    arguments = [str(tiny_bundle.folder), "--num-iter", "2", "--head-steps", "5"]
     arguments += ["--rung", "decisions", "--rung", "image", "--out", str(out)]
     result = CliRunner().invoke(parity.command, arguments)
     assert result.exit_code == 0, result.output

@@ -75,7 +75,7 @@ def runs(tiny_bundle, tmp_path_factory):
     record = evaluation.run(Pipeline(tiny_bundle, threads=1))
     (folder / "evaluate" / "evaluate.json").write_text(json.dumps(record))
     out = folder / "parity.json"
-    arguments = [str(tiny_bundle.folder), "--num-iter", "2", "--head-steps", "5", "--seeds", "1"]
+    arguments = [str(tiny_bundle.folder), "--num-iter", "2", "--head-steps", "5"]
     arguments += ["--rung", "trajectory", "--rung", "image", "--out", str(out)]
     assert CliRunner().invoke(parity.command, arguments).exit_code == 0
     return [folder / "bench", folder / "evaluate", out]
