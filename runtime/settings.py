@@ -34,17 +34,17 @@ def configure(
     chosen["labels"] = _classes(labels, bundle)
     usual = {
         "num_images": len(chosen["labels"]),
-        "batch_size": even_batch(chosen.get("num_images", len(chosen["labels"]))),
         "method": "cspd" if "draft" in manifest.models else "target",
         **manifest.defaults,
     }
-    return asked_config(chosen, usual)
+    config = asked_config(chosen, usual)
+    if "batch_size" in {**usual, **chosen}:
+        return config
+    return config.model_copy(update={"batch_size": even_batch(config.num_images)})
 
 
-def even_batch(num_images: object) -> int:
+def even_batch(num_images: int) -> int:
     """Images per batch that leave the fewest to pad: a batch that is not full costs a full one."""
-    if not isinstance(num_images, int) or num_images < 1:
-        return USUAL_BATCH  # what is wrong with the number is said with the rest
     return -(-num_images // -(-num_images // USUAL_BATCH))
 
 
