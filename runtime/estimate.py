@@ -17,19 +17,26 @@ from cspd.runtime.steps import HeadSteps
 # shipped pair in batches of 8 on two cores (docs/evidence/bench.md), and mar-h in float32, one
 # image on one core (docs/evidence/engines.md). Small matrices take longer per operation.
 MEASURED = ((4.2e10, 6.0e10), (1.61e13, 1.18e11))
+# What the manifest says of a model, as somebody wrote it, and the most that is believed.
+SIZES = ("embed_dim", "encoder_depth", "decoder_depth", "head_width", "head_depth",
+         "token_dim", "buffer_size")  # fmt: skip
+MAX_SIZE = 1 << 16
 TIME_FEATURES = 256  # of the sinusoidal embedding of a denoising step
 
 
 def image_seconds(bundle: Bundle, config: RunConfig, device: str, threads: int) -> float | None:
     """Seconds per image of stepping alone; None on a GPU, where nothing was measured.
 
+    None, too, where the bundle does not tell the sizes of its model.
+
     `cspd` is taken for `target`: what is accepted is not known beforehand. Cores are taken to be
     those of the measured runs, which is right within a factor of about two.
     """
-    if device != "cpu":
+    sizes = bundle.manifest.models["draft" if config.method == "draft" else "target"].config
+    told = (type(size := sizes.get(name)) is int and 1 <= size <= MAX_SIZE for name in SIZES)
+    if device != "cpu" or not all(told):
         return None
-    model = bundle.manifest.models["draft" if config.method == "draft" else "target"]
-    work = operations(model.config, config)
+    work = operations(sizes, bundle.manifest.geometry.num_tokens, config)
     return work / rate(work) / (threads or available_cpus())
 
 
@@ -40,9 +47,9 @@ def rate(work: float) -> float:
     return exp((1 - share) * log(slow) + share * log(fast))
 
 
-def operations(model: Mapping[str, Any], config: RunConfig) -> float:
-    """Multiplications and additions of one image of the MAR model with the sizes `model`."""
-    tokens, width = model["grid"] ** 2, model["embed_dim"]
+def operations(model: Mapping[str, Any], tokens: int, config: RunConfig) -> float:
+    """Multiplications and additions of an image of `tokens`, by the MAR model of sizes `model`."""
+    width = model["embed_dim"]
     boundaries = MaskPlan(tokens, config.num_iter).boundaries
     steps, total = HeadSteps.parse(config.head_steps), 0.0
     for index, (known, after) in enumerate(pairwise((0, *boundaries))):

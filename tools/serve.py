@@ -30,6 +30,8 @@ HTTP = "HTTP"  # heading of the help
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 SHORTEST_KEY = 16
 POLL_SECONDS = 0.2
+# A padded batch costs as much as a full one, and on a CPU a full one gains little.
+USUAL_BATCH = {"cpu": 1, "cuda": 8}
 
 
 def is_loopback(host: str) -> bool:
@@ -206,7 +208,7 @@ def command(
     folder = opened.folder.resolve()
     if not options["threads"]:
         options["threads"] = max(1, available_cpus() // replicas)
-    options["batch_size"] = options["batch_size"] or (8 if options["device"] == "cuda" else 1)
+    options["batch_size"] = options["batch_size"] or USUAL_BATCH[options["device"]]
     settings = Settings(
         bundle=folder, replicas=replicas, key_sha256=read_key(api_key_file, host),
         hosts=LOOPBACK if is_loopback(host) else (), **options,

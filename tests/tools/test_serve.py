@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from running_server import KEY, MAX_QUEUE
+from running_server import BATCH, KEY, MAX_QUEUE
 
 from cspd.engines.bundle import open_bundle
 from cspd.runtime.cli import configure, main, shipped_bundle
@@ -21,6 +21,7 @@ from cspd.runtime.outputs import image_metadata
 from cspd.runtime.pipeline import Pipeline
 
 QUICK = {"num_iter": 6, "head_steps": 8}
+BATCHED = {**QUICK, "batch_size": BATCH}
 SLOW = {"num_iter": 49, "head_steps": 200, "method": "target"}
 
 
@@ -36,7 +37,7 @@ def offline():
         if key not in made:
             if options.get("method") == "lossless":
                 options["window"] = DEFAULT_WINDOW  # the server speculates with a fixed window
-            config = configure(bundle, str(label), {**QUICK, "num_images": 1, **options})
+            config = configure(bundle, str(label), {**BATCHED, "num_images": 1, **options})
             ((images, _),) = pipeline.generate(config)
             metadata = image_metadata(config, bundle, images[0])
             made[key] = encode_png(images[0].pixels, metadata)
@@ -79,6 +80,7 @@ def test_several_images_are_the_files_of_the_command(server, tmp_path):
     answer = server.post({"label": "bag", "n": 2, "seed": 3, "method": "cspd", **QUICK}).json()
     options = ["--labels", "bag", "--num-images", "2", "--seed", "3", "--method", "cspd"]
     options += ["--num-iter", "6", "--head-steps", "8", "--threads", "1", "--out", str(tmp_path)]
+    options += ["--batch-size", str(BATCH)]
     main(["generate", *options, "--quiet", "--json"], standalone_mode=False)
     for index, image in enumerate(answer["images"]):
         written = (tmp_path / f"{index:05d}.png").read_bytes()

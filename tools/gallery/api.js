@@ -56,7 +56,7 @@ export function command(body, model) {
   words.push("--labels", model.classes.indexOf(body.label), "--num-images", body.n ?? 1);
   const { label, n, ...options } = body;
   if (body.method === "lossless") options.window ??= 8;
-  if (model.batch_size !== 8) options.batch_size = model.batch_size;
+  options.batch_size = model.batch_size;
   for (const [name, value] of Object.entries(options)) words.push(`--${name.replaceAll("_", "-")}`, value);
   return words.join(" ");
 }
