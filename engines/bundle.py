@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import importlib.resources
 import shlex
 import shutil
 import tempfile
@@ -43,6 +44,18 @@ class Bundle:
     def sha256(self) -> str:
         """Identity of the bundle: the hash of its manifest, which holds the hash of every file."""
         return hash_file(self.folder / MANIFEST).sha256
+
+    @cached_property
+    def shipped(self) -> bool:
+        """Whether this is the bundle inside the package."""
+        package = Path(str(importlib.resources.files("cspd.demo_pair"))).resolve()
+        return self.folder.resolve().is_relative_to(package)
+
+    def engine_command(self, flavour: str) -> str:
+        """The command that makes such a bundle with engines of TensorRT `flavour`."""
+        if self.shipped:
+            return f"cspd-export demo-pair --backend {flavour} --out DIR"
+        return f"cspd-export build --backend {flavour}"
 
     @cached_property
     def _verified(self) -> set[str]:

@@ -41,15 +41,15 @@ def check_engines(bundle: Bundle, flavour: str, version: str, capability: str | 
     `capability` is the GPU's, such as "8.9"; None without a GPU. An engine that names none is
     looked at when it is loaded: it is for every GPU of tensorrt-rtx, or for that of its build.
     """
-    remedy = f"rebuild them with: cspd-export build --backend {flavour}"
+    command = bundle.engine_command(flavour)
+    remedy = f"rebuild them with: {command}"
     for label, graph in bundle.manifest.graphs().items():
         if not graph.spec.engines:
             continue
         built = graph.engines.get(flavour)
         if built is None:
             raise BundleError(
-                f"{bundle.folder}: {label} has no {flavour} engine; "
-                f"build it with: cspd-export build --backend {flavour}"
+                f"{bundle.folder}: {label} has no {flavour} engine; build it with: {command}"
             )
         if built.version != version:
             raise BundleError(

@@ -172,7 +172,7 @@ def _open(bundle: Bundle, label: str, flavour: str, device: str) -> TrtSession:
     if built is None:
         raise BundleError(
             f"{bundle.folder}: {label} has no {flavour} engine; "
-            f"build it with: cspd-export build --backend {flavour}"
+            f"build it with: {bundle.engine_command(flavour)}"
         )
     where = _cuda_device(flavour, device)
     sha256 = bundle.manifest.files[built.file].sha256

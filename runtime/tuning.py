@@ -7,7 +7,6 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -102,8 +101,7 @@ def folders(bundle: Bundle) -> list[Path]:
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     user = cache / "cspd" / "tuned" / bundle.sha256[:16]
-    package = Path(str(files("cspd.demo_pair"))).resolve()
-    if bundle.folder.resolve().is_relative_to(package):
+    if bundle.shipped:
         return [user]
     return [bundle.folder.resolve().parent / f"{bundle.folder.resolve().name}.tuned", user]
 

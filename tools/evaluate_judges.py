@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from cspd.engines.commands import WHAT, option
-from cspd.engines.errors import CspdError, MissingExtraError
+from cspd.engines.errors import CspdError, MissingExtraError, SettingError
 from cspd.engines.manifest import Manifest
 from cspd.export.pairs import FASHION_CLASSES
 from cspd.tools.bootstrap import Judged, replicates
@@ -80,9 +80,9 @@ class Judge(Protocol):
 
 
 def check_count(option: str, count: int) -> None:
-    """Raise CspdError for fewer images than are scored; `option` says who asked for so many."""
+    """Raise SettingError for fewer images than are scored; `option` says who asked for so many."""
     if count < MIN_IMAGES:
-        raise CspdError(f"{option} is {count}; scores need {MIN_IMAGES} images or more")
+        raise SettingError(f"{option} is {count}; scores need {MIN_IMAGES} images or more")
 
 
 def frechet_name(extractor: str, count: int) -> str:

@@ -18,7 +18,7 @@ import click
 from cspd.engines.bundle import open_bundle
 from cspd.engines.commands import OUTPUT, SPEED, Verb, finish, json_option, option
 from cspd.engines.cpus import available_cpus
-from cspd.engines.errors import CspdError, MissingExtraError
+from cspd.engines.errors import CspdError, MissingExtraError, SettingError
 from cspd.engines.machine import check_machine
 from cspd.runtime.local_ray import local_ray, quietly
 from cspd.runtime.options import FOLDER, backend_option, machine_options
@@ -49,7 +49,7 @@ def read_key(path: Path | None, host: str) -> str | None:
     if path is None:
         if is_loopback(host):
             return None
-        raise CspdError(
+        raise SettingError(
             f"--host {host}: others can reach it, so a key is needed; write one of at least "
             f"{SHORTEST_KEY} characters to a file and add --api-key-file FILE"
         )

@@ -3,11 +3,12 @@
 import pytest
 from click.testing import CliRunner
 
-from cspd.engines.bundle import Bundle
+from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.machine import check_engines, check_machine, machine_checks
 from cspd.engines.preflight import problems
 from cspd.runtime.cli import main
+from cspd.runtime.settings import shipped_bundle
 
 RTX = "tensorrt-rtx"
 
@@ -45,6 +46,11 @@ def test_engines_for_another_gpu_are_refused(engines):
     ) as found:
         check_engines(bundle, RTX, version, "3.5")
     assert str(found.value).endswith("--compute-capability 3.5")
+
+
+def test_the_pair_in_the_package_is_rebuilt_by_its_own_command():
+    with pytest.raises(CspdError, match="build it with: cspd-export demo-pair --backend"):
+        check_engines(open_bundle(shipped_bundle()), RTX, "1", None)
 
 
 def test_a_bundle_without_engines_is_refused(tiny_bundle):

@@ -133,7 +133,7 @@ def test_bad_key(tmp_path, text):
 
 def test_no_server_beyond_loopback_without_a_key(tmp_path):
     result = CliRunner().invoke(main, ["serve", "--host", "0.0.0.0"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "a key is needed" in result.output and "--api-key-file" in result.output
     missing = ["serve", "--host", "0.0.0.0", "--api-key-file", str(tmp_path / "none")]
     result = CliRunner().invoke(main, missing)
