@@ -26,6 +26,7 @@ from cspd.runtime.outputs import image_metadata
 from cspd.runtime.pipeline import GeneratedImage, ImageId
 from cspd.runtime.progress import RunProgress, working
 from cspd.runtime.result import Images
+from cspd.runtime.sessions import Sessions
 from cspd.runtime.settings import configure, shipped_bundle
 from cspd.runtime.stats import Statistics, Tally
 
@@ -55,7 +56,7 @@ def load(
     check_machine(opened, name, device)
     if not 0 <= threads <= MAX_THREADS:
         raise CspdError(f"{setting('threads')} is {threads}, expected 0..{MAX_THREADS}")
-    return Pipeline(pipeline.Pipeline(opened, name, device, threads), quiet)
+    return Pipeline(pipeline.Pipeline(Sessions(opened, name, device, threads)), quiet)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Pipeline:
         seeds = _seeds(seed)
         made, tally = self._make(config, seeds, callback_on_step, silent)
         notes = [f"{role} head: {explained.reason}" for role, explained in reasons.items()]
-        return self._images(config, seeds, made, tally, [*notes, *self.networks.notes])
+        return self._images(config, seeds, made, tally, [*notes, *self.networks.sessions.notes])
 
     @speaking("python")
     def settings(

@@ -56,7 +56,9 @@ def timed(
 ) -> Iterator[tuple[list[GeneratedImage], Tally]]:
     """`batches` of `pipeline`, each with its time and calls."""
     while True:
-        before = {name: (stats.calls, stats.seconds) for name, stats in pipeline.calls.items()}
+        before = {
+            name: (stats.calls, stats.seconds) for name, stats in pipeline.sessions.calls.items()
+        }
         start = time.perf_counter()
         batch = next(batches, None)
         seconds = time.perf_counter() - start
@@ -65,7 +67,7 @@ def timed(
         images, statistics = batch
         calls = {
             name: CallStats(stats.calls - before[name][0], stats.seconds - before[name][1])
-            for name, stats in pipeline.calls.items()
+            for name, stats in pipeline.sessions.calls.items()
         }
         calls = {name: stats for name, stats in calls.items() if stats.calls}
         # Verdicts of single images are in `images` already.

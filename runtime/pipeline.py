@@ -1,40 +1,31 @@
-"""From a bundle and a configuration to images: opens the sessions, walks over batches."""
+"""From a configuration to images: walks over batches, decodes them, makes pixels of tokens."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
-from cspd.engines.cuda_graph import Graphs, GraphStats
+from cspd.engines.cuda_graph import Graphs
 from cspd.engines.manifest import Role
-from cspd.engines.schedule import make_schedule
-from cspd.engines.session import CallStats, EngineSession, TimedSession
-from cspd.runtime.adaptive import Speculative
 from cspd.runtime.canvas import Batch, Canvas
-from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
 from cspd.runtime.choose import Explained
 from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.cspd import CspdOptions, decode_cspd
-from cspd.runtime.member import DEFAULT_MEMORY, Head, Member
-from cspd.runtime.noise import Noise, RowNoise
+from cspd.runtime.member import Head, Member
+from cspd.runtime.noise import RowNoise
 from cspd.runtime.open_heads import OpenHeads
-from cspd.runtime.plan import MaskPlan
 from cspd.runtime.run_heads import RunHeads
 from cspd.runtime.sampler import Sampler, decode_alone, ignore_progress
-from cspd.runtime.speculation import SpeculationOptions
+from cspd.runtime.sessions import Sessions
+from cspd.runtime.setup import make_batch, make_sampler, padded
 from cspd.runtime.stats import Statistics, Verdicts
-from cspd.runtime.steps import Annealing, HeadSteps
-
-# Batches are padded to one of these when byte-identity across batch sizes is not asked for.
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -58,58 +49,47 @@ class ImageId:
 
 @dataclass
 class Pipeline:
-    """Networks of a bundle on one backend. Sessions are opened when first needed, and kept."""
+    """Makes images with the networks that `sessions` opens."""
 
-    bundle: Bundle
-    backend: str = "onnxruntime"
-    device: str = "cpu"
-    threads: int = 0
+    sessions: Sessions
     # What records the denoising loop of engines: CUDA graphs unless given.
     graphs: Graphs | None = None
-    # What a run should know: engines that could be better, loops that no CUDA graph holds.
-    notes: list[str] = field(default_factory=list)
     # Around what keeps a person waiting before the first image; it is told what that is.
     working: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext
-    _sessions: dict[str, TimedSession] = field(default_factory=dict)
-
-    def session(self, label: str) -> TimedSession:
-        """The session of graph `label`."""
-        if label not in self._sessions:
-            session = open_session(
-                self.bundle, label, self.backend, device=self.device, threads=self.threads
-            )
-            self._sessions[label] = TimedSession(session)
-            if isinstance(session, EngineSession):
-                self.notes += session.notes
-        return self._sessions[label]
 
     @property
-    def calls(self) -> dict[str, CallStats]:
-        """Calls and time of every graph since the pipeline was made."""
-        return {label: session.stats for label, session in self._sessions.items()}
+    def bundle(self) -> Bundle:
+        """The bundle whose networks these are."""
+        return self.sessions.bundle
 
     @property
-    def captures(self) -> dict[str, GraphStats]:
-        """How the captured loops of each model ran, see `OpenHeads`; empty without engines."""
-        return {name: steps.loop.stats for name, steps in self._heads.loops.items() if steps}
+    def backend(self) -> str:
+        """What runs the networks."""
+        return self.sessions.backend
+
+    @property
+    def device(self) -> str:
+        """Where they run."""
+        return self.sessions.device
+
+    @cached_property
+    def heads(self) -> OpenHeads:
+        """The heads of the models, by what they are made of."""
+        return OpenHeads(self.sessions, self.graphs)
 
     @cached_property
     def _run_heads(self) -> RunHeads:
-        return RunHeads(self)
-
-    @cached_property
-    def _heads(self) -> OpenHeads:
-        return OpenHeads(self.bundle, self.backend, self.session, self.graphs, self.notes.append)
+        return RunHeads(self.heads, lambda what: self.working(what))
 
     def open(self, config: RunConfig) -> None:
         """Open every session that `config` needs."""
         self.members(config)
-        self.session("decoder")
+        self.sessions("decoder")
 
     def members(self, config: RunConfig) -> list[Member]:
         """The models that `config` decodes with: target, draft, or target and draft."""
         return [
-            Member(role, self.session(f"{role}/backbone"), self.head(role, config))
+            Member(role, self.sessions(f"{role}/backbone"), self.head(role, config))
             for role in self._roles(config)
         ]
 
@@ -125,35 +105,6 @@ class Pipeline:
         """`config` with what measured costs choose written down, and why; see `RunHeads`."""
         return self._run_heads.resolve(config, self._roles(config))
 
-    def plain_head(self, role: Role, memory: int = DEFAULT_MEMORY) -> Head:
-        """Every denoising step a call, or the whole loop one; `memory` bytes ahead of the steps."""
-        return self._heads.plain(role, memory)
-
-    def speculative_head(
-        self, role: Role, options: SpeculationOptions, memory: int = DEFAULT_MEMORY,
-        numbers: MakeNumbers = ChainNumbers,
-    ) -> Speculative:  # fmt: skip
-        """The head in rounds, with `memory` bytes for what it computes ahead of them."""
-        return self._heads.speculative(role, options, memory, numbers)
-
-    def has_tables(self, role: Role) -> bool:
-        """Whether the heads of `role` can look modulations up, and can do without."""
-        return self._heads.has_tables(role)
-
-    def most_rows(self, role: Role) -> int:
-        """Rows that fit into one call of speculation."""
-        return self.bundle.graph(f"{role}/speculative_round").spec.axes["rows"].max
-
-    @property
-    def _channels(self) -> int:
-        return self.bundle.manifest.geometry.token_dim
-
-    def record(self, config: RunConfig, wrap: Callable[[Head], Head]) -> None:
-        """Decode image 0 of `config` by one model, its head wrapped."""
-        member = self.members(config)[0]
-        watched = replace(member, head=wrap(member.head))
-        decode_alone(self.sampler(config), watched, self._batch(config, [0]), self._channels)
-
     def generate(
         self,
         config: RunConfig,
@@ -167,10 +118,11 @@ class Pipeline:
         for first in range(0, len(wanted), config.batch_size):
             chunk = wanted[first : first + config.batch_size]
             with self._host_threads(), stream():
-                canvas, statistics = self._decode(config, sampler, self._batch(config, chunk))
+                batch = make_batch(self.bundle.manifest, config, chunk, self.device)
+                canvas, statistics = self._decode(config, sampler, batch)
                 images = self._images(config, chunk, canvas, statistics)
             if first == 0:
-                self._save_caches()
+                self.sessions.save_caches()
             yield images, statistics
 
     @contextlib.contextmanager
@@ -187,15 +139,6 @@ class Pipeline:
         finally:
             torch.set_num_threads(threads)
 
-    def _save_caches(self) -> None:
-        """Keep what engines compiled during the first batch."""
-        for timed in self._sessions.values():
-            if isinstance(timed.session, EngineSession):
-                try:
-                    timed.session.save_cache()
-                except OSError as error:
-                    self.notes.append(f"compiled kernels are not kept: {error}")
-
     def generate_rows(
         self,
         config: RunConfig,
@@ -207,19 +150,14 @@ class Pipeline:
         Each is what `generate` makes for its seed. Row k of the canvas is `rows[k]`.
         """
         check_config(config, self.bundle.manifest)
-        size = config.batch_size
-        padded = list(range(len(rows))) + [0] * (size - len(rows))
+        numbers, labels = list(range(len(rows))), [row.label for row in rows]
+        classes = self.bundle.manifest.geometry.num_classes
+        batch = padded(numbers, labels, config.batch_size, classes, self.device)
         noise = RowNoise([r.seed for r in rows], [r.index for r in rows], self.device)
-        batch = Batch(
-            torch.tensor(padded, device=self.device),
-            torch.tensor([rows[k].label for k in padded], device=self.device),
-            self.bundle.manifest.geometry.num_classes,
-            len(rows),
-        )
         sampler = replace(self.sampler(config, on_step), noise=noise)
         with self._host_threads(), own_stream(self.device)():
             canvas, statistics = self._decode(config, sampler, batch)
-            made = self._images(config, list(range(len(rows))), canvas, statistics)
+            made = self._images(config, numbers, canvas, statistics)
         pairs = zip(made, rows, strict=True)
         return [replace(m, index=row.index, label=row.label) for m, row in pairs], statistics
 
@@ -231,40 +169,12 @@ class Pipeline:
         self, config: RunConfig, on_step: Callable[[Canvas, Statistics], None] = ignore_progress
     ) -> Sampler:
         """The shared ground of the decoding methods for `config`."""
-        manifest = self.bundle.manifest
-        steps, annealing = HeadSteps.parse(config.head_steps), None
-        schedule = make_schedule(manifest.schedule, steps.first).to(self.device)
-        if not steps.constant:
-            counts = {steps.at(index, config.num_iter) for index in range(config.num_iter)}
-            schedules = {n: make_schedule(manifest.schedule, n).to(self.device) for n in counts}
-            annealing = Annealing(steps, schedules)
-        plan = MaskPlan(
-            manifest.geometry.num_tokens, config.num_iter, config.cfg, config.cfg_schedule
-        )
-        noise = Noise(config.seed, self.device)
-        return Sampler(
-            plan, schedule, noise, config.temperature, config.reproducible, on_step,
-            annealing=annealing,
-        )  # fmt: skip
-
-    def _batch(self, config: RunConfig, chunk: list[int]) -> Batch:
-        """The images of `chunk`, padded with repetitions of the first one."""
-        size = config.batch_size
-        if not config.reproducible:
-            size = min(b for b in (*BUCKETS, config.batch_size) if b >= len(chunk))
-        padded = chunk + chunk[:1] * (size - len(chunk))
-        labels = [config.label_of(image) for image in padded]
-        return Batch(
-            torch.tensor(padded, device=self.device),
-            torch.tensor(labels, device=self.device),
-            self.bundle.manifest.geometry.num_classes,
-            len(chunk),
-        )
+        return make_sampler(self.bundle.manifest, config, self.device, on_step)
 
     def _decode(
         self, config: RunConfig, sampler: Sampler, batch: Batch
     ) -> tuple[Canvas, Statistics]:
-        channels = self._channels
+        channels = self.bundle.manifest.geometry.token_dim
         if config.method == "cspd":
             target, draft = self.members(config)
             options = CspdOptions.of(config)
@@ -285,7 +195,7 @@ class Pipeline:
         """Pixels [B, H, W, C] uint8 of tokens [B, L, C]."""
         grid = self.bundle.manifest.geometry.grid
         latents = tokens.transpose(1, 2).unflatten(2, (grid, grid)).contiguous()
-        session = self.session("decoder")
+        session = self.sessions("decoder")
         parts = []
         for piece in latents.split(session.spec.axes["batch"].max):
             outputs = session(latents=piece)

@@ -14,6 +14,7 @@ from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.images import read_metadata, to_pillow
 from cspd.runtime.outputs import recorded_config
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
+from cspd.runtime.sessions import Sessions
 
 # Images that are made together at first: with one, prefix verification pads nothing.
 FEW = 2
@@ -40,7 +41,7 @@ def replay(
             "encoded again; identical means the same pixels in the same mode: replay the original"
         )
     check_machine(bundle, config.backend, device)
-    pipeline = Pipeline(bundle, config.backend, device, threads)
+    pipeline = Pipeline(Sessions(bundle, config.backend, device, threads))
     sizes = {min(config.batch_size, FEW), min(config.batch_size, MOST)}
     for size in sorted(sizes):
         images, _ = next(pipeline.generate(padded_to(config, size), [index]))

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
 from cspd.engines.words import counted
 from cspd.runtime.batches import FinishedBatch, encode, timed_batches
@@ -24,6 +25,7 @@ from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.progress import RunProgress, working
 from cspd.runtime.resume import open_run, recorded
 from cspd.runtime.scale import Cluster, Machine, connected, pool
+from cspd.runtime.sessions import Opener, Sessions
 from cspd.runtime.stats import Tally
 from cspd.runtime.stopping import StopWish
 
@@ -48,6 +50,8 @@ class Job:
     # Also run the target alone, on the same sessions and noise, without saving it.
     baseline: bool = False
     quiet: bool = False
+    # Opens the graphs in this process.
+    opener: Opener = open_session
 
 
 def generate(
@@ -61,10 +65,9 @@ def generate(
     """
     check_config(config, bundle.manifest)
     job.layout.check()
-    pipeline = Pipeline(
-        bundle, config.backend, job.machine.device, job.machine.threads,
-        working=partial(working, quiet=job.quiet),
-    )  # fmt: skip
+    machine = job.machine
+    sessions = Sessions(bundle, config.backend, machine.device, machine.threads, job.opener)
+    pipeline = Pipeline(sessions, working=partial(working, quiet=job.quiet))
     old = None if job.overwrite else recorded(out, config, bundle, job.layout)
     if old is None:
         config, chosen = pipeline.resolve(config)
@@ -89,8 +92,10 @@ def generate(
         session = _write(folder, _here(pipeline, folder, stop, progress), stop, progress)
         outcomes = [Outcome(config, folder.tally)]
         record = _record(folder, session)
-        record["cuda_graphs"] = {role: asdict(stats) for role, stats in pipeline.captures.items()}
-        record["notes"] = list(dict.fromkeys(pipeline.notes))
+        record["cuda_graphs"] = {
+            role: asdict(stats) for role, stats in pipeline.heads.captures.items()
+        }
+        record["notes"] = list(dict.fromkeys(pipeline.sessions.notes))
         if job.baseline and config.method != "target":
             plain, _ = pipeline.resolve(
                 config.model_copy(

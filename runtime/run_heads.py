@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from cspd.engines.manifest import Role
 from cspd.runtime.adaptive import AdaptiveHead, Speculative
@@ -13,22 +13,21 @@ from cspd.runtime.config import HeadChoice, RunConfig
 from cspd.runtime.heads import DEFAULT_WINDOW, MixedHead, most_tokens, speculation
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Head
+from cspd.runtime.open_heads import OpenHeads
 from cspd.runtime.relax import Relaxation, SameNoiseRound
-from cspd.runtime.tuning import HeadCosts, saved, tuned
+from cspd.runtime.tuning import HeadCosts, Working, saved, tuned
 from cspd.runtime.window import WindowChooser
-
-if TYPE_CHECKING:
-    from cspd.runtime.pipeline import Pipeline
 
 
 @dataclass
 class RunHeads:
-    """Heads of the models of `pipeline` for the settings of a run.
+    """Heads of the models for the settings of a run, made of `heads`.
 
     What was learnt about windows is kept from one run to the next with the same settings.
     """
 
-    pipeline: Pipeline
+    heads: OpenHeads
+    working: Working = nullcontext
     learnt: dict[tuple[Role, RunConfig], tuple[HeadChoice, WindowChooser]] = field(
         default_factory=dict
     )
@@ -70,18 +69,18 @@ class RunHeads:
     def _explain(self, role: Role, config: RunConfig) -> Explained | None:
         """The best way to sample with the head of `role`; None if there is nothing to choose."""
         if config.head_mode == "auto":
-            return self._cheapest(role, config, tuned(self.pipeline, role, config))
-        if not self.pipeline.has_tables(role):
+            return self._cheapest(role, config, tuned(self.heads, role, config, self.working))
+        if not self.heads.has_tables(role):
             return None
-        costs = saved(self.pipeline, role, config)
+        costs = saved(self.heads, role, config)
         return None if costs is None else self._table(role, config, costs)
 
     def _by_costs(self, role: Role, config: RunConfig) -> HeadChoice:
-        return self._cheapest(role, config, tuned(self.pipeline, role, config)).choice
+        return self._cheapest(role, config, tuned(self.heads, role, config, self.working)).choice
 
     def _cheapest(self, role: Role, config: RunConfig, costs: HeadCosts) -> Explained:
         """The cheapest way for the calls of a run, with a table of modulations or without."""
-        tokens, limit = self._tokens(role, config), self.pipeline.most_rows(role)
+        tokens, limit = self._tokens(role, config), self.heads.most_rows(role)
 
         def best(chooser: WindowChooser) -> Explained:
             fixed, window = config.reproducible, config.window
@@ -108,15 +107,15 @@ class RunHeads:
         return HeadChoice(role=role, window=window, up_to=widest)
 
     def _tokens(self, role: Role, config: RunConfig) -> list[int]:
-        return tokens_together(role, config, self.pipeline.bundle.manifest.geometry.num_tokens)
+        return tokens_together(role, config, self.heads.bundle.manifest.geometry.num_tokens)
 
     def _widest(self, role: Role, config: RunConfig) -> int:
-        return most_tokens(role, config, self.pipeline.bundle.manifest.geometry.num_tokens)
+        return most_tokens(role, config, self.heads.bundle.manifest.geometry.num_tokens)
 
     def _adaptive(self, role: Role, config: RunConfig, widest: int) -> Head:
         """Chooses per call, and learns from call to call."""
         if (role, config) not in self.learnt:
-            costs = tuned(self.pipeline, role, config)
+            costs = tuned(self.heads, role, config, self.working)
             best = self._cheapest(role, config, costs).choice
             chooser = costs.choosers()[best.table]
             update = {"window": chooser.max_window, "up_to": widest}
@@ -126,19 +125,19 @@ class RunHeads:
         return AdaptiveHead(self._plain(role, config, choice), speculative, chooser)
 
     def _plain(self, role: Role, config: RunConfig, choice: HeadChoice) -> Head:
-        return self.pipeline.plain_head(role, _memory(config, choice))
+        return self.heads.plain(role, _memory(config, choice))
 
     def _speculative(self, role: Role, config: RunConfig, choice: HeadChoice) -> Speculative:
         """The head in speculative rounds, exact or relaxed."""
         relaxation = Relaxation.parse(config.relax) if config.relax else None
         if relaxation is not None and relaxation.kind == "sigma":
-            denoiser = self.pipeline.session(f"{role}/denoiser")
+            denoiser = self.heads.sessions(f"{role}/denoiser")
             options = speculation(denoiser.spec.axes["rows"].max, config, choice)
-            channels = self.pipeline.bundle.manifest.geometry.token_dim
+            channels = self.heads.bundle.manifest.geometry.token_dim
             return SpeculativeHead(SameNoiseRound(denoiser, relaxation.amount), options, channels)
         numbers = ChainNumbers if relaxation is None else relaxation.numbers
-        options = speculation(self.pipeline.most_rows(role), config, choice)
-        return self.pipeline.speculative_head(role, options, _memory(config, choice), numbers)
+        options = speculation(self.heads.most_rows(role), config, choice)
+        return self.heads.speculative(role, options, _memory(config, choice), numbers)
 
 
 def _memory(config: RunConfig, choice: HeadChoice) -> int:

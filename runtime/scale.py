@@ -23,6 +23,7 @@ from cspd.runtime.batches import FinishedBatch, encode, timed_batches
 from cspd.runtime.config import RunConfig
 from cspd.runtime.local_ray import begin_ray, import_ray, local_ray, unannounced
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 from cspd.runtime.shipping import Shipment, ship, unpack
 from cspd.runtime.stopping import StopWish
 
@@ -82,7 +83,9 @@ class Worker:
             bundle = unpack(import_ray(), shipment)
             threads = self._machine.threads
             torch.set_num_threads(max(1, threads))
-            pipeline = Pipeline(bundle, self._config.backend, self._machine.device, threads)
+            pipeline = Pipeline(
+                Sessions(bundle, self._config.backend, self._machine.device, threads)
+            )
             pipeline.open(self._config)
             self._pipeline = pipeline
         return self._pipeline

@@ -19,6 +19,7 @@ from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.options import FOLDER, machine_options, setting_option
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.progress import working
+from cspd.runtime.sessions import Sessions
 from cspd.runtime.settings import configure, shipped_bundle
 from cspd.runtime.tuning import HeadCosts, measure, save
 from cspd.runtime.window import WHOLE_WINDOWS, CostRecord, WindowChooser, cost_at
@@ -31,7 +32,7 @@ def tune(pipeline: Pipeline, config: RunConfig) -> dict[Path, HeadCosts]:
     found = {}
     for role in sorted(pipeline.bundle.manifest.models):
         with working(f"measuring the {role} head"):
-            costs = measure(pipeline, role, config)
+            costs = measure(pipeline.heads, role, config)
         found[save(pipeline.bundle, costs)] = costs
     return found
 
@@ -89,7 +90,7 @@ def command(bundle: Path | None, device: str, threads: int, as_json: bool, **sam
     config = configure(opened, None, sampling)
     check_config(config, opened.manifest)
     check_machine(opened, config.backend, device)
-    found = tune(Pipeline(opened, config.backend, device, threads), config)
+    found = tune(Pipeline(Sessions(opened, config.backend, device, threads)), config)
     for record in () if as_json else found.values():
         print_table(cost_table(record))
     places = sorted({click.format_filename(path.parent) for path in found})

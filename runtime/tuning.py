@@ -6,9 +6,10 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -22,15 +23,17 @@ from cspd.engines.schedule import Schedule, make_schedule
 from cspd.engines.spec import Record
 from cspd.runtime.adaptive import Speculative, measure_heads
 from cspd.runtime.config import RunConfig
-from cspd.runtime.member import Head, HeadSample, Rows
+from cspd.runtime.member import Head, HeadSample, Member, Rows
 from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.open_heads import OpenHeads
+from cspd.runtime.sampler import decode_alone
+from cspd.runtime.setup import make_batch, make_sampler
 from cspd.runtime.speculation import SpeculationOptions, SpeculationStats, SpeculativeSample
 from cspd.runtime.steps import HeadSteps
 from cspd.runtime.window import PRIOR_WEIGHT, CostRecord, WindowChooser, cost_key
 
-if TYPE_CHECKING:
-    from cspd.runtime.pipeline import Pipeline
-
+# Around what keeps a person waiting; it is told what that is.
+Working = Callable[[str], AbstractContextManager[object]]
 EXAMPLE_STEPS = 4  # autoregressive steps of the image whose conditions are measured with
 LIBRARIES = ("torch", "numpy", "onnxruntime", "tensorrt", "tensorrt-rtx-cu12")
 
@@ -67,11 +70,12 @@ def measured_steps(config: RunConfig) -> int:
     return (steps.first + steps.last) // 2
 
 
-def facts(pipeline: Pipeline, role: Role, config: RunConfig) -> dict[str, str]:
+def facts(heads: OpenHeads, role: Role, config: RunConfig) -> dict[str, str]:
     """Everything that a measurement depends on."""
+    sessions = heads.sessions
     found = {
-        "bundle": pipeline.bundle.sha256, "backend": pipeline.backend, "device": pipeline.device,
-        "threads": str(pipeline.threads or available_cpus()), "role": role,
+        "bundle": heads.bundle.sha256, "backend": sessions.backend, "device": sessions.device,
+        "threads": str(sessions.threads or available_cpus()), "role": role,
         "guided": str(config.cfg != 1), "head_steps": str(measured_steps(config)),
         "machine": _machine(), "tool": importlib.metadata.version("cspd"), "measured": "table",
         "modulation_memory": str(config.modulation_memory), "cpus": str(available_cpus()),
@@ -156,19 +160,21 @@ def _file_name(role: str, key: str) -> str:
     return f"{role}-{key[:16]}.json"
 
 
-def tuned(pipeline: Pipeline, role: Role, config: RunConfig) -> HeadCosts:
-    """Costs of the head of `role`: saved ones, or measured now and saved."""
-    found = saved(pipeline, role, config)
+def tuned(
+    heads: OpenHeads, role: Role, config: RunConfig, working: Working = nullcontext
+) -> HeadCosts:
+    """Costs of the head of `role`: saved ones, or measured now, with a word to `working`."""
+    found = saved(heads, role, config)
     if found is None:
-        with pipeline.working(f"measuring the {role} head, once per machine"):
-            found = measure(pipeline, role, config)
-        save(pipeline.bundle, found)
+        with working(f"measuring the {role} head, once per machine"):
+            found = measure(heads, role, config)
+        save(heads.bundle, found)
     return found
 
 
-def saved(pipeline: Pipeline, role: Role, config: RunConfig) -> HeadCosts | None:
+def saved(heads: OpenHeads, role: Role, config: RunConfig) -> HeadCosts | None:
     """Costs of the head of `role` that were measured before."""
-    return load(pipeline.bundle, role, cost_key(facts(pipeline, role, config)))
+    return load(heads.bundle, role, cost_key(facts(heads, role, config)))
 
 
 @dataclass
@@ -195,16 +201,19 @@ class Examples:
     calls: int = 0
 
     @classmethod
-    def of(cls, pipeline: Pipeline, role: Role, config: RunConfig) -> Examples:
+    def of(cls, heads: OpenHeads, role: Role, config: RunConfig) -> Examples:
         """Conditions of an image that the model of `role` itself makes in few steps."""
         examples = cls()
-        few = min(EXAMPLE_STEPS, pipeline.bundle.manifest.geometry.num_tokens)
-        method = "draft" if role == "draft" else "target"
-        changes = {
-            "method": method, "head": "plain", "relax": None, "heads": (), "batch_size": 1,
-            "head_steps": measured_steps(config), "num_iter": few,
-        }  # fmt: skip
-        pipeline.record(config.model_copy(update=changes), examples._record)
+        manifest, device = heads.bundle.manifest, heads.sessions.device
+        few = min(EXAMPLE_STEPS, manifest.geometry.num_tokens)
+        changes = {"batch_size": 1, "head_steps": measured_steps(config), "num_iter": few}
+        config = config.model_copy(update=changes)
+        head = heads.plain(role, config.modulation_memory << 20)
+        member = Member(role, heads.sessions(f"{role}/backbone"), examples._record(head))
+        decode_alone(
+            make_sampler(manifest, config, device), member,
+            make_batch(manifest, config, [0], device), manifest.geometry.token_dim,
+        )  # fmt: skip
         return examples
 
     def _record(self, head: Head) -> Head:
@@ -228,12 +237,12 @@ class Examples:
         return Rows(taken.conditions, taken.guidance, taken.temperature, images, taken.positions)
 
 
-def measure(pipeline: Pipeline, role: Role, config: RunConfig) -> HeadCosts:
+def measure(heads: OpenHeads, role: Role, config: RunConfig) -> HeadCosts:
     """Measure the head of `role` on conditions of an image that the model itself begins."""
-    key, steps = cost_key(facts(pipeline, role, config)), measured_steps(config)
-    examples = Examples.of(pipeline, role, config)
-    schedule = make_schedule(pipeline.bundle.manifest.schedule, steps).to(pipeline.device)
-    noise, most = Noise(config.seed, pipeline.device), pipeline.most_rows(role)
+    key, steps = cost_key(facts(heads, role, config)), measured_steps(config)
+    examples = Examples.of(heads, role, config)
+    schedule = make_schedule(heads.bundle.manifest.schedule, steps).to(heads.sessions.device)
+    noise, most = Noise(config.seed, heads.sessions.device), heads.most_rows(role)
     totals = np.zeros((2, steps))
 
     def keep(stats: SpeculationStats) -> None:
@@ -243,13 +252,13 @@ def measure(pipeline: Pipeline, role: Role, config: RunConfig) -> HeadCosts:
         def speculative(window: int, rows: int | None) -> _Counting:
             buckets = () if rows is None else (max(window, min(most, rows)),)
             options = SpeculationOptions(window, row_buckets=buckets, max_rows=most)
-            return _Counting(pipeline.speculative_head(role, options, memory), keep)
+            return _Counting(heads.speculative(role, options, memory), keep)
 
-        plain = pipeline.plain_head(role, memory)
+        plain = heads.plain(role, memory)
         return measure_heads(plain, speculative, examples, schedule, noise, key)
 
     on_table = costs(config.modulation_memory << 20)
-    no_table = costs(0) if pipeline.has_tables(role) else None
+    no_table = costs(0) if heads.has_tables(role) else None
     tested, accepted = totals
     share = (accepted + PRIOR_WEIGHT / 2) / (tested + PRIOR_WEIGHT)
     return HeadCosts(

@@ -8,6 +8,7 @@ from cspd.engines.bundle import open_bundle
 from cspd.runtime.cli import shipped_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 from cspd.tools.metrics import score_images
 
 QUICK = {"labels": tuple(range(10)), "num_iter": 10, "head_steps": 25, "cfg": 4.0}
@@ -20,7 +21,7 @@ def bundle():
 
 def pixels(bundle, backend: str = "onnxruntime", **options) -> np.ndarray:
     config = make_config(**QUICK, **options)
-    batches = Pipeline(bundle, backend, threads=1).generate(config)
+    batches = Pipeline(Sessions(bundle, backend, threads=1)).generate(config)
     return np.stack([image.pixels for images, _ in batches for image in images])
 
 
@@ -60,5 +61,5 @@ def test_a_batch_may_be_larger_than_the_decoder_takes(bundle):
     limit = bundle.manifest.decoder.spec.axes["batch"].max
     options = {"num_iter": 1, "head_steps": 2}
     config = make_config(**{**QUICK, **options}, num_images=limit + 1, batch_size=limit + 1)
-    ((images, _),) = Pipeline(bundle, threads=1).generate(config)
+    ((images, _),) = Pipeline(Sessions(bundle, threads=1)).generate(config)
     assert [image.index for image in images] == list(range(limit + 1))

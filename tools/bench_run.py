@@ -23,10 +23,11 @@ from cspd.export.torch_session import decoder_module, graph_module
 from cspd.runtime.config import RunConfig
 from cspd.runtime.outputs import environment, tool_version
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 from cspd.runtime.stats import Statistics
 from cspd.tools.bench_plan import COMPILED, TRIES, Point, plan_hash, titles
 from cspd.tools.bench_results import SCHEMA
-from cspd.tools.probe import rounds, unchanged
+from cspd.tools.probe import rounds, unchanged, wrapping
 from cspd.tools.replay import AcceptancePattern, ReplayPipeline
 
 JOURNAL = "bench.jsonl"
@@ -170,7 +171,7 @@ class Bench:
         config, _ = pipeline.resolve(point.config)  # measures costs, where a choice needs them
         pipeline.open(config)
         first = max(repeat, 0) * config.batch_size
-        before = {name: (s.calls, s.seconds) for name, s in pipeline.calls.items()}
+        before = {name: (s.calls, s.seconds) for name, s in pipeline.sessions.calls.items()}
         reset_peak_memory(self.device)
         start, start_cpu = time.perf_counter(), time.process_time()
         batches = list(pipeline.generate(config, range(first, first + config.batch_size)))
@@ -180,7 +181,7 @@ class Bench:
         images, statistics = batches[0]
         if point.quality and repeat >= 0:
             self._keep(point, repeat, np.stack([image.pixels for image in images]))
-        calls = _since(before, pipeline.calls)
+        calls = _since(before, pipeline.sessions.calls)
         return {
             "kind": "batch", "point": point.id, "repeat": repeat, "images": config.batch_size,
             "seconds": seconds, "cpu_seconds": cpu, "graphs": calls,
@@ -205,10 +206,10 @@ class Bench:
         """The pipeline of a backend, opened when first needed."""
         if backend not in self.pipelines:
             name, wrap = ("torch", self._compiled) if backend == COMPILED else (backend, unchanged)
+            sessions = Sessions(self.bundle, name, self.device, self.threads, opener=wrapping(wrap))
             self.pipelines[backend] = ReplayPipeline(
-                self.bundle, name, self.device, self.threads, wrap=wrap, pattern=self.pattern,
-                working=self._working,
-            )  # fmt: skip
+                sessions, working=self._working, pattern=self.pattern
+            )
         return self.pipelines[backend]
 
     @contextlib.contextmanager
@@ -233,7 +234,7 @@ class Bench:
                 key = f"start {backend}"
                 if not self.journal.has(key, repeat):
                     fresh = Bundle(self.bundle.folder, self.bundle.manifest)
-                    pipeline = Pipeline(fresh, backend, self.device, self.threads)
+                    pipeline = Pipeline(Sessions(fresh, backend, self.device, self.threads))
                     start = time.perf_counter()
                     pipeline.open(next(p.config for p in points if p.backend == backend))
                     seconds = time.perf_counter() - start

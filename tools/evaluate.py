@@ -40,6 +40,7 @@ from cspd.runtime.options import backend_option, machine_options
 from cspd.runtime.outputs import distribution, environment, tool_version
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.progress import working
+from cspd.runtime.sessions import Sessions
 from cspd.tools import bootstrap
 from cspd.tools.bootstrap import Judged, interval
 from cspd.tools.evaluate_judges import (
@@ -292,7 +293,9 @@ def command(
     check_machine(opened, backend, device)
     judge = find_judge(opened.manifest, inception, reference)
     judge.check(opened.manifest.geometry.image_channels)
-    pipeline = Pipeline(opened, backend, device, threads, working=partial(working, quiet=quiet))
+    pipeline = Pipeline(
+        Sessions(opened, backend, device, threads), working=partial(working, quiet=quiet)
+    )
     if out is None:
         out = new_out("evaluate")
         say(f"images in {out}; if this is stopped, add --out {out} to resume")

@@ -35,6 +35,7 @@ from cspd.runtime.config import HeadChoice, make_config
 from cspd.runtime.heads import DEFAULT_WINDOW
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.run import measure
+from cspd.runtime.sessions import Opener, Sessions
 from cspd.runtime.stopping import StopWish
 from cspd.tools import parity
 from cspd.tools.engine_bundle import with_engines
@@ -122,12 +123,14 @@ def ways(*, tables: bool) -> dict[str, dict[str, Any]]:
     return found
 
 
-def benchmark(bundle: Bundle, backend: str, device: str, deadline: Deadline) -> dict[str, Any]:
+def benchmark(
+    bundle: Bundle, backend: str, device: str, deadline: Deadline, opener: Opener = open_session
+) -> dict[str, Any]:
     """Time of a batch of images in every way, after one batch to warm up and capture."""
     results: dict[str, Any] = {"ok": True, "methods": {}}
-    pipeline = Pipeline(bundle, backend, device)
+    pipeline = Pipeline(Sessions(bundle, backend, device, opener=opener))
     labels = tuple(range(bundle.manifest.geometry.num_classes))
-    for name, options in ways(tables=pipeline.has_tables("target")).items():
+    for name, options in ways(tables=pipeline.heads.has_tables("target")).items():
         if deadline.left() < RESERVE:
             results["ok"] = False
             results["methods"][name] = "no time left"
@@ -142,8 +145,10 @@ def benchmark(bundle: Bundle, backend: str, device: str, deadline: Deadline) -> 
             "acceptance_rate": warm.statistics.verdicts.acceptance_rate,
             "graphs": {name: asdict(stats) for name, stats in warm.calls.items()},
         }
-    results["cuda_graphs"] = {role: asdict(stats) for role, stats in pipeline.captures.items()}
-    results["notes"] = pipeline.notes
+    results["cuda_graphs"] = {
+        role: asdict(stats) for role, stats in pipeline.heads.captures.items()
+    }
+    results["notes"] = pipeline.sessions.notes
     return results
 
 

@@ -34,6 +34,7 @@ from cspd.runtime.lossless_loop import SpeculativeLoopHead
 from cspd.runtime.member import Head, LoopHead, Rows, StepHead
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample
 from cspd.runtime.tuning import Examples
 from cspd.tools.synthetic_head import SyntheticHead
@@ -90,7 +91,7 @@ class Timing:
 
 def pair_setup(pipeline: Pipeline, config: RunConfig, windows: tuple[int, ...]) -> Setup:
     """The target head of the shipped pair on conditions of its own images."""
-    examples = Examples.of(pipeline, "target", config)
+    examples = Examples.of(pipeline.heads, "target", config)
     label = "target/denoiser"
     # On one thread: cutting so small a call up for the cores would cost more than it saves.
     denoiser = ort_session(
@@ -98,11 +99,11 @@ def pair_setup(pipeline: Pipeline, config: RunConfig, windows: tuple[int, ...]) 
     )
     ways: dict[str, Head] = {
         STEPS_OF_CALLS: StepHead(denoiser),
-        LOOP: pipeline.plain_head("target"),
+        LOOP: pipeline.heads.plain("target"),
     }
     for window in windows:
-        options = SpeculationOptions(window, max_rows=pipeline.most_rows("target"))
-        ways[f"lossless, window {window}"] = pipeline.speculative_head("target", options)
+        options = SpeculationOptions(window, max_rows=pipeline.heads.most_rows("target"))
+        ways[f"lossless, window {window}"] = pipeline.heads.speculative("target", options)
     schedule = make_schedule(pipeline.bundle.manifest.schedule, STEPS)
     return Setup(schedule, examples, ways)
 
@@ -207,7 +208,7 @@ def main(
         torch.set_num_threads(1)
         threads, clock, unit = 1, time.process_time, "CPU time of one thread"
     bundle = open_bundle(shipped_bundle())
-    pipeline = Pipeline(bundle, threads=threads)
+    pipeline = Pipeline(Sessions(bundle, threads=threads))
     values = {**bundle.manifest.defaults, "labels": (0,), "num_images": 1, "method": "target"}
     config = make_config(**values)
     sizes = [int(part) for part in windows.split(",")]

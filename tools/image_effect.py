@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from cspd.engines.bundle import Bundle
 from cspd.engines.manifest import ImageEffect
 from cspd.engines.memory import release_memory
-from cspd.engines.session import Session, TimedSession
+from cspd.engines.session import Session
 from cspd.runtime.config import make_config
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 from cspd.tools.parity_measure import measure
 from cspd.tools.parity_rungs import psnr, trace_image
 
@@ -30,11 +31,13 @@ def measure_image_effect(
     values = {**manifest.defaults, "method": role, "labels": (0,), "num_images": 1}
     values |= {"num_iter": min(NUM_ITER, manifest.geometry.num_tokens)}
     config = make_config(**{**values, "head_steps": HEAD_STEPS, "batch_size": 1})
-    sessions = {label: TimedSession(session) for label, session in reference().items()}
-    steps, pixels = trace_image(Pipeline(bundle, "torch", _sessions=sessions), config)
-    sessions.clear()
+    exact = dict(reference())
+    sessions = Sessions(bundle, "torch", opener=lambda _, label, *__, **___: exact[label])
+    steps, pixels = trace_image(Pipeline(sessions), config)
+    exact.clear()
+    sessions.opened.clear()
     release_memory()
-    got_steps, got_pixels = trace_image(Pipeline(bundle, measured_by), config)
+    got_steps, got_pixels = trace_image(Pipeline(Sessions(bundle, measured_by)), config)
     release_memory()
     return ImageEffect(
         tokens_error=measure(got_steps[-1], steps[-1]).norm,

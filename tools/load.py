@@ -20,6 +20,7 @@ from cspd.runtime.cli import FOLDER, shipped_bundle
 from cspd.runtime.images import encode_png
 from cspd.runtime.outputs import image_metadata
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 from cspd.tools.serve_bundle import configuration
 from cspd.tools.serve_models import ImageRequest, Settings
 
@@ -63,7 +64,7 @@ class Tally:
 
 def make_cases(bundle: Bundle, count: int, num_iter: int, head_steps: int) -> list[Case]:
     """Requests of two methods, each class and seed in turn, and their images made offline."""
-    pipeline, settings, cases = Pipeline(bundle), Settings(bundle=bundle.folder), []
+    pipeline, settings, cases = Pipeline(Sessions(bundle)), Settings(bundle=bundle.folder), []
     for i in range(count):
         body = {
             "label": i % bundle.manifest.geometry.num_classes, "seed": i // 2,

@@ -29,12 +29,14 @@ from cspd.runtime.heads import DEFAULT_WINDOW
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Rows
 from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.open_heads import OpenHeads
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 from cspd.runtime.speculation import SpeculationOptions
 from cspd.runtime.steps import HeadSteps
 from cspd.tools.parity_hoisted import few_rows, on_table
 from cspd.tools.parity_measure import Skipped
-from cspd.tools.probe import ProbePipeline, Recorder, call, record_inputs
+from cspd.tools.probe import Recorder, call, record_inputs, wrapping
 
 Inputs = dict[str, Tensor]
 Case = tuple[str, Inputs]
@@ -132,12 +134,12 @@ class Ladder:
         Once in single rounds, and once in the loop where the bundle has one.
         """
         recorder, count = Recorder(), len(step["x"])
-        pipeline = ProbePipeline(self.bundle, "torch", wrap=recorder.wrap)
-        options = SpeculationOptions(DEFAULT_WINDOW, max_rows=pipeline.most_rows(role))
-        session = pipeline.session(f"{role}/{ROUND}")
+        open_heads = OpenHeads(Sessions(self.bundle, "torch", opener=wrapping(recorder.wrap)))
+        options = SpeculationOptions(DEFAULT_WINDOW, max_rows=open_heads.most_rows(role))
+        session = open_heads.sessions(f"{role}/{ROUND}")
         channels = self.bundle.manifest.geometry.token_dim
         heads = (
-            SpeculativeHead(session, options, channels), pipeline.speculative_head(role, options),
+            SpeculativeHead(session, options, channels), open_heads.speculative(role, options),
         )  # fmt: skip
         rows = Rows(
             step["conditions"], step["guidance"], torch.full((count,), self.config.temperature),
@@ -181,7 +183,8 @@ class Ladder:
     def pipelines(self) -> Iterator[tuple[str, Pipeline]]:
         """A pipeline for every candidate that can run here, with its name."""
         for candidate in self.sessions:
-            yield candidate.name, Pipeline(self.bundle, candidate.backend, candidate.device)
+            sessions = Sessions(self.bundle, candidate.backend, candidate.device)
+            yield candidate.name, Pipeline(sessions)
 
     def reference(self, label: str) -> Session:
         """PyTorch in float32 with the weights that the graph has in the bundle."""
@@ -205,9 +208,11 @@ class Ladder:
 
     def reference_pipeline(self) -> Pipeline:
         """A pipeline that runs the reference."""
-        return ProbePipeline(
-            self.bundle, "torch", self.device, wrap=lambda label, _: self.reference(label)
-        )
+
+        def opener(_: Bundle, label: str, *__: str, **___: str | int) -> Session:
+            return self.reference(label)
+
+        return Pipeline(Sessions(self.bundle, "torch", self.device, opener=opener))
 
     def reference_steps(self, role: str) -> StepSession:
         """The reference's session for every denoising step."""

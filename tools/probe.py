@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
 from cspd.engines.ort_session import OrtCpuSession, import_onnxruntime, thread_options
-from cspd.engines.session import Session, TimedSession
+from cspd.engines.session import Session
 from cspd.runtime.canvas import Batch, Canvas
 from cspd.runtime.config import RunConfig
 from cspd.runtime.cspd import CspdOptions, Window, prefill, propose, settle, verify
 from cspd.runtime.member import HeadSample, Member
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sampler import Sampler
+from cspd.runtime.sessions import Opener, Sessions
 from cspd.runtime.stats import Statistics, Verdicts
 
 MAX_RECORDED = 256  # calls kept per graph; later ones are counted, not kept
@@ -30,18 +33,13 @@ def unchanged(label: str, session: Session) -> Session:
     return session
 
 
-@dataclass
-class ProbePipeline(Pipeline):
-    """A pipeline whose sessions pass through `wrap(label, session)` when they are opened."""
+def wrapping(wrap: Callable[[str, Session], Session]) -> Opener:
+    """Opens graphs as usual, and passes each through `wrap(label, session)`."""
 
-    wrap: Callable[[str, Session], Session] = unchanged
+    def opener(bundle: Bundle, label: str, backend: str, **options: Any) -> Session:
+        return wrap(label, open_session(bundle, label, backend, **options))
 
-    def session(self, label: str) -> TimedSession:
-        """The wrapped session of graph `label`."""
-        if label not in self._sessions:
-            opened = super().session(label)
-            self._sessions[label] = TimedSession(self.wrap(label, opened.session))
-        return self._sessions[label]
+    return opener
 
 
 @dataclass
@@ -81,7 +79,7 @@ def record_inputs(
 ) -> dict[str, list[dict[str, Tensor]]]:
     """Inputs of every call that PyTorch needs for the images of `configs`, by graph label."""
     recorder = Recorder()
-    pipeline = ProbePipeline(bundle, "torch", device, wrap=recorder.wrap)
+    pipeline = Pipeline(Sessions(bundle, "torch", device, opener=wrapping(recorder.wrap)))
     for config in configs:
         for _ in pipeline.generate(config):
             pass

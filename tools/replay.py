@@ -18,11 +18,12 @@ from cspd.runtime.config import RunConfig
 from cspd.runtime.cspd import Window, prefill, settle
 from cspd.runtime.member import HeadSample
 from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sampler import Sampler
 from cspd.runtime.stats import Statistics, Verdicts
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_tables import acceptance_by_known
-from cspd.tools.probe import ProbePipeline, players
+from cspd.tools.probe import players
 
 VERDICT_STEP = 1  # index of the random numbers used here; those of real verdicts have 0
 CERTAIN = 1e6  # nats per channel by which a forced rejection fails the test
@@ -74,7 +75,7 @@ def load_pattern(results: Results) -> AcceptancePattern:
 
 
 @dataclass
-class ReplayPipeline(ProbePipeline):
+class ReplayPipeline(Pipeline):
     """A pipeline whose verdicts follow `pattern`."""
 
     pattern: AcceptancePattern | None = None

@@ -16,6 +16,7 @@ from cspd.runtime.config import RunConfig
 from cspd.runtime.images import encode_png
 from cspd.runtime.outputs import image_metadata
 from cspd.runtime.pipeline import GeneratedImage, ImageId
+from cspd.runtime.sessions import Sessions
 from cspd.runtime.stats import Statistics
 from cspd.tools.serve_batch import AbandonedError, BatchQueue, Ticket, group_key
 from cspd.tools.serve_bundle import configuration, methods_of
@@ -31,7 +32,7 @@ class Engine:
         self.bundle = open_bundle(settings.bundle)
         self.identity = self.bundle.sha256
         self.pipeline = CountingPipeline(
-            self.bundle, settings.backend, settings.device, settings.threads
+            Sessions(self.bundle, settings.backend, settings.device, settings.threads)
         )
         for method in methods_of(self.bundle):
             request = ImageRequest(label=0, method=method)

@@ -18,6 +18,7 @@ from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
 from cspd.runtime.config import RunConfig, asked_config
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
+from cspd.runtime.sessions import Sessions
 from cspd.tools.triton_config import SETTINGS
 
 
@@ -33,7 +34,7 @@ class TritonPythonModel:
         device = "cuda" if args["model_instance_kind"] == "GPU" else "cpu"
         self._bundle = open_bundle(folder)
         self._pipeline = Pipeline(
-            self._bundle, settings["backend"], device, int(settings["threads"])
+            Sessions(self._bundle, settings["backend"], device, int(settings["threads"]))
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -18,6 +18,7 @@ from cspd.export.cli import main
 from cspd.runtime.cli import shipped_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 
 
 class Arena:
@@ -50,7 +51,7 @@ def warm() -> None:
     CliRunner().invoke(main, ["inspect", str(shipped_bundle())])
     config = make_config(labels=[0], num_images=1, method="cspd", num_iter=1, head_steps=2)
     for backend in ("torch", "onnxruntime"):
-        next(Pipeline(open_bundle(shipped_bundle()), backend, threads=1).generate(config))
+        next(Pipeline(Sessions(open_bundle(shipped_bundle()), backend, threads=1)).generate(config))
 
 
 @pytest.fixture

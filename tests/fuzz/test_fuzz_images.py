@@ -20,6 +20,7 @@ from cspd.runtime.config import make_config
 from cspd.runtime.images import KEY, read_metadata
 from cspd.runtime.outputs import image_metadata
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
+from cspd.runtime.sessions import Sessions
 from cspd.runtime.stats import Verdicts
 
 BUNDLE = open_bundle(shipped_bundle())
@@ -134,7 +135,7 @@ def test_the_untouched_image_is_read_and_replayed(arena):
     from cspd.runtime.images import write_png
 
     path = arena.fresh() / "image.png"
-    images, _ = next(Pipeline(BUNDLE, threads=1).generate(CONFIG, [1]))
+    images, _ = next(Pipeline(Sessions(BUNDLE, threads=1)).generate(CONFIG, [1]))
     write_png(path, images[0].pixels, image_metadata(CONFIG, BUNDLE, images[0]))
     call = run_command(main, ["replay", str(path), "--threads", "1"])
     assert run_case("image: replay", call, path.parent).kind == "ok"

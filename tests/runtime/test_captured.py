@@ -4,7 +4,8 @@ Engines are the stand-in of fake_gpu, which computes with ONNX Runtime from raw 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,14 @@ from cspd.engines.spec import Axis, GraphSpec
 from cspd.engines.trt_load import LoadedEngine
 from cspd.engines.trt_session import TrtSession
 from cspd.runtime import captured as captured_module
-from cspd.runtime import pipeline as pipeline_module
+from cspd.runtime import run
 from cspd.runtime.captured import bucket
 from cspd.runtime.cli import main
 from cspd.runtime.config import make_config
 from cspd.runtime.member import LoopHead, Rows, StepHead
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 
 SETTINGS = {
     "labels": (3, 417), "num_images": 3, "batch_size": 2, "num_iter": 4, "head_steps": 5,
@@ -44,24 +46,25 @@ class EngineGraph:
     spec: GraphSpec
 
 
-@pytest.fixture
-def engines(monkeypatch) -> dict[str, FakeEngine]:
-    """Stand-ins for the graphs of plain sampling, by label, as the pipeline opens them."""
-    opened: dict[str, FakeEngine] = {}
+@dataclass
+class Engines:
+    """Opens stand-ins for the graphs of plain sampling, and keeps them by label."""
 
-    def open_fake(bundle, label, backend, *, device, threads):
+    opened: dict[str, FakeEngine] = field(default_factory=dict)
+
+    def __call__(self, bundle, label, backend, *, device, threads):
         if label.rpartition("/")[2] not in ENGINES_OF_STEPS:
             return open_session(bundle, label, "onnxruntime", threads=1)
         graph = EngineGraph(bundle.graph_file(label), bundle.graph(label).spec)
-        opened[label] = engine = FakeEngine(graph)
+        self.opened[label] = engine = FakeEngine(graph)
         notes = (NOTE,) if label == "target/denoiser" else ()
         loaded = LoadedEngine(engine, engine.new_context, notes)
         return TrtSession(graph.spec, loaded, device=torch.device("cpu"), streams=FakeStreams())
 
-    monkeypatch.setattr(pipeline_module, "open_session", open_fake)
-    # The bundle's own records name no engines.
-    monkeypatch.setattr(machine, "check_engines", lambda *_: None)
-    return opened
+
+@pytest.fixture
+def engines() -> Engines:
+    return Engines()
 
 
 def pixels(pipeline: Pipeline, config) -> torch.Tensor:
@@ -72,77 +75,83 @@ def pixels(pipeline: Pipeline, config) -> torch.Tensor:
 def by_loop_graph(bundle, method: str) -> torch.Tensor:
     """The same images by the loop graph in ONNX Runtime."""
     config = make_config(**{**SETTINGS, "method": method, "backend": "onnxruntime"})
-    return pixels(Pipeline(bundle, threads=1), config)
+    return pixels(Pipeline(Sessions(bundle, threads=1)), config)
 
 
 @pytest.mark.parametrize("method", ["target", "cspd"])
 def test_replayed_loops_make_the_images_of_the_loop_graph(tiny_bundle, engines, method):
     graphs = FakeGraphs()
-    pipeline = Pipeline(tiny_bundle, "tensorrt-rtx", graphs=graphs)
+    pipeline = Pipeline(Sessions(tiny_bundle, "tensorrt-rtx", opener=engines), graphs=graphs)
     made = pixels(pipeline, make_config(**SETTINGS, method=method))
     # A rounding at the edge of a grey value may tip over.
     assert (made - by_loop_graph(tiny_bundle, method)).abs().max() <= 1
-    assert set(pipeline.captures) == ({"target"} if method == "target" else {"target", "draft"})
-    assert graphs.captures == sum(stats.captured for stats in pipeline.captures.values())
-    for role, stats in pipeline.captures.items():
+    assert set(pipeline.heads.captures) == (
+        {"target"} if method == "target" else {"target", "draft"}
+    )
+    assert graphs.captures == sum(stats.captured for stats in pipeline.heads.captures.values())
+    for role, stats in pipeline.heads.captures.items():
         # Every bucket runs eagerly once and is replayed after that; two batches need the same ones.
-        assert stats.captured == stats.eager == len(engines[f"{role}/denoiser"].contexts) - 1
+        assert stats.captured == stats.eager == len(engines.opened[f"{role}/denoiser"].contexts) - 1
         assert stats.replayed >= stats.captured > 0
         assert stats.fallbacks == []
-    assert pipeline.notes == [NOTE]
+    assert pipeline.sessions.notes == [NOTE]
     # A replay counts like the calls it stands for.
-    steps = pipeline.captures["target"]
+    steps = pipeline.heads.captures["target"]
     calls = SETTINGS["head_steps"] * (steps.eager + steps.replayed)
-    assert pipeline.calls["target/denoiser"].calls == calls
+    assert pipeline.sessions.calls["target/denoiser"].calls == calls
 
 
 def test_hoisted_loops_make_the_images_of_the_other_graphs(hoisted_bundle, engines):
     """In fp16, with the first step in float32."""
     config = make_config(**SETTINGS, method="target")
-    pipeline = Pipeline(hoisted_bundle, "tensorrt-rtx", graphs=FakeGraphs())
+    pipeline = Pipeline(
+        Sessions(hoisted_bundle, "tensorrt-rtx", opener=engines), graphs=FakeGraphs()
+    )
     made = pixels(pipeline, config)
-    loops = pipeline.captures["target hoisted"]
+    loops = pipeline.heads.captures["target hoisted"]
     assert loops.captured == loops.eager and loops.replayed >= loops.captured > 0
     assert loops.fallbacks == []
     # One table a loop, one first step; nothing is left to the step with conditions.
-    count, calls = loops.eager + loops.replayed, pipeline.calls
+    count, calls = loops.eager + loops.replayed, pipeline.sessions.calls
     assert calls["target/head_modulation"].calls == calls["target/denoiser_first"].calls == count
     assert calls["target/denoiser_hoisted"].calls == (SETTINGS["head_steps"] - 1) * count
     assert calls["target/denoiser"].calls == 0
     for name in ("denoiser_hoisted", "head_modulation"):
-        assert len(engines[f"target/{name}"].contexts) - 1 == loops.captured
-    expected = pixels(Pipeline(hoisted_bundle, threads=1), config)
+        assert len(engines.opened[f"target/{name}"].contexts) - 1 == loops.captured
+    expected = pixels(Pipeline(Sessions(hoisted_bundle, threads=1)), config)
     # The modulations of the other graph are rounded to half precision.
     assert (made - expected).abs().float().mean() < 1 and expected.float().std() > 20
 
 
 def test_without_memory_for_a_table_nothing_is_hoisted(hoisted_bundle, engines):
     """All 16 tokens of an image with 100 steps and guidance need 3 MiB."""
-    pipeline = Pipeline(hoisted_bundle, "tensorrt-rtx", graphs=FakeGraphs())
+    pipeline = Pipeline(
+        Sessions(hoisted_bundle, "tensorrt-rtx", opener=engines), graphs=FakeGraphs()
+    )
     values = {**SETTINGS, "num_images": 1, "batch_size": 1, "num_iter": 1, "head_steps": 100}
     pixels(pipeline, make_config(**values, method="target", modulation_memory=1))
-    assert pipeline.captures["target hoisted"].eager == 0
-    assert pipeline.captures["target"].eager == 1
+    assert pipeline.heads.captures["target hoisted"].eager == 0
+    assert pipeline.heads.captures["target"].eager == 1
 
 
 def test_speculation_is_hoisted_too(hoisted_bundle, engines):
     config = make_config(**SETTINGS, method="lossless", window=3)
-    pipeline = Pipeline(hoisted_bundle, "tensorrt-rtx")
+    pipeline = Pipeline(Sessions(hoisted_bundle, "tensorrt-rtx", opener=engines))
     made = pixels(pipeline, config)
-    calls = {label: stats.calls for label, stats in pipeline.calls.items() if stats.calls}
+    calls = {label: stats.calls for label, stats in pipeline.sessions.calls.items() if stats.calls}
     names = {"backbone", "head_modulation", "speculative_round_hoisted"}
     assert calls.keys() == {f"target/{name}" for name in names} | {"decoder"}
     # One table per autoregressive step of each batch, which all tokens share.
     assert calls["target/head_modulation"] == 2 * SETTINGS["num_iter"]
     assert calls["target/speculative_round_hoisted"] > calls["target/head_modulation"]
-    expected = pixels(Pipeline(hoisted_bundle, threads=1), config)
+    expected = pixels(Pipeline(Sessions(hoisted_bundle, threads=1)), config)
     assert (made - expected).abs().max() <= 1
 
 
 def test_each_context_sees_one_shape(tiny_bundle, engines):
-    pipeline = Pipeline(tiny_bundle, "tensorrt-rtx", graphs=FakeGraphs())
+    pipeline = Pipeline(Sessions(tiny_bundle, "tensorrt-rtx", opener=engines), graphs=FakeGraphs())
     pixels(pipeline, make_config(**SETTINGS, method="target"))
-    shapes = [context.shapes["x"] for context in engines["target/denoiser"].contexts[1:]]
+    shapes = [context.shapes["x"] for context in engines.opened["target/denoiser"].contexts[1:]]
     assert len(set(shapes)) == len(shapes)
     assert all(rows & (rows - 1) == 0 for rows, _ in shapes)
 
@@ -156,13 +165,13 @@ def test_a_loop_that_cannot_be_captured_runs_all_the_same(
     else:
         graphs, words = FakeGraphs(), "the first replay differs from the eager run"
         spoil(monkeypatch, graphs)
-    pipeline = Pipeline(tiny_bundle, "tensorrt-rtx", graphs=graphs)
+    pipeline = Pipeline(Sessions(tiny_bundle, "tensorrt-rtx", opener=engines), graphs=graphs)
     made = pixels(pipeline, make_config(**SETTINGS, method="target"))
     assert (made - by_loop_graph(tiny_bundle, "target")).abs().max() <= 1
-    stats = pipeline.captures["target"]
+    stats = pipeline.heads.captures["target"]
     assert (stats.captured, stats.replayed) == (0, 0)
-    assert len(pipeline.notes) == 1 + len(stats.fallbacks) > 1
-    assert all(words in note for note in pipeline.notes[1:])
+    assert len(pipeline.sessions.notes) == 1 + len(stats.fallbacks) > 1
+    assert all(words in note for note in pipeline.sessions.notes[1:])
 
 
 def spoil(monkeypatch, graphs: FakeGraphs) -> None:
@@ -180,8 +189,13 @@ def spoil(monkeypatch, graphs: FakeGraphs) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can capture here")
-def test_run_json_and_stderr_tell_of_a_loop_without_a_graph(tiny_bundle, engines, tmp_path):
+def test_run_json_and_stderr_tell_of_a_loop_without_a_graph(
+    tiny_bundle, engines, tmp_path, monkeypatch
+):
     """Torch without CUDA refuses every capture: the real failure, seen through the command."""
+    monkeypatch.setattr(run, "Job", partial(run.Job, opener=engines))
+    # The bundle's own records name no engines.
+    monkeypatch.setattr(machine, "check_engines", lambda *_: None)
     arguments = ["generate", str(tiny_bundle.folder), "--backend", "tensorrt-rtx", "--quiet"]
     arguments += ["--labels", "3", "--method", "target", "--num-iter", "2", "--head-steps", "3"]
     result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "run")])
@@ -219,7 +233,7 @@ def test_more_rows_than_the_engine_takes_are_split(tiny_bundle):
 def test_kernels_are_kept_after_the_first_batch(tiny_bundle, engines, monkeypatch):
     saved = []
     monkeypatch.setattr(TrtSession, "save_cache", lambda self: saved.append(self.spec.name))
-    pipeline = Pipeline(tiny_bundle, "tensorrt-rtx", graphs=FakeGraphs())
+    pipeline = Pipeline(Sessions(tiny_bundle, "tensorrt-rtx", opener=engines), graphs=FakeGraphs())
     pixels(pipeline, make_config(**SETTINGS, method="target"))
     assert saved == ["denoiser"]
 
@@ -228,7 +242,7 @@ def test_kernels_are_kept_after_the_first_batch(tiny_bundle, engines, monkeypatc
 
     monkeypatch.setattr(TrtSession, "save_cache", refuse)
     pixels(pipeline, make_config(**SETTINGS, method="target"))
-    assert pipeline.notes[-1] == "compiled kernels are not kept: read-only file system"
+    assert pipeline.sessions.notes[-1] == "compiled kernels are not kept: read-only file system"
 
 
 def test_buckets_are_powers_of_two_within_the_profile():

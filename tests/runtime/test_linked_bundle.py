@@ -6,6 +6,7 @@ import shutil
 from cspd.engines.bundle import hash_file, open_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 
 
 def cache_layout(bundle, hub):
@@ -29,7 +30,7 @@ def test_images_are_those_of_the_bundle_itself(tiny_bundle, tmp_path):
     assert linked.sha256 == tiny_bundle.sha256
     for backend in ("onnxruntime", "torch"):
         (a, _), (b, _) = (
-            next(Pipeline(bundle, backend, threads=1).generate(settings))
+            next(Pipeline(Sessions(bundle, backend, threads=1)).generate(settings))
             for bundle in (tiny_bundle, linked)
         )
         assert [i.pixels.tobytes() for i in a] == [i.pixels.tobytes() for i in b]

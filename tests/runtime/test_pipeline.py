@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from cspd.engines.backends import open_session
 from cspd.engines.errors import CspdError, NonFiniteError
-from cspd.runtime import pipeline as pipeline_module
 from cspd.runtime import run
 from cspd.runtime.cli import configure
 from cspd.runtime.config import make_config
 from cspd.runtime.noise import Noise
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.plan import MaskPlan
+from cspd.runtime.sessions import Sessions
 from cspd.runtime.stats import Verdicts
 
 METHODS = {
@@ -37,7 +38,7 @@ def pipeline(tiny_bundle):
 
     def get(backend: str = "onnxruntime") -> Pipeline:
         if backend not in opened:
-            opened[backend] = Pipeline(tiny_bundle, backend, "cpu", 1)
+            opened[backend] = Pipeline(Sessions(tiny_bundle, backend, "cpu", 1))
         return opened[backend]
 
     return get
@@ -179,19 +180,16 @@ class Broken:
 
 
 @pytest.fixture
-def broken_run(tiny_bundle, tmp_path, monkeypatch):
+def broken_run(tiny_bundle, tmp_path):
     """Run `config` through the command's code with one broken graph; returns message and folder."""
 
     def go(settings, broken: str, output: str, row: int, call: int = 0):
-        original = pipeline_module.open_session
-
-        def open_session(bundle, label, backend, **options):
-            session = original(bundle, label, backend, **options)
+        def opener(bundle, label, backend, **options):
+            session = open_session(bundle, label, backend, **options)
             return Broken(session, output, row, call) if label == broken else session
 
-        monkeypatch.setattr(pipeline_module, "open_session", open_session)
         with pytest.raises(NonFiniteError) as caught:
-            job = run.Job(run.Machine("cpu", 1), quiet=True)
+            job = run.Job(run.Machine("cpu", 1), quiet=True, opener=opener)
             run.generate(tiny_bundle, settings, tmp_path / "out", job)
         assert "\n" not in str(caught.value)
         return str(caught.value), tmp_path / "out"
@@ -244,13 +242,13 @@ def test_images_of_finished_batches_stay(broken_run):
 
 
 def test_sessions_are_opened_when_needed_and_kept(tiny_bundle):
-    pipeline = Pipeline(tiny_bundle, "onnxruntime", "cpu", 1)
+    pipeline = Pipeline(Sessions(tiny_bundle, "onnxruntime", "cpu", 1))
     list(pipeline.generate(config(2, method="target")))
-    assert {label.partition("/")[0] for label in pipeline.calls} == {"target", "decoder"}
-    assert pipeline.calls["target/backbone"].calls == 6
-    assert pipeline.calls["decoder"].calls == 1
+    assert {label.partition("/")[0] for label in pipeline.sessions.calls} == {"target", "decoder"}
+    assert pipeline.sessions.calls["target/backbone"].calls == 6
+    assert pipeline.sessions.calls["decoder"].calls == 1
     list(pipeline.generate(config(2, method="target")))
-    assert pipeline.calls["target/backbone"].calls == 12
+    assert pipeline.sessions.calls["target/backbone"].calls == 12
 
 
 @pytest.mark.parametrize(
@@ -273,7 +271,7 @@ def test_image_does_not_depend_on_the_number_of_threads(pipeline, tiny_bundle, n
     settings = config(**METHODS[name])
     alone, _ = images_of(pipeline(), settings)
     for threads in (2, 3):
-        cut, _ = images_of(Pipeline(tiny_bundle, threads=threads), settings)
+        cut, _ = images_of(Pipeline(Sessions(tiny_bundle, threads=threads)), settings)
         for index, image in alone.items():
             difference = image.pixels.astype(int) - cut[index].pixels.astype(int)
             assert np.abs(difference).max() <= 1

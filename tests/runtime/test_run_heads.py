@@ -9,10 +9,10 @@ import pytest
 
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import open_bundle
-from cspd.runtime import pipeline as pipeline_module
 from cspd.runtime import run, tuning
 from cspd.runtime.config import make_config
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 from cspd.runtime.tune_command import cost_table
 from cspd.runtime.window import CostRecord
 
@@ -30,17 +30,18 @@ def config(**values):
     return make_config(**{**base, **values})
 
 
+def by_onnxruntime(bundle, label, backend, **options):
+    return open_session(bundle, label, "onnxruntime", threads=1)
+
+
 @pytest.fixture
 def pipeline(hoisted_bundle, tmp_path, monkeypatch):
-    """On a copy, so that no costs lie beside the shared bundle."""
-
-    def by_onnxruntime(bundle, label, backend, *, device, threads):
-        return open_session(bundle, label, "onnxruntime", threads=1)
-
-    monkeypatch.setattr(pipeline_module, "open_session", by_onnxruntime)
+    """On a copy, so that no costs lie beside the shared bundle. ONNX Runtime runs the graphs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(hoisted_bundle.folder, tmp_path / "bundle")
-    return Pipeline(open_bundle(tmp_path / "bundle"), "tensorrt-rtx", threads=1)
+    return Pipeline(
+        Sessions(open_bundle(tmp_path / "bundle"), "tensorrt-rtx", opener=by_onnxruntime)
+    )
 
 
 def costs(key: str, plain_ms: float, round_ms: float) -> CostRecord:
@@ -51,7 +52,7 @@ def costs(key: str, plain_ms: float, round_ms: float) -> CostRecord:
 
 def keep(pipeline, settings, on_table: float, no_table: float, round_share: float = 1.0) -> None:
     """Save costs of stepping with and without a table; a round takes a share of them."""
-    key = tuning.cost_key(tuning.facts(pipeline, "target", settings))
+    key = tuning.cost_key(tuning.facts(pipeline.heads, "target", settings))
     found = tuning.HeadCosts(
         role="target", guided=True, costs=costs(key, on_table, round_share * on_table),
         no_table=costs(key, no_table, round_share * no_table), acceptance=(0.9,) * STEPS,
@@ -61,19 +62,21 @@ def keep(pipeline, settings, on_table: float, no_table: float, round_share: floa
 
 def used(pipeline) -> set[str]:
     """Graphs of the target's head that ran."""
-    calls = {label.partition("/")[2]: stats.calls for label, stats in pipeline.calls.items()}
+    calls = {
+        label.partition("/")[2]: stats.calls for label, stats in pipeline.sessions.calls.items()
+    }
     return {name for name in (*STEPPING, *STEPPING.values(), *ROUNDS, *ROUNDS.values())
             if calls.get(name)}  # fmt: skip
 
 
 def test_both_ways_are_measured(pipeline):
-    found = tuning.tuned(pipeline, "target", config(method="auto"))
+    found = tuning.tuned(pipeline.heads, "target", config(method="auto"))
     assert used(pipeline) == {*STEPPING, *STEPPING.values(), *ROUNDS, *ROUNDS.values()}
     assert found.no_table is not None and found.no_table != found.costs
     shapes = [(r.num_steps, len(r.plain), len(r.rounds), len(r.whole)) for r in
               (found.costs, found.no_table)]  # fmt: skip
     assert shapes[0] == shapes[1] and shapes[0][0] == STEPS
-    assert found == tuning.saved(pipeline, "target", config(method="auto"))
+    assert found == tuning.saved(pipeline.heads, "target", config(method="auto"))
 
 
 @pytest.mark.parametrize("table", [True, False])
@@ -125,15 +128,15 @@ def test_the_baseline_takes_the_cheaper_way_too(pipeline, tmp_path):
 def test_without_costs_nothing_is_measured_for_what_was_asked_for(pipeline, method):
     settings = config(method=method, window=3)
     assert pipeline.resolve(settings) == (settings, {})
-    assert pipeline.calls == {}
+    assert pipeline.sessions.calls == {}
 
 
 def test_where_loops_are_graphs_there_is_no_other_way(pipeline):
-    elsewhere = Pipeline(pipeline.bundle, "onnxruntime", threads=1)
+    elsewhere = Pipeline(Sessions(pipeline.bundle, "onnxruntime", threads=1))
     settings = config(method="target", backend="onnxruntime")
     keep(elsewhere, settings, SLOW, FAST)
     assert elsewhere.resolve(settings) == (settings, {})
-    assert tuning.tuned(elsewhere, "target", config(method="auto", cfg=1.0)).no_table is None
+    assert tuning.tuned(elsewhere.heads, "target", config(method="auto", cfg=1.0)).no_table is None
 
 
 def test_tune_shows_both_ways():

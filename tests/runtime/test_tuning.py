@@ -24,6 +24,7 @@ from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.progress import working
 from cspd.runtime.relax import SameNoiseRound
 from cspd.runtime.replay import replay
+from cspd.runtime.sessions import Sessions
 from cspd.runtime.tune_command import cost_table
 from cspd.runtime.window import CostRecord
 
@@ -44,12 +45,12 @@ def cache(tmp_path, monkeypatch):
 def pipeline(tiny_bundle, tmp_path):
     """A copy, so that nothing is written beside the shared one."""
     shutil.copytree(tiny_bundle.folder, tmp_path / "bundle")
-    return Pipeline(open_bundle(tmp_path / "bundle"), threads=1)
+    return Pipeline(Sessions(open_bundle(tmp_path / "bundle"), threads=1))
 
 
 def keep(pipeline, plain_ms, round_ms, settings, role="target"):
     """Save costs for `settings` as if they had been measured."""
-    key = tuning.cost_key(tuning.facts(pipeline, role, settings))
+    key = tuning.cost_key(tuning.facts(pipeline.heads, role, settings))
     costs = CostRecord(
         key=key, num_steps=10, plain=((1.0, plain_ms), (32.0, plain_ms)),
         rounds=((1.0, round_ms), (512.0, round_ms)),
@@ -61,21 +62,21 @@ def keep(pipeline, plain_ms, round_ms, settings, role="target"):
 def test_measured_once_and_kept_beside_the_bundle(pipeline, tmp_path, monkeypatch, capsys):
     """And said while it is measured, not when saved costs are read."""
     pipeline.working = working
-    found = tuning.tuned(pipeline, "target", config())
+    found = tuning.tuned(pipeline.heads, "target", config(), pipeline.working)
     assert capsys.readouterr().err == "measuring the target head, once per machine\n"
     (path,) = (tmp_path / "bundle.tuned").iterdir()
     assert found.costs.num_steps == 10 and len(found.acceptance) == 10
     assert all(0 < share < 1 for share in found.acceptance)
     monkeypatch.setattr(tuning, "measure", None)  # a second measurement would fail
-    assert tuning.tuned(pipeline, "target", config()) == found
+    assert tuning.tuned(pipeline.heads, "target", config(), pipeline.working) == found
     assert capsys.readouterr().err == ""
     text = path.read_text().replace(found.costs.key, "0" * 64)
     path.write_text(text)
     with pytest.raises(CspdError, match="cspd-run tune"):
-        tuning.tuned(pipeline, "target", config())
+        tuning.tuned(pipeline.heads, "target", config(), pipeline.working)
     path.write_text("{")
     with pytest.raises(CspdError, match="delete it"):
-        tuning.tuned(pipeline, "target", config())
+        tuning.tuned(pipeline.heads, "target", config(), pipeline.working)
 
 
 @pytest.mark.parametrize(
@@ -84,11 +85,11 @@ def test_measured_once_and_kept_beside_the_bundle(pipeline, tmp_path, monkeypatc
 )
 def test_another_setting_has_another_key(pipeline, changes):
     role, changed = changes.pop("role", "target"), dict(changes)
-    base = tuning.facts(pipeline, "target", config())
-    pipeline.threads = changed.pop("threads", 1)
+    base = tuning.facts(pipeline.heads, "target", config())
+    pipeline.sessions.threads = changed.pop("threads", 1)
     if "sha256" in changed:
         pipeline.bundle.__dict__["sha256"] = changed.pop("sha256")
-    other = tuning.facts(pipeline, role, config(**changed))
+    other = tuning.facts(pipeline.heads, role, config(**changed))
     assert tuning.cost_key(base) != tuning.cost_key(other)
 
 
@@ -123,16 +124,16 @@ def test_costs_that_are_no_costs_are_refused(pipeline, where, value):
     place[where[-1]] = value
     path.write_text(json.dumps(document))
     with pytest.raises(CspdError, match=r"not a record of costs \(.*delete it, or measure again"):
-        tuning.saved(pipeline, "target", settings)
+        tuning.saved(pipeline.heads, "target", settings)
 
 
 def test_the_granted_cpus_are_part_of_the_key(pipeline, monkeypatch):
-    base = tuning.facts(pipeline, "target", config())
+    base = tuning.facts(pipeline.heads, "target", config())
     monkeypatch.setattr(tuning, "available_cpus", lambda: 64)
-    other = tuning.facts(pipeline, "target", config())
+    other = tuning.facts(pipeline.heads, "target", config())
     assert other["cpus"] == "64" and tuning.cost_key(base) != tuning.cost_key(other)
-    pipeline.threads = 0
-    assert tuning.facts(pipeline, "target", config())["threads"] == "64"
+    pipeline.sessions.threads = 0
+    assert tuning.facts(pipeline.heads, "target", config())["threads"] == "64"
 
 
 def test_kept_in_the_cache_where_the_bundle_cannot_be_written(pipeline, tmp_path, cache):
@@ -140,7 +141,7 @@ def test_kept_in_the_cache_where_the_bundle_cannot_be_written(pipeline, tmp_path
     path = keep(pipeline, 1.0, 1.0, config())
     assert path.is_relative_to(cache)
     assert tuning.load(pipeline.bundle, "target", tuning.cost_key(
-        tuning.facts(pipeline, "target", config())
+        tuning.facts(pipeline.heads, "target", config())
     )) is not None  # fmt: skip
 
 
@@ -171,7 +172,7 @@ def test_mixed_head_draws_what_either_way_would(pipeline):
     assert isinstance(head, MixedHead) and head.up_to == 5
     images = [image for images, _ in pipeline.generate(mixed) for image in images]
     assert len(images) == 2
-    calls = pipeline.calls
+    calls = pipeline.sessions.calls
     assert calls["target/speculative_loop"].calls > 0 and calls["target/denoiser_loop"].calls > 0
 
 
@@ -226,8 +227,8 @@ def test_heads_of_both_models_speculate(pipeline, method):
     assert len([image for images, _ in pipeline.generate(settings) for image in images]) == 2
     roles = ("target", "draft") if method == "cspd" else ("target",)
     for role in roles:
-        assert pipeline.calls[f"{role}/speculative_loop"].calls > 0
-    assert not any("denoiser_loop" in label for label in pipeline.calls)
+        assert pipeline.sessions.calls[f"{role}/speculative_loop"].calls > 0
+    assert not any("denoiser_loop" in label for label in pipeline.sessions.calls)
 
 
 @pytest.mark.parametrize("steps", [10, "10:4"])

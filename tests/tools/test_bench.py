@@ -12,6 +12,7 @@ from cspd.engines.errors import CspdError
 from cspd.runtime.config import AS_RELEASED
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.plan import MaskPlan, WindowPlan
+from cspd.runtime.sessions import Sessions
 from cspd.tools import bench, bench_run
 from cspd.tools.bench_cells import output
 from cspd.tools.bench_plan import TRIES, Scale, make_plan, plan_hash
@@ -84,7 +85,7 @@ def test_equal_calls_are_the_calls_that_are_made(tiny_bundle, gamma, prefill):
     (point, *_) = make_plan(tiny_bundle.manifest, {}, Scale.quick())
     changes = {"method": "cspd", "gamma": gamma, "prefill": prefill, "head_steps": 3}
     config = point.config.model_copy(update={**changes, "num_iter": 9, "batch_size": 2})
-    (_, statistics), *_ = Pipeline(tiny_bundle, threads=1).generate(config, [0, 1])
+    (_, statistics), *_ = Pipeline(Sessions(tiny_bundle, threads=1)).generate(config, [0, 1])
     plan = MaskPlan(tiny_bundle.manifest.geometry.num_tokens, 9)
     assert statistics.target_calls == WindowPlan(plan, gamma, prefill).target_rounds
 
@@ -265,7 +266,7 @@ def synthetic(bundle):
 )
 def test_replayed_acceptance_is_the_pattern_s(tiny_bundle, verify, rate):
     pattern = AcceptancePattern(source="x", shares=(0.0, 1.0), rates=(rate, rate))
-    pipeline = ReplayPipeline(tiny_bundle, threads=1, pattern=pattern)
+    pipeline = ReplayPipeline(Sessions(tiny_bundle, threads=1), pattern=pattern)
     (point, *_) = make_plan(tiny_bundle.manifest, {}, Scale.quick())
     changes = {"method": "cspd", "num_iter": 6, "head_steps": 3, "verify": verify, "gamma": 4}
     config = point.config.model_copy(update=changes)

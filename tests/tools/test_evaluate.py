@@ -14,6 +14,7 @@ from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
 from cspd.runtime.cli import shipped_bundle
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 from cspd.tools import evaluate
 from cspd.tools.bootstrap import Judged, half_width, replicates
 from cspd.tools.evaluate import Evaluation, make_variants, paired_difference, spread
@@ -137,7 +138,7 @@ def test_only_50000_inception_images_make_an_fid_50k():
 
 
 def test_images_go_through_png(tiny_bundle, tmp_path, variants):
-    pipeline = Pipeline(tiny_bundle, threads=1)
+    pipeline = Pipeline(Sessions(tiny_bundle, threads=1))
     make_images(pipeline, variants[0], tmp_path, silent)
     config = variants[0].config
     direct = [image for images, _ in pipeline.generate(config) for image in images]
@@ -148,7 +149,7 @@ def test_images_go_through_png(tiny_bundle, tmp_path, variants):
 
 
 def test_an_interrupted_run_goes_on(tiny_bundle, tmp_path, variants):
-    pipeline, variant = Pipeline(tiny_bundle, threads=1), variants[0]
+    pipeline, variant = Pipeline(Sessions(tiny_bundle, threads=1)), variants[0]
     make_images(pipeline, variant, tmp_path, silent)
     whole = load_images(tmp_path, 3).copy()
     # One image damaged, the last line of the journal cut off.
@@ -183,7 +184,7 @@ def test_lines_that_lie_are_not_believed(tmp_path, variants):
 
 def test_record_of_an_evaluation(tiny_bundle, tmp_path, variants):
     evaluation = Evaluation(tiny_bundle, variants, MeanJudge(), tmp_path, silent)
-    record = evaluation.run(Pipeline(tiny_bundle, threads=1))
+    record = evaluation.run(Pipeline(Sessions(tiny_bundle, threads=1)))
     json.dumps(record, allow_nan=False)
     assert record["n"] == 3 and len(record["scores"]) == 4
     assert {row["comparison"] for row in record["paired"]} == {

@@ -9,7 +9,6 @@ from click.testing import CliRunner
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import open_bundle
 from cspd.engines.trt_options import BuildOptions
-from cspd.runtime import pipeline as pipeline_module
 from cspd.tools import gpu_check
 from cspd.tools.engine_bundle import with_engines
 from cspd.tools.gpu_check import METHODS, Deadline, attempt, benchmark, climb, succeeded
@@ -70,12 +69,11 @@ def test_benchmark_of_every_method(tiny_bundle):
 def test_engines_with_tables_are_also_timed_without(hoisted_bundle, monkeypatch):
     """ONNX Runtime stands in for the engines."""
 
-    def by_onnxruntime(bundle, label, backend, *, device, threads):
+    def by_onnxruntime(bundle, label, backend, **options):
         return open_session(bundle, label, "onnxruntime", threads=1)
 
-    monkeypatch.setattr(pipeline_module, "open_session", by_onnxruntime)
     monkeypatch.setattr(gpu_check, "METHODS", ("target", "lossless"))
-    found = benchmark(hoisted_bundle, "tensorrt-rtx", "cpu", soon(300))["methods"]
+    found = benchmark(hoisted_bundle, "tensorrt-rtx", "cpu", soon(300), by_onnxruntime)["methods"]
     steps = {"target": "denoiser", "lossless": "speculative_round"}
     for method, graph in steps.items():
         for name, other in (

@@ -14,6 +14,7 @@ from selenium.webdriver.common.by import By
 
 from cspd.engines.errors import CspdError
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 from cspd.tools import bench, parity, report, report_sections
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_run import JOURNAL, PIXELS, read_lines
@@ -72,7 +73,7 @@ def runs(tiny_bundle, tmp_path_factory):
     methods = [{"method": "target"}, {"method": "cspd"}]
     variants = make_variants(cut, methods, [0, 1], 3, settings)
     evaluation = Evaluation(tiny_bundle, variants, Judge(), folder / "evaluate", lambda _: None)
-    record = evaluation.run(Pipeline(tiny_bundle, threads=1))
+    record = evaluation.run(Pipeline(Sessions(tiny_bundle, threads=1)))
     (folder / "evaluate" / "evaluate.json").write_text(json.dumps(record))
     out = folder / "parity.json"
     arguments = [str(tiny_bundle.folder), "--num-iter", "2", "--head-steps", "5"]

@@ -19,6 +19,7 @@ from cspd.runtime.heads import DEFAULT_WINDOW
 from cspd.runtime.images import encode_png
 from cspd.runtime.outputs import image_metadata
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 
 QUICK = {"num_iter": 6, "head_steps": 8}
 BATCHED = {**QUICK, "batch_size": BATCH}
@@ -29,7 +30,7 @@ SLOW = {"num_iter": 49, "head_steps": 200, "method": "target"}
 def offline():
     """`offline(label, **options)`: the PNG of image 0, made without a server."""
     bundle = open_bundle(shipped_bundle())
-    pipeline = Pipeline(bundle, threads=1)
+    pipeline = Pipeline(Sessions(bundle, threads=1))
     made = {}
 
     def png(label: int, **options) -> bytes:

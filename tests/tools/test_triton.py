@@ -26,6 +26,7 @@ from cspd.export.cli import main
 from cspd.runtime.cli import shipped_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.sessions import Sessions
 from cspd.tools import triton
 from cspd.tools.triton_config import batch_axis
 
@@ -237,7 +238,9 @@ def test_the_loop_makes_the_images_of_the_pipeline(loop, bundle, method):
     (response,) = model.execute([request])
     outputs = fake_triton.check_response(config, response)
     settings = make_config(labels=labels, num_images=3, method=method, seed=5, **QUICK)
-    made = [i for batch, _ in Pipeline(bundle, threads=1).generate(settings) for i in batch]
+    made = [
+        i for batch, _ in Pipeline(Sessions(bundle, threads=1)).generate(settings) for i in batch
+    ]
     assert np.array_equal(outputs["images"], np.stack([image.pixels for image in made]))
     assert outputs["accepted"].tolist() == [image.verdicts.accepted for image in made]
     assert outputs["proposed"].tolist() == [image.verdicts.proposed for image in made]
