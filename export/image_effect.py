@@ -18,6 +18,7 @@ from cspd.engines.manifest import ImageEffect, Manifest
 from cspd.engines.session import Session, TorchSession
 from cspd.export.assemble import assemble_mar, assemble_vae
 from cspd.export.graphs import DenoiserGraph, PixelDecoder
+from cspd.export.loop_graph import DenoiserLoopGraph
 from cspd.export.networks import FIRST
 from cspd.export.presets import MarConfig
 
@@ -59,7 +60,7 @@ def exact_sessions(
     step = DenoiserGraph(model.diffloss)
     modules = {
         f"{role}/backbone": model, f"{role}/denoiser": step, f"{role}/{FIRST}": step,
-        "decoder": pixels,
+        f"{role}/denoiser_loop": DenoiserLoopGraph(model.diffloss), "decoder": pixels,
     }  # fmt: skip
     cpu = torch.device("cpu")
     return {

@@ -47,3 +47,18 @@ def test_float32_has_next_to_no_effect_and_other_weights_have_much(tiny_bundle):
     assert all(model.image_effect.psnr > 60 for model in own.values())
     swapped = with_image_effects(tiny_bundle, {**states, "target": draft_state}, None).models
     assert swapped["target"].image_effect.tokens_error > 1e-3
+
+
+def test_the_head_counts_where_its_loop_is_one_graph(tiny_bundle):
+    """It was compared with itself there: the loop came from the bundle on both sides."""
+    states = {role: source.weights for role, source in tiny_plan().models.items()}
+
+    def other_head():
+        return {
+            name: 1.5 * tensor if name.startswith("diffloss.net.final_layer") else tensor
+            for name, tensor in states["target"]().items()
+        }
+
+    assert "denoiser_loop" in tiny_bundle.manifest.models["target"].graphs
+    found = with_image_effects(tiny_bundle, {**states, "target": other_head}, None).models
+    assert found["target"].image_effect.tokens_error > 1e-3

@@ -15,6 +15,7 @@ from cspd.runtime.noise import Noise
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.sessions import Sessions
+from cspd.runtime.setup import make_batch
 from cspd.runtime.stats import Verdicts
 
 METHODS = {
@@ -150,15 +151,14 @@ def test_padding_rows_do_not_leak(pipeline, monkeypatch):
     """Whatever class and noise the padding has, the wanted images are the same."""
     settings = config(3, **METHODS["prefix"])
     expected, _ = images_of(pipeline(), settings)
-    original = Pipeline._batch
 
-    def other_padding(self, config, chunk):
-        batch = original(self, config, chunk)
-        batch.images[len(chunk) :] = torch.arange(100, 100 + len(batch) - len(chunk))
-        batch.labels[len(chunk) :] = 999
+    def other_padding(manifest, config, images, device):
+        batch = make_batch(manifest, config, images, device)
+        batch.images[len(images) :] = torch.arange(100, 100 + len(batch) - len(images))
+        batch.labels[len(images) :] = 999
         return batch
 
-    monkeypatch.setattr(Pipeline, "_batch", other_padding)
+    monkeypatch.setattr("cspd.runtime.pipeline.make_batch", other_padding)
     changed, _ = images_of(pipeline(), settings)
     assert sorted(changed) == [0, 1, 2]
     assert all(same(changed[index], expected[index]) for index in expected)

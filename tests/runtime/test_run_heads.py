@@ -40,7 +40,7 @@ def pipeline(hoisted_bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(hoisted_bundle.folder, tmp_path / "bundle")
     return Pipeline(
-        Sessions(open_bundle(tmp_path / "bundle"), "tensorrt-rtx", opener=by_onnxruntime)
+        Sessions(open_bundle(tmp_path / "bundle"), "tensorrt-rtx", threads=1, opener=by_onnxruntime)
     )
 
 
@@ -118,7 +118,7 @@ def test_the_baseline_takes_the_cheaper_way_too(pipeline, tmp_path):
     """Else a ratio would compare with a slower target than there is."""
     settings = config(method="lossless", window=3)
     keep(pipeline, settings, SLOW, FAST)
-    job = run.Job(run.Machine("cpu", 1), baseline=True, quiet=True)
+    job = run.Job(run.Machine("cpu", 1), baseline=True, quiet=True, opener=by_onnxruntime)
     record, outcomes = run.generate(pipeline.bundle, settings, tmp_path / "out", job)
     assert "computed again in every call" in record["choices"]["target"]
     assert [outcome.config.heads[0].table for outcome in outcomes] == [False, False]
