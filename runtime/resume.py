@@ -122,7 +122,7 @@ def _open(run: RunFolder, overwrite: bool) -> None:
 def _there(run: RunFolder, record: dict[str, Any] | None) -> dict[str, Any] | None:
     """Which run the folder holds: this one if any of its records says so; None if it holds none."""
     settings, head = _read_json(run.folder / SETTINGS), _old_head(run.folder)
-    found = [there for there in (settings, _identity_of(record), head) if there]
+    found = [there for there in (settings, _identity_of(record), head) if there and _is_run(there)]
     same = (there for there in found if not _difference(there, run.identity))
     return next(same, found[0] if found else None)
 
@@ -219,12 +219,20 @@ def _choices(there: dict[str, Any]) -> dict[str, str]:
     return {role: reason for role, reason in found.items() if isinstance(reason, str)}
 
 
+def _is_run(there: dict[str, Any]) -> bool:
+    """Whether this is what a run says of itself, of any version: not a file of that name alone."""
+    kinds = {"tool": str, "bundle": str, "config": dict}
+    return all(isinstance(there.get(name), kind) for name, kind in kinds.items())
+
+
 def _clear(folder: Path, found: list[Path], overwrite: bool, *, known: bool) -> None:
     """Remove the files of an earlier run; CspdError if that was not asked for, or is no run."""
+    if not known:
+        raise CspdError(
+            f"{folder}: is not empty: it holds files that are not a run; choose another --out"
+        )
     if not overwrite:
         raise CspdError(f"{folder}: is not empty; choose another --out or add --overwrite")
-    if not known:
-        raise CspdError(f"{folder}: holds files that are not a run; choose another --out")
     # What makes it a run goes last, so that a kill in between leaves one that can be overwritten.
     inner = [folder / PENDING, folder / PREVIEW]
     files = [*found, *(path for part in inner for path in part.glob("*.png"))]

@@ -75,7 +75,7 @@ def generate(
     else:
         config, choices = old
     for role, reason in choices.items():
-        Console(stderr=True, quiet=job.quiet).print(f"{role} head: {reason}")
+        Console(stderr=True, quiet=job.quiet).print(f"{role} head: {reason}", markup=False)
     if job.cluster is not None:
         return _generate_on_ray(bundle, config, out, job, job.cluster, choices)
     if old is None:

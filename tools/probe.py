@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
+from cspd.engines.errors import BundleError
 from cspd.engines.ort_session import OrtCpuSession, import_onnxruntime, thread_options
 from cspd.engines.session import Session
 from cspd.runtime.canvas import Batch, Canvas
@@ -92,7 +93,13 @@ def unoptimised_session(bundle: Bundle, label: str) -> Session:
     options = thread_options(ort, threads=1)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     path = str(bundle.graph_file(label))
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own classes, of no common base but this
+        reason = str(error).strip().splitlines()[0]
+        raise BundleError(
+            f"{path}: cannot be loaded ({reason}); rebuild it with cspd-export build"
+        ) from None
     return OrtCpuSession(session, bundle.graph(label).spec)
 
 

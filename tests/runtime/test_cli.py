@@ -307,3 +307,33 @@ def test_configuration_survives_json():
 def test_unknown_setting():
     with pytest.raises(CspdError, match="--gama"):
         make_config(labels=(1,), num_images=1, gama=3)
+
+
+def test_files_of_the_user_are_no_run(tiny_bundle, tmp_path):
+    """Whatever they are called; --overwrite is neither offered nor of use."""
+    out = tmp_path / "out"
+    out.mkdir()
+    mine = {
+        "settings.json": '{"editor": "vim"}',
+        "00007.png": "holiday",
+        "images.jsonl": '{"a": 1}',
+    }
+    for name, text in mine.items():
+        (out / name).write_text(text)
+    for options in ((), ("--overwrite",)):
+        arguments = ["generate", str(tiny_bundle.folder), *FAST, *options, "--out", str(out)]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 1 and "holds files that are not a run" in result.stderr
+        assert "--overwrite" not in result.stderr
+    assert {path.name: path.read_text() for path in out.iterdir()} == mine
+
+
+def test_a_reason_in_a_file_is_text(tiny_bundle, tmp_path):
+    """Not markup of the terminal."""
+    arguments = ["generate", str(tiny_bundle.folder), *FAST, "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    settings = tmp_path / "out" / "settings.json"
+    written = json.loads(settings.read_text())
+    settings.write_text(json.dumps(written | {"choices": {"target": "[/x]"}}))
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0 and "target head: [/x]" in result.stderr

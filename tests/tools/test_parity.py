@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -12,13 +13,14 @@ from click.testing import CliRunner
 from narrow import check_narrow
 
 from cspd.engines.bundle import hash_file, open_bundle
+from cspd.engines.errors import BundleError
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
 from cspd.tools import parity
 from cspd.tools.parity_bisect import suspect
 from cspd.tools.parity_ladder import within
 from cspd.tools.parity_measure import Row, finite, measure, worst
 from cspd.tools.parity_rungs import RUNGS, decision_rows, output_rows, psnr
-from cspd.tools.probe import rounds
+from cspd.tools.probe import rounds, unoptimised_session
 
 SMALL = {"images": 2, "num_iter": 4, "head_steps": 5, "seeds": 1}
 
@@ -221,3 +223,11 @@ def test_hoisted_graphs_are_compared_on_related_inputs(hoisted_bundle):
         assert (len(cases) == 1) == (name == "speculative_round_hoisted")
     for inputs in ladder.recorded["target/speculative_round_hoisted"]:
         assert inputs["modulation"].shape[0] == len(inputs["origin"]) <= 4
+
+
+def test_a_graph_that_cannot_be_loaded_is_one_line(tiny_bundle, tmp_path):
+    path = tmp_path / "g.onnx"
+    path.write_bytes(b"")
+    bundle = SimpleNamespace(graph_file=lambda _: path)
+    with pytest.raises(BundleError, match=r"cannot be loaded .*; rebuild it with cspd-export"):
+        unoptimised_session(bundle, "decoder")
