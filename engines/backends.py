@@ -6,14 +6,12 @@ A backend is imported when it is first used, so that a plain CPU run pulls in no
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.session import Session
-
-# Backends that run engines, which hold no graph with `GraphSpec.engines` off.
-ENGINES = ("tensorrt", "tensorrt-rtx")
 
 
 class OpenSession(Protocol):
@@ -24,14 +22,32 @@ class OpenSession(Protocol):
         ...
 
 
-# Where each backend opens a session. PyTorch needs the model code, which stands above this floor
-# and is reached by name only.
+@dataclass(frozen=True)
+class Backend:
+    """What runs graphs, by its properties; `opens` is where, as "module:function".
+
+    `engines`: it runs engine files, which hold no graph with `GraphSpec.engines` off. `loops_on`:
+    kinds of devices on which a graph with a loop inside is its fastest way through a chain;
+    elsewhere the steps are recorded as a CUDA graph. `makes_graphs`: it makes every graph of a
+    model from its weights, whether the bundle has that graph or not.
+    """
+
+    opens: str
+    engines: bool = False
+    loops_on: tuple[str, ...] = ()
+    makes_graphs: bool = False
+
+
+# PyTorch needs the model code, which stands above this floor and is reached by name only.
 BACKENDS = {
-    "onnxruntime": "cspd.engines.ort_session:open_session",
-    "torch": "cspd.export.torch_session:open_session",
-    "tensorrt-rtx": "cspd.engines.trt_session:open_rtx_session",
-    "tensorrt": "cspd.engines.trt_session:open_tensorrt_session",
+    "onnxruntime": Backend("cspd.engines.ort_session:open_session", loops_on=("cpu", "cuda")),
+    "torch": Backend(
+        "cspd.export.torch_session:open_session", loops_on=("cpu",), makes_graphs=True
+    ),
+    "tensorrt-rtx": Backend("cspd.engines.trt_session:open_rtx_session", engines=True),
+    "tensorrt": Backend("cspd.engines.trt_session:open_tensorrt_session", engines=True),
 }
+ENGINES = tuple(name for name in ("tensorrt", "tensorrt-rtx") if BACKENDS[name].engines)
 
 
 def check_backend(name: str) -> None:
@@ -45,6 +61,6 @@ def open_session(
 ) -> Session:
     """Session of graph `label`, such as "target/backbone"; `threads` 0 leaves it to the backend."""
     check_backend(backend)
-    module, _, function = BACKENDS[backend].partition(":")
+    module, _, function = BACKENDS[backend].opens.partition(":")
     opener = cast(OpenSession, getattr(importlib.import_module(module), function))
     return opener(bundle, label, device=device, threads=threads)

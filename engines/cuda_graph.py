@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,13 +24,22 @@ class Graphs(Protocol):
 
 
 class TorchGraphs:
-    """CUDA graphs. The work runs on torch's capture stream and must use torch's current stream."""
+    """CUDA graphs. The work runs on torch's capture stream and must use torch's current stream.
+
+    All graphs of one object share their memory, so that they need the most of any and not the sum.
+    Work must therefore write what outlives its replay to tensors that were made before.
+    """
+
+    def __init__(self) -> None:
+        self._pool: Any = None
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record `work` in a new graph."""
         graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         return graph.replay
 
@@ -122,9 +131,11 @@ class CapturedLoop:
     ) -> str | None:
         """Fill `slot`; returns why its graph must not be used, or None."""
         slot.inputs = {name: tensor.clone() for name, tensor in tensors.items()}
+        slot.outputs = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
 
         def work() -> None:
-            slot.outputs = dict(slot.run(**slot.inputs))
+            for name, value in slot.run(**slot.inputs).items():
+                slot.outputs[name].copy_(value)
 
         try:
             slot.replay = self._graphs.capture(work)

@@ -40,7 +40,7 @@ class Session(Protocol):
 
 @runtime_checkable
 class ForkableSession(Session, Protocol):
-    """A session of an engine whose calls a CUDA graph can hold."""
+    """A session on a GPU whose calls a CUDA graph can hold."""
 
     def fork(self) -> Session:
         """A session of the same engine with a state and outputs of its own."""
@@ -85,6 +85,14 @@ class TorchSession:
     def __init__(self, spec: GraphSpec, module: torch.nn.Module, device: torch.device) -> None:
         self.spec, self.device = spec, device
         self._module, self._check = module.to(device).eval(), CallCheck(spec)
+
+    def fork(self) -> TorchSession:
+        """This session: a call leaves no state, and its outputs are new every time."""
+        return self
+
+    def capture_refusal(self) -> str | None:
+        """Why its calls cannot be captured in a CUDA graph; None if it is worth trying."""
+        return None if self.spec.capturable else f"{self.spec.name} holds a loop"
 
     @torch.inference_mode()
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:

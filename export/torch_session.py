@@ -1,50 +1,77 @@
-"""The PyTorch backend: the reference modules with the weights of a bundle."""
+"""The PyTorch backend: the reference modules with the weights of a bundle.
+
+It makes every graph of a model from the weights, also those that the bundle does not hold. On a GPU
+the whole head of a model in reduced precision is in that precision, but for the first step of a
+chain (`denoiser_first`): without tensor cores the products would take many times as long.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.cpus import limit_torch_threads
-from cspd.engines.errors import BundleError
+from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.session import Session, TorchSession, torch_device
+from cspd.engines.spec import GraphSpec
 from cspd.export.assemble import assemble_mar, assemble_vae
 from cspd.export.graphs import PixelDecoder
 from cspd.export.mar import DiffusionLoss, Mar
-from cspd.export.networks import model_graphs
+from cspd.export.networks import FIRST, model_graphs
 from cspd.export.presets import MarConfig
+
+CPU = torch.device("cpu")
 
 
 def open_session(bundle: Bundle, label: str, *, device: str, threads: int) -> Session:
     """Session that runs graph `label` of `bundle` in PyTorch."""
     limit_torch_threads(threads)
+    where = torch_device(device)
+    if where.type == "cuda":
+        # Float32 means float32: convolutions would round their operands to TF32.
+        torch.backends.cudnn.allow_tf32 = False
     try:
-        module = decoder_module(bundle) if label == "decoder" else graph_module(bundle, label)
+        if label == "decoder":
+            return TorchSession(bundle.graph(label).spec, decoder_module(bundle), where)
+        module, spec = _graph(bundle, label, where)
+        return TorchSession(spec, module, where)
+    except torch.cuda.OutOfMemoryError as error:
+        raise CspdError(
+            f"{bundle.folder}: no room for {label} on the GPU: {str(error).splitlines()[0]}"
+        ) from None
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise BundleError(
             f"{bundle.folder}: weights and settings of {label} do not fit together "
             f"({type(error).__name__}: {error}); rebuild it with cspd-export build"
         ) from error
-    return TorchSession(bundle.graph(label).spec, module, torch_device(device))
 
 
 def graph_module(bundle: Bundle, label: str) -> nn.Module:
-    """The module behind a graph such as "target/backbone"."""
+    """The module behind a graph such as "target/backbone", on the CPU."""
+    return _graph(bundle, label, CPU)[0]
+
+
+def _graph(bundle: Bundle, label: str, device: torch.device) -> tuple[nn.Module, GraphSpec]:
+    """Module and contract of a graph of a model; the bundle need not hold it."""
     role, _, name = label.partition("/")
     record = bundle.manifest.models[role]  # type: ignore[index]
-    weights = str(bundle.file(record.weights))
     config = MarConfig(**record.config)
-    model = _load_mar(weights, config, record.precision)
-    exact = None
+    model = _load_mar(str(bundle.file(record.weights)), config, record.precision, device)
+    exact: DiffusionLoss | None = None
     if record.first_weights is not None:
-        exact = DiffusionLoss(config)
-        first = load_file(bundle.file(record.first_weights))
-        exact.load_state_dict({n.removeprefix("diffloss."): t for n, t in first.items()})
-    return model_graphs(model, 1, 1, record.precision, exact, hoisted=True)[name][0]
+        one_precision = device.type == "cuda" and name != FIRST
+        first = str(bundle.file(record.first_weights))
+        exact = model.diffloss if one_precision else _load_head(first, config, device)
+    batch = record.graphs["backbone"].spec.axes["batch"].max
+    rows = record.graphs["denoiser"].spec.axes["rows"].max
+    graphs = model_graphs(model, batch, rows, record.precision, exact, hoisted=True)
+    module, spec = graphs[name]
+    return module, record.graphs[name].spec if name in record.graphs else spec
 
 
 def decoder_module(bundle: Bundle) -> nn.Module:
@@ -57,7 +84,16 @@ def decoder_module(bundle: Bundle) -> nn.Module:
     )
 
 
+# One model and one head in memory for all graphs that share them. By device: a module that is moved
+# leaves the sessions that have it on another.
 @lru_cache(maxsize=2)
-def _load_mar(weights: str, config: MarConfig, precision: str) -> Mar:
-    """One model in memory for all graphs that share it."""
-    return assemble_mar(config, load_file(weights), precision)
+def _load_mar(weights: str, config: MarConfig, precision: str, device: torch.device) -> Mar:
+    return assemble_mar(config, load_file(weights), precision).to(device)
+
+
+@lru_cache(maxsize=2)
+def _load_head(weights: str, config: MarConfig, device: torch.device) -> DiffusionLoss:
+    """The head in float32, of a model in reduced precision."""
+    head = DiffusionLoss(config)
+    head.load_state_dict({n.removeprefix("diffloss."): t for n, t in load_file(weights).items()})
+    return head.eval().requires_grad_(False).to(device)

@@ -1,4 +1,4 @@
-"""The denoising loop of an engine as a CUDA graph, captured once per bucket of rows."""
+"""Transformers and denoising loops on a GPU as CUDA graphs, captured once per bucket of shapes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,74 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cspd.engines.cuda_graph import CapturedLoop, Graphs
-from cspd.engines.session import ForkableSession, TimedSession
+from cspd.engines.session import ForkableSession, Session, TimedSession
+from cspd.engines.spec import GraphSpec
 from cspd.runtime.member import Loop, step_limit, step_loop
 
 # Axis of the rows in each input of a loop; the schedule has none.
 ROW_AXES = {"noise0": 0, "noise": 1, "conditions": 1, "guidance": 0, "temperature": 0}
 # Powers of two up to 1024 rows, with and without guidance.
 MAX_GRAPHS = 24
+# Visible tokens are padded to a multiple of this: nine transformers an image of 256 tokens.
+VISIBLE_STEP = 32
+# Transformers: by the visible tokens, and by powers of two of the positions.
+MAX_BACKBONES = 64
+
+
+@dataclass(frozen=True)
+class CapturedBackbone:
+    """A transformer as a CUDA graph for each bucket of visible tokens and of positions."""
+
+    session: TimedSession
+    loop: CapturedLoop
+
+    @property
+    def spec(self) -> GraphSpec:
+        """Contract of the transformer."""
+        return self.session.spec
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.session.device
+
+    def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Run the transformer; padding is hidden by `visible_len`, or cut off again."""
+        start, axes = time.perf_counter(), self.session.spec.axes
+        visible, positions = tensors["visible"], tensors["positions"]
+        known, asked = visible.shape[1], positions.shape[1]
+        width = min(-(-known // VISIBLE_STEP) * VISIBLE_STEP, axes["visible"].max)
+        repeated = bucket(asked, axes["positions"].max) - asked
+        changed = {
+            "visible": pad(visible, (0, width - known)).contiguous(),
+            "positions": torch.cat([positions, positions[:, -1:].expand(-1, repeated)], dim=1),
+        }
+        z = self.loop(**{**tensors, **changed})["z"][:, :asked]
+        self.session.stats.calls += 1
+        self.session.stats.seconds += time.perf_counter() - start
+        return {"z": z}
+
+
+def captured_backbone(
+    session: TimedSession, *, on_fallback: Callable[[str], None], graphs: Graphs | None
+) -> Session:
+    """`session` as CUDA graphs, or as it is where none can be."""
+    inner = session.session
+    if not isinstance(inner, ForkableSession):
+        return session
+
+    def make_run() -> Loop:
+        fork = inner.fork()
+        return lambda **tensors: fork(**tensors)
+
+    loop = CapturedLoop(
+        make_run, on_fallback=on_fallback, refusal=inner.capture_refusal, graphs=graphs,
+        max_graphs=MAX_BACKBONES,
+    )  # fmt: skip
+    return CapturedBackbone(session, loop)
 
 
 @dataclass(frozen=True)

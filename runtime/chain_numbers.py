@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from cspd.runtime.noise import Noise, Purpose
@@ -44,7 +43,7 @@ class ChainNumbers:
     def uniform(self, images: Tensor, positions: Tensor, num_steps: int) -> Tensor:
         """Uniform numbers by step [N, S]: a draft passes if its ratio of densities is greater."""
         _, tests = SPECULATION[self.purpose]
-        return self.noise.uniform(tests, images, positions, torch.zeros_like(images), num_steps)
+        return self.noise.tests(tests, images, positions, num_steps)
 
     def candidates(
         self, images: Tensor, positions: Tensor, first: Tensor | int, count: int, channels: int
@@ -53,11 +52,8 @@ class ChainNumbers:
 
         As `coupling.residual` takes them.
         """
-        first = torch.as_tensor(first, device=images.device).expand(len(images))
-        keys = first[:, None] + torch.arange(count, device=images.device)
-        where = images[:, None], positions[:, None], keys
-        candidates, _ = SPECULATION[self.purpose]
-        normal, choices = self.noise.normal_and_uniform(candidates, *where, channels, 3)
+        purpose, _ = SPECULATION[self.purpose]
+        normal, choices = self.noise.candidates(purpose, images, positions, first, count, channels)
         choices[..., 1] = -2 * choices[..., 1].log()
         return normal, choices
 

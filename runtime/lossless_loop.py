@@ -1,7 +1,8 @@
-"""Speculative denoising with all rounds in one session call, for backends that can loop.
+"""Speculative denoising with all rounds in one session call.
 
-The same samples from the same random numbers as `lossless.SpeculativeHead`, up to rounding; without
-the host between rounds, and with the head's modulations computed once ahead of them.
+Of a graph that loops, or of `captured_rounds`. The same samples from the same random numbers as
+`lossless.SpeculativeHead`, up to rounding; without the host between rounds, and with the head's
+modulations computed once ahead of them.
 """
 
 from __future__ import annotations
@@ -29,16 +30,18 @@ State = dict[str, Tensor]
 
 
 class SpeculativeLoopHead:
-    """Samples tokens with the graph `speculative_loop`.
+    """Samples tokens with the graph `speculative_loop`, or what stands in for it.
 
-    Calls are cut so that the modulations fit into `memory` bytes.
+    Calls are cut so that the modulations fit into `memory` bytes. `first`, where given, is a head
+    in float32 that takes the first step of every chain.
     """
 
     def __init__(
         self, session: Session, options: SpeculationOptions, *, memory: int = DEFAULT_MEMORY,
-        numbers: MakeNumbers = ChainNumbers,
+        numbers: MakeNumbers = ChainNumbers, first: Session | None = None,
     ) -> None:  # fmt: skip
         self.session, self.options, self.memory, self.numbers = session, options, memory, numbers
+        self.first = first
         self._drafts = DraftTables(options.window)
 
     @torch.inference_mode()
@@ -47,22 +50,23 @@ class SpeculativeLoopHead:
         *, depth: np.ndarray | None = None,
     ) -> SpeculativeSample:  # fmt: skip
         """As `lossless.SpeculativeHead`."""
+        last_row = self._last_rows(schedule.num_steps, depth)
         constant = {
             **self._drafts(schedule), "schedule": schedule.table,
-            "last_row": self._last_rows(schedule.num_steps, depth),
+            "last_row": torch.from_numpy(last_row).to(self.session.device),
         }  # fmt: skip
         limit = tokens_within(self.session, self.memory, schedule, rows)
         limit = min(limit, self.options.max_tokens or limit)
-        chain = _Chain(self, self.numbers(noise, purpose), constant, limit)
+        chain = _Chain(self, self.numbers(noise, purpose), constant, last_row, limit)
         starts = range(0, len(rows.images), limit)
         return join([chain.sample(part_of(rows, i, i + limit)) for i in starts])
 
-    def _last_rows(self, num_steps: int, depth: np.ndarray | None) -> Tensor:
+    def _last_rows(self, num_steps: int, depth: np.ndarray | None) -> np.ndarray:
         """The last row of a window by step; if calls have one shape, always that of the window."""
         depth = depths_of(self.options.window, num_steps, depth)
         if self.options.row_buckets:
             depth = np.full(num_steps, self.options.window)
-        return torch.from_numpy(depth.astype(np.int32) - 1).to(self.session.device)
+        return depth.astype(np.int32) - 1
 
 
 @dataclass(frozen=True)
@@ -72,27 +76,38 @@ class _Chain:
     head: SpeculativeLoopHead
     numbers: ChainNumbers
     constant: State
+    last_row: np.ndarray
     limit: int
 
     def sample(self, tokens: Rows) -> SpeculativeSample:
         """Call the loop until every token is done: once, but for a token in many thousand."""
-        count, steps = len(tokens.images), len(self.constant["schedule"])
+        count, num_steps = len(tokens.images), len(self.last_row)
         padded = min(self.head.options.padded_tokens(count), self.limit)
         tokens = tokens.take(torch.arange(padded).clamp(max=count - 1))
-        log, state, shared = StepLog(count, steps), *self._start(tokens, count)
+        log, state, shared = StepLog(count, num_steps), *self._start(tokens, count)
         results = {name: torch.zeros_like(state["x"]) for name in RESULTS}
-        used = torch.zeros_like(tokens.images)
+        step = np.where(np.arange(padded) < count, num_steps - 1, -1)
+        if self.head.first is not None:
+            state, results["sum_log_std"] = _first_step(
+                self.head.first, state, shared, self.constant["schedule"]
+            )
+            log.add(step[:count], np.ones(count, int), np.zeros(count, int), padded)
+            step = np.maximum(step - 1, -1)
+        used, drawn = np.zeros(padded, dtype=np.int64), torch.zeros_like(tokens.images)
         while True:
             candidates = self.numbers.candidates(
-                tokens.images, tokens.positions, used, POOL, state["x"].shape[1]
-            )
+                tokens.images, tokens.positions, drawn if used.any() else 0, POOL,
+                state["x"].shape[1],
+            )  # fmt: skip
             named = dict(zip(("candidates", "choices"), candidates, strict=True))
             out = self.head.session(**state, **shared, **named, **self.constant)
-            used = used + out["drawn"].sum(1)
-            self._log(log, state["step"], out, used)
+            counts = _on_host(step, out, used)
+            self._log(log, counts)
             _collect(results, state, out)
-            if not bool((out["next_step"] >= 0).any()):
+            step, used = counts.after, counts.used
+            if (step < 0).all():
                 break
+            drawn = drawn + out["drawn"].sum(1)
             state = {name: out[f"next_{name}"].clone() for name in ADVANCED}
         return SpeculativeSample(
             **{name: value[:count] for name, value in results.items()}, stats=log.stats()
@@ -115,19 +130,39 @@ class _Chain:
         }  # fmt: skip
         return state, shared
 
-    def _log(self, log: StepLog, step: Tensor, out: dict[str, Tensor], used: Tensor) -> None:
+    def _log(self, log: StepLog, counts: Counts) -> None:
         """Check and add the rounds of a call. Finished tokens still cost the rows of step 0."""
-        numbers = (step, out["next_step"], out["moved"], out["drawn"], used)
-        counts = Counts(*(value.numpy(force=True) for value in numbers))
         check_progress(counts, POOL, log.num_steps)
         start, moved, drawn = counts.step, counts.moved, counts.drawn
-        last_row = self.constant["last_row"].numpy(force=True)
         rounds = int(((moved > 0) | (drawn > 0)).any(0).sum())
         for number in range(rounds):
-            rows = int((last_row[start.clip(min=0)] + 1).sum())
+            rows = int((self.last_row[start.clip(min=0)] + 1).sum())
             taken = moved[:, number]
             log.add(start[: log.tokens], taken[: log.tokens], drawn[: log.tokens, number], rows)
             start = start - taken
+
+
+def _first_step(
+    first: Session, state: State, shared: State, schedule: Tensor
+) -> tuple[State, Tensor]:
+    """`state` after the first step of every chain, taken plainly, and the log_std of that step."""
+    step = (len(shared["noise"]) - 1) * torch.ones_like(state["step"])
+    out = first(
+        x=state["x"], step=step, token=torch.arange(len(step), device=step.device).int(),
+        conditions=shared["conditions"], guidance=shared["guidance"], schedule=schedule,
+    )  # fmt: skip
+    added = shared["temperature"][:, None] * out["log_std"].exp() * shared["noise"][-1]
+    after = (state["step"] - 1).clamp(min=-1)
+    advanced = {"x": out["mean"] + added, "step": after, "x0": out["x0"].clone()}
+    return {**advanced, "fraction": out["fraction"].clone()}, out["log_std"].clone()
+
+
+def _on_host(step: np.ndarray, out: State, used: np.ndarray) -> Counts:
+    """What a call did, in one transfer; `step` and `used` are those before it."""
+    pool = out["moved"].shape[1]
+    parts = torch.cat([out["next_step"][:, None], out["moved"], out["drawn"]], dim=1)
+    after, moved, drawn = np.split(parts.numpy(force=True), (1, 1 + pool), axis=1)
+    return Counts(step, after[:, 0], moved, drawn, used + drawn.sum(1))
 
 
 def _collect(results: State, state: State, out: dict[str, Tensor]) -> None:

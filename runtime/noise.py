@@ -80,6 +80,20 @@ class Noise:
         noise = self.normal(purpose, images[None], positions[None], steps, channels)
         return noise[num_steps], noise[:num_steps]
 
+    def tests(self, purpose: Purpose, images: Tensor, positions: Tensor, count: int) -> Tensor:
+        """The uniform numbers [R, count] of step 0 for indices [R]."""
+        return self.uniform(purpose, images, positions, torch.zeros_like(images), count)
+
+    def candidates(
+        self, purpose: Purpose, images: Tensor, positions: Tensor, first: Tensor | int, count: int,
+        channels: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Normal [R, K, C] and uniform [R, K, 3] numbers of K = `count` steps from `first` on."""
+        first = torch.as_tensor(first, device=images.device).expand(len(images))
+        keys = first[:, None] + torch.arange(count, device=images.device)
+        where = images[:, None], positions[:, None], keys
+        return self.normal_and_uniform(purpose, *where, channels, 3)
+
     def orders(self, images: Tensor, num_tokens: int) -> Tensor:
         """Random orders of generation [B, L] int64: token positions, first generated first."""
         positions = torch.arange(num_tokens, device=self.device)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
-from cspd.engines.backends import ENGINES
+import torch
+
+from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle
-from cspd.engines.cuda_graph import Graphs, GraphStats
+from cspd.engines.cuda_graph import Graphs, GraphStats, TorchGraphs
 from cspd.engines.errors import CspdError
-from cspd.engines.session import TimedSession
+from cspd.engines.session import ForkableSession, Session, TimedSession
 from cspd.engines.words import setting
 from cspd.runtime.adaptive import Speculative
-from cspd.runtime.captured import CapturedSteps, bucket, captured_steps
+from cspd.runtime.captured import (
+    CapturedBackbone,
+    CapturedSteps,
+    bucket,
+    captured_backbone,
+    captured_steps,
+)
+from cspd.runtime.captured_rounds import CapturedRounds
 from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
 from cspd.runtime.hoisted import Room, SpeculativeWithinMemory, WithinMemory
 from cspd.runtime.lossless import SpeculativeHead
@@ -24,15 +33,17 @@ from cspd.runtime.speculation import SpeculationOptions
 
 @dataclass
 class OpenHeads:
-    """Heads of the models whose graphs `sessions` opens.
+    """Transformers and heads of the models whose graphs `sessions` opens.
 
-    Captured loops are kept: by role, and hoisted ones by the role and "hoisted". `graphs` records
-    them, CUDA graphs unless given; what none holds is noted in `sessions`.
+    What is captured is kept: loops by role, and hoisted ones by the role and "hoisted". `graphs`
+    records them, CUDA graphs unless given; what none holds is noted in `sessions`.
     """
 
     sessions: Sessions
     graphs: Graphs | None = None
     loops: dict[str, CapturedSteps | None] = field(default_factory=dict)
+    rounds: dict[str, CapturedRounds] = field(default_factory=dict)
+    transformers: dict[str, Session] = field(default_factory=dict)
 
     @property
     def bundle(self) -> Bundle:
@@ -41,8 +52,39 @@ class OpenHeads:
 
     @property
     def captures(self) -> dict[str, GraphStats]:
-        """How the captured loops ran, by their names; empty without engines."""
-        return {name: steps.loop.stats for name, steps in self.loops.items() if steps}
+        """How what is captured ran, by name; empty where nothing can be."""
+        loops = {name: steps.loop.stats for name, steps in self.loops.items() if steps}
+        rounds = {f"{name} rounds": rounds.stats for name, rounds in self.rounds.items()}
+        backbones = {
+            f"{role} backbone": found.loop.stats
+            for role, found in self.transformers.items()
+            if isinstance(found, CapturedBackbone)
+        }
+        return loops | rounds | backbones
+
+    @cached_property
+    def _recorder(self) -> Graphs:
+        """What records: one for all, so that they share their memory."""
+        return self.graphs or TorchGraphs()
+
+    @property
+    def _records(self) -> bool:
+        """Whether calls are recorded, in place of graphs with loops: always with `graphs` given."""
+        kind = torch.device(self.sessions.device).type
+        return self.graphs is not None or kind not in BACKENDS[self.sessions.backend].loops_on
+
+    def backbone(self, role: str) -> Session:
+        """The transformer of `role`."""
+        session = self.sessions(f"{role}/backbone")
+        if role not in self.transformers:
+            self.transformers[role] = (
+                captured_backbone(
+                    session, on_fallback=self.sessions.notes.append, graphs=self._recorder
+                )
+                if self._records
+                else session
+            )
+        return self.transformers[role]
 
     def most_rows(self, role: str) -> int:
         """Rows that fit into one call of speculation."""
@@ -50,10 +92,7 @@ class OpenHeads:
 
     def has_tables(self, role: str) -> bool:
         """Whether the heads of `role` can look modulations up, and can do without."""
-        return (
-            self.sessions.backend in ENGINES
-            and f"{role}/head_modulation" in self.bundle.manifest.graphs()
-        )
+        return self._records and self._has(f"{role}/head_modulation")
 
     def plain(self, role: str, memory: int = DEFAULT_MEMORY) -> Head:
         """Every denoising step a call, or the whole loop one; `memory` bytes ahead of the steps."""
@@ -83,27 +122,45 @@ class OpenHeads:
         if self._loops_inside(f"{role}/speculative_loop"):
             loop = self.sessions(f"{role}/speculative_loop")
             return SpeculativeLoopHead(loop, options, memory=memory, numbers=numbers)
-        channels = self.bundle.manifest.geometry.token_dim
-        rounds = self.sessions(f"{role}/speculative_round")
-        whole = SpeculativeHead(rounds, options, channels, numbers)
+        whole = self._round_head(role, options, numbers, None)
         modulate = self._modulate(role, memory)
         if modulate is None:
             return whole
-        rounds = self.sessions(f"{role}/speculative_round_hoisted")
-        hoisted = SpeculativeHead(rounds, options, channels, numbers, modulate)
+        hoisted = self._round_head(role, options, numbers, modulate)
         return SpeculativeWithinMemory(hoisted, whole, Room(modulate, memory, options.call_tokens))
+
+    def _round_head(
+        self, role: str, options: SpeculationOptions, numbers: MakeNumbers,
+        modulate: TimedSession | None,
+    ) -> Speculative:  # fmt: skip
+        """The head in rounds of one graph each: captured ones, if they can be."""
+        hoisted = "_hoisted" if modulate else ""
+        session = self.sessions(f"{role}/speculative_round{hoisted}")
+        if not (self._records and isinstance(session.session, ForkableSession)):
+            channels = self.bundle.manifest.geometry.token_dim
+            return SpeculativeHead(session, options, channels, numbers, modulate)
+        name = f"{role}{hoisted.replace('_', ' ')}"
+        if name not in self.rounds:
+            self.rounds[name] = CapturedRounds(
+                session, modulate, on_fallback=self.sessions.notes.append, graphs=self._recorder
+            )
+        first = self._first(role) if BACKENDS[self.sessions.backend].makes_graphs else None
+        return SpeculativeLoopHead(self.rounds[name], options, numbers=numbers, first=first)
 
     def _step_head(self, name: str, label: str, modulate: TimedSession | None) -> StepHead:
         """Steps of graph `label`, as a captured loop `name` if it is an engine's."""
-        role, first = label.partition("/")[0], None
-        if f"{role}/denoiser_first" in self.bundle.manifest.graphs():
-            first = self.sessions(f"{role}/denoiser_first")
-        session = self.sessions(label)
-        if name not in self.loops:
+        session, first = self.sessions(label), self._first(label.partition("/")[0])
+        if name not in self.loops and self._records:
             self.loops[name] = captured_steps(
-                session, first, modulate, on_fallback=self.sessions.notes.append, graphs=self.graphs
-            )
-        return StepHead(session, first, self.loops[name], modulate)
+                session, first, modulate, on_fallback=self.sessions.notes.append,
+                graphs=self._recorder,
+            )  # fmt: skip
+        return StepHead(session, first, self.loops.get(name), modulate)
+
+    def _first(self, role: str) -> TimedSession | None:
+        """The head in float32 for the first step; None if all of the head is."""
+        label = f"{role}/denoiser_first"
+        return self.sessions(label) if label in self.bundle.manifest.graphs() else None
 
     def _modulate(self, role: str, memory: int) -> TimedSession | None:
         """What fills a table of modulations; None if there is none, or no `memory` for it."""
@@ -111,5 +168,10 @@ class OpenHeads:
         return self.sessions(f"{role}/head_modulation") if possible else None
 
     def _loops_inside(self, label: str) -> bool:
-        """Whether the bundle has the loop `label`, and the backend runs such graphs."""
-        return label in self.bundle.manifest.graphs() and self.sessions.backend not in ENGINES
+        """Whether the bundle has the loop `label`, and the backend is fastest with it."""
+        return label in self.bundle.manifest.graphs() and not self._records
+
+    def _has(self, label: str) -> bool:
+        """Whether there is a graph `label`."""
+        made = BACKENDS[self.sessions.backend].makes_graphs
+        return made or label in self.bundle.manifest.graphs()

@@ -20,6 +20,7 @@ from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.cspd import CspdOptions, decode_cspd
 from cspd.runtime.member import Head, Member
 from cspd.runtime.noise import RowNoise
+from cspd.runtime.noise_table import TabledNoise
 from cspd.runtime.open_heads import OpenHeads
 from cspd.runtime.run_heads import RunHeads
 from cspd.runtime.sampler import Sampler, decode_alone, ignore_progress
@@ -89,7 +90,7 @@ class Pipeline:
     def members(self, config: RunConfig) -> list[Member]:
         """The models that `config` decodes with: target, draft, or target and draft."""
         return [
-            Member(role, self.sessions(f"{role}/backbone"), self.head(role, config))
+            Member(role, self.heads.backbone(role), self.head(role, config))
             for role in self._roles(config)
         ]
 
@@ -114,12 +115,12 @@ class Pipeline:
         """Yield the images of `config`, a batch at a time; `indices` limits it to some of them."""
         check_config(config, self.bundle.manifest)
         wanted = list(range(config.num_images) if indices is None else indices)
-        sampler, stream = self.sampler(config, on_step), own_stream(self.device)
+        sampler = self.sampler(config, on_step)
         for first in range(0, len(wanted), config.batch_size):
             chunk = wanted[first : first + config.batch_size]
-            with self._host_threads(), stream():
+            with self._host_threads(), self._stream():
                 batch = make_batch(self.bundle.manifest, config, chunk, self.device)
-                canvas, statistics = self._decode(config, sampler, batch)
+                canvas, statistics = self._decode(config, self._tabled(sampler, batch), batch)
                 images = self._images(config, chunk, canvas, statistics)
             if first == 0:
                 self.sessions.save_caches()
@@ -155,8 +156,8 @@ class Pipeline:
         batch = padded(numbers, labels, config.batch_size, classes, self.device)
         noise = RowNoise([r.seed for r in rows], [r.index for r in rows], self.device)
         sampler = replace(self.sampler(config, on_step), noise=noise)
-        with self._host_threads(), own_stream(self.device)():
-            canvas, statistics = self._decode(config, sampler, batch)
+        with self._host_threads(), self._stream():
+            canvas, statistics = self._decode(config, self._tabled(sampler, batch), batch)
             made = self._images(config, numbers, canvas, statistics)
         pairs = zip(made, rows, strict=True)
         return [replace(m, index=row.index, label=row.label) for m, row in pairs], statistics
@@ -170,6 +171,17 @@ class Pipeline:
     ) -> Sampler:
         """The shared ground of the decoding methods for `config`."""
         return make_sampler(self.bundle.manifest, config, self.device, on_step)
+
+    @cached_property
+    def _stream(self) -> Callable[[], AbstractContextManager[object]]:
+        return own_stream(self.device)
+
+    def _tabled(self, sampler: Sampler, batch: Batch) -> Sampler:
+        """`sampler` with the numbers of `batch` drawn at once, on a GPU."""
+        if torch.device(self.device).type != "cuda":
+            return sampler
+        tables = TabledNoise(sampler.noise, batch.images, sampler.plan.num_tokens)
+        return replace(sampler, noise=tables)
 
     def _decode(
         self, config: RunConfig, sampler: Sampler, batch: Batch
