@@ -12,16 +12,17 @@ VARIANCE_GAIN = 0.1  # of the raw variances: small ones lie between the bounds o
 
 
 def random_state(
-    module: nn.Module, seed: int, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """Random weights for every tensor of `module` (which may be on the meta device).
+    module: nn.Module, seed: int, dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:  # fmt: skip
+    """Random weights on `device` for every tensor of `module` (which may be on the meta device).
 
     Matrices keep the variance of their input, norms are the identity, embeddings are small; the
     diffusion head of a MAR model of a published size predicts about its own input as noise, which
     keeps samples near unit size where a purely random one multiplies them by 20,000. Peak memory is
     the result itself and one tensor.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     state = {}
     for name, tensor in module.state_dict().items():
         state[name] = _random_tensor(name, tensor.shape, generator).to(dtype)
@@ -32,8 +33,9 @@ def random_state(
 
 def _random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     if len(shape) == 1:
-        return torch.full(shape, float(name.endswith("weight")))
-    values = torch.randn(shape, generator=generator)
+        value = float(name.endswith("weight"))
+        return torch.full(shape, value, device=generator.device)
+    values = torch.randn(shape, generator=generator, device=generator.device)
     if name.endswith(("class_emb.weight", "pos_embed_learned", "fake_latent", "mask_token")):
         return values.mul_(EMBEDDING_STD)
     gain = HEAD_GAIN if "adaLN_modulation" in name else 1.0
@@ -51,7 +53,7 @@ def _tame_head(state: dict[str, Tensor]) -> None:
     # Zero mean over the width: what the layer norm subtracts is then none of the input.
     weight = (project.float() - project.float().mean(0)) * INPUT_GAIN
     inverse = torch.linalg.pinv(weight)
-    signs = 1.0 - 2.0 * (torch.arange(len(weight)) % 2)
+    signs = 1.0 - 2.0 * (torch.arange(len(weight), device=weight.device) % 2)
     last.mul_(VARIANCE_GAIN)[: len(inverse)] = inverse.to(last.dtype)
     project.copy_(weight)
     state[net + "input_proj.bias"].copy_(signs - weight @ (inverse @ signs))

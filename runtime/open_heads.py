@@ -36,11 +36,13 @@ class OpenHeads:
     """Transformers and heads of the models whose graphs `sessions` opens.
 
     What is captured is kept: loops by role, and hoisted ones by the role and "hoisted". `graphs`
-    records them, CUDA graphs unless given; what none holds is noted in `sessions`.
+    records them, CUDA graphs unless given; what none holds is noted in `sessions`. `record` says
+    whether anything is, in place of graphs with loops; by default as the backend is faster.
     """
 
     sessions: Sessions
     graphs: Graphs | None = None
+    record: bool | None = None
     loops: dict[str, CapturedSteps | None] = field(default_factory=dict)
     rounds: dict[str, CapturedRounds] = field(default_factory=dict)
     transformers: dict[str, Session] = field(default_factory=dict)
@@ -69,9 +71,11 @@ class OpenHeads:
 
     @property
     def _records(self) -> bool:
-        """Whether calls are recorded, in place of graphs with loops: always with `graphs` given."""
+        """Whether calls are recorded, in place of graphs with loops."""
+        if self.record is not None:
+            return self.record
         kind = torch.device(self.sessions.device).type
-        return self.graphs is not None or kind not in BACKENDS[self.sessions.backend].loops_on
+        return kind not in BACKENDS[self.sessions.backend].loops_on
 
     def backbone(self, role: str) -> Session:
         """The transformer of `role`."""

@@ -53,8 +53,9 @@ class Pipeline:
     """Makes images with the networks that `sessions` opens."""
 
     sessions: Sessions
-    # What records the denoising loop of engines: CUDA graphs unless given.
+    # What records calls on a GPU: CUDA graphs unless given. And whether: see OpenHeads.
     graphs: Graphs | None = None
+    record: bool | None = None
     # Around what keeps a person waiting before the first image; it is told what that is.
     working: Callable[[str], AbstractContextManager[object]] = contextlib.nullcontext
 
@@ -76,7 +77,7 @@ class Pipeline:
     @cached_property
     def heads(self) -> OpenHeads:
         """The heads of the models, by what they are made of."""
-        return OpenHeads(self.sessions, self.graphs)
+        return OpenHeads(self.sessions, self.graphs, self.record)
 
     @cached_property
     def _run_heads(self) -> RunHeads:

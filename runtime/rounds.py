@@ -41,10 +41,10 @@ def draft_tables(schedule: Schedule, window: int) -> dict[str, Tensor]:
     With x0 frozen a denoising step is x' = a x + b x0 + sigma xi. In a window of L that starts at
     step s, row j is drafted at the state draft_state[s, 0, j] @ (x, x0) + draft_noise[s, 0, j] @
     (sigma_0 xi_0, ..., sigma_j xi_j), with the mean that [s, 1, j] give. Sums of products in
-    float64, never a quotient of products.
+    float64, never a quotient of products. On the CPU, wherever the schedule lies.
     """
-    columns = (schedule.table[:, COLUMNS.index(name)].double() for name in ("mean_x0", "mean_x"))
-    mean_x0, mean_x = columns
+    table = schedule.table.cpu().double()
+    mean_x0, mean_x = (table[:, COLUMNS.index(name)] for name in ("mean_x0", "mean_x"))
     start = torch.arange(schedule.num_steps)
     state = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(len(start), 2)
     noise = torch.zeros(len(start), window, dtype=torch.float64)

@@ -33,7 +33,10 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, the others as they were."""
+    """The longest files first, the others as they were; what needs a GPU only where there is one."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
     names = {name: place for place, name in enumerate(LONGEST)}
     folder = Path(__file__).parent
     items.sort(key=lambda item: names.get(str(item.path.relative_to(folder)), len(names)))

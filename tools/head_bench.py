@@ -18,7 +18,6 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from torch import Tensor
 
 from cspd.engines.bundle import open_bundle
 from cspd.engines.ort_session import ort_session
@@ -26,7 +25,6 @@ from cspd.engines.schedule import Schedule, make_schedule
 from cspd.engines.table import Table
 from cspd.engines.terminal import print_table
 from cspd.export.presets import PRESETS
-from cspd.runtime.chain_numbers import ChainNumbers
 from cspd.runtime.cli import shipped_bundle
 from cspd.runtime.config import RunConfig, make_config
 from cspd.runtime.heads import DEFAULT_WINDOW
@@ -37,38 +35,14 @@ from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions
 from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample
 from cspd.runtime.tuning import Examples
+from cspd.tools.replay_numbers import ReplayNumbers
 from cspd.tools.synthetic_head import SyntheticHead
 
 STEPS = 100
 RECORDING_TOKENS = 48
-CERTAIN = 1e20
 REFERENCE, STEPS_OF_CALLS = "PyTorch, step by step", "plain, one call a step"
 LOOP = "plain, one loop graph"
 BASES = {STEPS_OF_CALLS: "of a call a step", LOOP: "of the loop graph", REFERENCE: "of PyTorch"}
-
-
-@dataclass(frozen=True)
-class ReplayNumbers(ChainNumbers):
-    """Numbers that accept with given probabilities by step, whatever the network says.
-
-    With them the graphs compute all that they do otherwise. A refused draft takes its first
-    candidate: those of random weights would be refused for ever.
-    """
-
-    acceptance: Tensor
-
-    def tests(self, images: Tensor, positions: Tensor, num_steps: int) -> Tensor:
-        """Numbers that every draft passes, or none does: [S, N]."""
-        drawn = super().tests(images, positions, num_steps)
-        return torch.where(drawn < self.acceptance.log()[:, None], -CERTAIN, CERTAIN)
-
-    def candidates(
-        self, images: Tensor, positions: Tensor, first: Tensor | int, count: int, channels: int
-    ) -> tuple[Tensor, Tensor]:
-        """Candidates that are all kept."""
-        noise, choices = super().candidates(images, positions, first, count, channels)
-        choices[..., 2] = -CERTAIN
-        return noise, choices
 
 
 @dataclass(frozen=True)

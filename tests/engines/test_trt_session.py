@@ -389,8 +389,6 @@ def test_engines_do_not_run_on_the_cpu(bundle, monkeypatch):
 @pytest.mark.parametrize("name", ["backbone", "denoiser", "denoiser_loop", "decoder"])
 def test_real_engines_agree_with_the_modules(graph: GetGraph, tmp_path, flavour, name):
     pytest.importorskip(flavour.replace("-", "_"), reason=f"{flavour} is not installed")
-    if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU")
     tiny, path = graph(name, "fp32"), tmp_path / "graph.engine"
     report = build_engine(tiny.path, tiny.spec, BuildOptions(flavour=flavour), path)
     device = torch.device("cuda", 0)

@@ -35,14 +35,15 @@ def shipped():
     return open_bundle(shipped_bundle())
 
 
-def made(bundle, graphs, **options):
+def made(bundle, graphs, device="cpu", **options):
     """Pixels, statistics and pipeline of three images, in batches of two."""
     values = {
         **bundle.manifest.defaults, "num_iter": 6, "head_steps": 12, "batch_size": 2,
         "num_images": 3, "labels": tuple(range(bundle.manifest.geometry.num_classes)),
         "backend": "torch", **options,
     }  # fmt: skip
-    pipeline = Pipeline(Sessions(bundle, "torch", threads=1), graphs)
+    record = None if device == "cuda" else graphs is not None
+    pipeline = Pipeline(Sessions(bundle, "torch", device, threads=1), graphs, record)
     batches = list(pipeline.generate(make_config(**values)))
     images = [torch.from_numpy(i.pixels).int() for batch, _ in batches for i in batch]
     return torch.stack(images), [statistics for _, statistics in batches], pipeline
@@ -151,6 +152,16 @@ def test_a_graph_that_computes_something_else_is_given_up(shipped):
         found, expected = head(rows, schedule, Noise(seed)), plain(rows, schedule, Noise(seed))
         torch.testing.assert_close(found.sample, expected.sample, rtol=1e-3, atol=1e-3)
     assert len(notes) == 1 and "differs from the eager run" in notes[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", METHODS)
+def test_a_gpu_makes_the_images_of_the_cpu(shipped, name):
+    expected, counts, _ = made(shipped, None, **METHODS[name])
+    found, statistics, pipeline = made(shipped, None, device="cuda", **METHODS[name])
+    assert ((found - expected).abs() > 2).float().mean() < 0.02
+    assert [s.target_calls for s in statistics] == [s.target_calls for s in counts]
+    assert pipeline.sessions.notes == []
 
 
 @pytest.mark.parametrize("noise", [Noise(5), RowNoise([5, 2**40, 7], [0, 9, 4])])

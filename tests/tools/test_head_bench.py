@@ -18,11 +18,11 @@ from cspd.tools.head_bench import (
     LOOP,
     REFERENCE,
     STEPS_OF_CALLS,
-    ReplayNumbers,
     measure,
     synthetic_setup,
     table,
-)  # fmt: skip
+)
+from cspd.tools.replay_numbers import ReplayNumbers
 
 CONFIG = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2)
 SCHEDULE = make_schedule(ScheduleSpec(clip_timesteps=950), 20)
