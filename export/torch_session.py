@@ -20,7 +20,9 @@ from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.session import Session, TorchSession, torch_device
 from cspd.engines.spec import GraphSpec
 from cspd.export.assemble import assemble_mar, assemble_vae
+from cspd.export.diffusion_head import FinalLayer, ResBlock, TimeEmbedding
 from cspd.export.graphs import PixelDecoder
+from cspd.export.layers import Block
 from cspd.export.mar import DiffusionLoss, Mar
 from cspd.export.networks import FIRST, model_graphs
 from cspd.export.presets import MarConfig
@@ -82,6 +84,17 @@ def decoder_module(bundle: Bundle) -> nn.Module:
     return assemble_vae(
         load_file(bundle.file(manifest.decoder_weights)), manifest.decoder_precision
     )
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Let PyTorch compile the blocks of a network, once for all of a kind and for any sizes.
+
+    Not whole networks: forty equal blocks would be compiled forty times over, for every shape.
+    """
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    for part in module.modules():
+        if isinstance(part, (Block, ResBlock, FinalLayer, TimeEmbedding)):
+            part.compile(dynamic=True)
 
 
 # One model and one head in memory for all graphs that share them. By device: a module that is moved

@@ -21,20 +21,20 @@ ROW_AXES = {"noise0": 0, "noise": 1, "conditions": 1, "guidance": 0, "temperatur
 MAX_GRAPHS = 24
 # Visible tokens are padded to a multiple of this: nine transformers an image of 256 tokens.
 VISIBLE_STEP = 32
-# Transformers: by the visible tokens, and by powers of two of the positions.
-MAX_BACKBONES = 64
+# Single calls: transformers by their visible tokens, and by powers of two of the positions.
+MAX_CALLS = 64
 
 
 @dataclass(frozen=True)
-class CapturedBackbone:
-    """A transformer as a CUDA graph for each bucket of visible tokens and of positions."""
+class CapturedCall:
+    """A session whose calls are CUDA graphs, one for each combination of shapes."""
 
     session: TimedSession
     loop: CapturedLoop
 
     @property
     def spec(self) -> GraphSpec:
-        """Contract of the transformer."""
+        """Contract of the network."""
         return self.session.spec
 
     @property
@@ -43,25 +43,36 @@ class CapturedBackbone:
         return self.session.device
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """Run the network once."""
+        start = time.perf_counter()
+        outputs = self.loop(**tensors)
+        self.session.stats.calls += 1
+        self.session.stats.seconds += time.perf_counter() - start
+        return outputs
+
+
+@dataclass(frozen=True)
+class CapturedBackbone(CapturedCall):
+    """A transformer as a CUDA graph for each bucket of visible tokens and of positions."""
+
+    def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Run the transformer; padding is hidden by `visible_len`, or cut off again."""
-        start, axes = time.perf_counter(), self.session.spec.axes
+        axes = self.session.spec.axes
         visible, positions = tensors["visible"], tensors["positions"]
         known, asked = visible.shape[1], positions.shape[1]
         width = min(-(-known // VISIBLE_STEP) * VISIBLE_STEP, axes["visible"].max)
         repeated = bucket(asked, axes["positions"].max) - asked
-        changed = {
-            "visible": pad(visible, (0, width - known)).contiguous(),
-            "positions": torch.cat([positions, positions[:, -1:].expand(-1, repeated)], dim=1),
-        }
-        z = self.loop(**{**tensors, **changed})["z"][:, :asked]
-        self.session.stats.calls += 1
-        self.session.stats.seconds += time.perf_counter() - start
-        return {"z": z}
+        if width > known:
+            tensors["visible"] = pad(visible, (0, width - known))
+        if repeated:
+            tensors["positions"] = torch.cat([positions, positions[:, -1:].repeat(1, repeated)], 1)
+        return {"z": super().__call__(**tensors)["z"][:, :asked]}
 
 
-def captured_backbone(
-    session: TimedSession, *, on_fallback: Callable[[str], None], graphs: Graphs | None
-) -> Session:
+def captured_call(
+    session: TimedSession, make: type[CapturedCall] = CapturedCall, *,
+    on_fallback: Callable[[str], None], graphs: Graphs | None,
+) -> Session:  # fmt: skip
     """`session` as CUDA graphs, or as it is where none can be."""
     inner = session.session
     if not isinstance(inner, ForkableSession):
@@ -73,9 +84,9 @@ def captured_backbone(
 
     loop = CapturedLoop(
         make_run, on_fallback=on_fallback, refusal=inner.capture_refusal, graphs=graphs,
-        max_graphs=MAX_BACKBONES,
+        max_graphs=MAX_CALLS,
     )  # fmt: skip
-    return CapturedBackbone(session, loop)
+    return make(session, loop)
 
 
 @dataclass(frozen=True)

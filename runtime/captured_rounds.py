@@ -26,7 +26,7 @@ from cspd.runtime.captured import bucket
 CANDIDATES = 8  # of a refusal, in one round: what `speculative_round` takes
 MAX_GRAPHS = 24
 TOLERANCE = 1e-4
-# Inputs of the loop whose rows are tokens, with the axis; `pad_tokens` repeats the last one.
+# The axis of the tokens in each input that has one.
 TOKEN_AXES = {
     "x": 0, "step": 0, "x0": 0, "fraction": 0, "conditions": 1, "guidance": 0, "temperature": 0,
     "noise": 1, "log_accept": 1, "candidates": 0, "choices": 0,
@@ -125,10 +125,17 @@ class _Tokens:
         self.begin, self.advance = self.start, self.play
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the inputs of another call; what a schedule gives is the same from call to call."""
+        """Take the inputs of another call, of as many tokens or fewer: the others are finished.
+
+        What a schedule gives is the same from call to call.
+        """
+        count = len(tensors["x"])
         for name, value in tensors.items():
-            if name not in SAME or self.loaded.get(name) is not value:
+            if name in TOKEN_AXES:
+                self.inputs[name].narrow(TOKEN_AXES[name], 0, count).copy_(value)
+            elif self.loaded.get(name) is not value:
                 self.inputs[name].copy_(value)
+        self.inputs["step"][count:] = -1
         self.loaded = {name: tensors[name] for name in SAME}
 
     def start(self) -> None:
@@ -221,19 +228,17 @@ class CapturedRounds:
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Play rounds until every token is done, or its candidates are."""
         count, window = len(tensors["x"]), tensors["draft_noise"].shape[-1]
-        limit = self.spec.axes["rows"].max // window
-        tensors = pad_tokens(tensors, bucket(count, limit))
-        key = tuple((name, *tensors[name].shape) for name in sorted(tensors))
+        width = bucket(count, self.spec.axes["rows"].max // window)
+        key = tuple((name, *_shape(name, tensors[name], width)) for name in sorted(tensors))
         tokens = self._known.get(key)
         if tokens is None:
-            tokens = self._known[key] = self._first(tensors)
+            tokens = self._known[key] = self._first(tensors, width)
         else:
             tokens.load(tensors)
             self._play(tokens)
             captured = tokens.advance != tokens.play
-            self.stats.replayed, self.stats.eager = (
-                self.stats.replayed + captured, self.stats.eager + (not captured)
-            )  # fmt: skip
+            self.stats.replayed += captured
+            self.stats.eager += not captured
         return {name: tokens.state[source][:count] for name, source in OUTPUTS.items()}
 
     def _play(self, tokens: _Tokens) -> None:
@@ -253,7 +258,7 @@ class CapturedRounds:
         self.session.stats.calls += number
         self.session.stats.seconds += time.perf_counter() - start
 
-    def _first(self, tensors: Mapping[str, Tensor]) -> _Tokens:
+    def _first(self, tensors: Mapping[str, Tensor], width: int) -> _Tokens:
         """The eager result, which also warms up; the shape is captured for the next time."""
         sessions = [timed.session for timed in (self.session, self.modulate) if timed]
         forks, refusal = [], None
@@ -262,16 +267,17 @@ class CapturedRounds:
             refusal = refusal or session.capture_refusal()
             forks.append(session.fork())
         modulate = forks[1] if len(forks) > 1 else None
-        tokens = _Tokens(forks[0], modulate, {n: t.clone() for n, t in tensors.items()})
+        inputs = {name: _widened(name, tensor, width) for name, tensor in tensors.items()}
+        tokens = _Tokens(forks[0], modulate, inputs)
+        tokens.load(tensors)
         self._play(tokens)
         self.stats.eager += 1
         if refusal is None and self.stats.captured >= MAX_GRAPHS:
             refusal = f"{MAX_GRAPHS} shapes are captured already; use fewer sizes"
         refusal = refusal or self._capture(tokens)
         if refusal is not None:
-            shape = f"{len(tensors['x'])} tokens"
             self.stats.fallbacks.append(refusal)
-            self._on_fallback(f"no CUDA graph for rounds of {shape}: {refusal}")
+            self._on_fallback(f"no CUDA graph for rounds of {width} tokens: {refusal}")
         return tokens
 
     def _capture(self, tokens: _Tokens) -> str | None:
@@ -306,15 +312,16 @@ def _difference(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     return None
 
 
-def pad_tokens(tensors: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
-    """`tensors` of a loop for `width` tokens: the last one once more, finished already."""
-    count = len(tensors["x"])
-    if count == width:
-        return dict(tensors)
-    index = torch.arange(width, device=tensors["x"].device).clamp(max=count - 1)
-    padded = {
-        name: tensor.index_select(TOKEN_AXES[name], index) if name in TOKEN_AXES else tensor
-        for name, tensor in tensors.items()
-    }
-    padded["step"][count:] = -1
-    return padded
+def _shape(name: str, tensor: Tensor, tokens: int) -> tuple[int, ...]:
+    """Shape of an input for so many `tokens`."""
+    axis = TOKEN_AXES.get(name)
+    return tuple(tokens if place == axis else size for place, size in enumerate(tensor.shape))
+
+
+def _widened(name: str, tensor: Tensor, tokens: int) -> Tensor:
+    """A copy for so many `tokens`, the last one once more: any numbers do that are finite."""
+    axis = TOKEN_AXES.get(name)
+    if axis is None:
+        return tensor.clone()
+    index = torch.arange(tokens, device=tensor.device).clamp(max=tensor.shape[axis] - 1)
+    return tensor.index_select(axis, index)

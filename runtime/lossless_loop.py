@@ -16,7 +16,7 @@ from torch import Tensor
 from cspd.engines.schedule import Schedule
 from cspd.engines.session import Session
 from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
-from cspd.runtime.lossless import RESULTS, join
+from cspd.runtime.lossless import join
 from cspd.runtime.member import DEFAULT_MEMORY, Rows, part_of, tokens_within
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.round_check import Counts, check_progress
@@ -83,9 +83,10 @@ class _Chain:
         """Call the loop until every token is done: once, but for a token in many thousand."""
         count, num_steps = len(tokens.images), len(self.last_row)
         padded = min(self.head.options.padded_tokens(count), self.limit)
-        tokens = tokens.take(torch.arange(padded).clamp(max=count - 1))
+        if padded > count:
+            tokens = tokens.take(torch.arange(padded).clamp(max=count - 1))
         log, state, shared = StepLog(count, num_steps), *self._start(tokens, count)
-        results = {name: torch.zeros_like(state["x"]) for name in RESULTS}
+        results: State = {}
         step = np.where(np.arange(padded) < count, num_steps - 1, -1)
         if self.head.first is not None:
             state, results["sum_log_std"] = _first_step(
@@ -103,11 +104,13 @@ class _Chain:
             out = self.head.session(**state, **shared, **named, **self.constant)
             counts = _on_host(step, out, used)
             self._log(log, counts)
-            _collect(results, state, out)
+            results = _collect(results, state, out)
             step, used = counts.after, counts.used
             if (step < 0).all():
                 break
             drawn = drawn + out["drawn"].sum(1)
+            # A session may overwrite its outputs in the next call.
+            results = {name: value.clone() for name, value in results.items()}
             state = {name: out[f"next_{name}"].clone() for name in ADVANCED}
         return SpeculativeSample(
             **{name: value[:count] for name, value in results.items()}, stats=log.stats()
@@ -165,10 +168,11 @@ def _on_host(step: np.ndarray, out: State, used: np.ndarray) -> Counts:
     return Counts(step, after[:, 0], moved, drawn, used + drawn.sum(1))
 
 
-def _collect(results: State, state: State, out: dict[str, Tensor]) -> None:
-    """Take the tokens that a call has finished; sums continue over calls."""
-    finished = ((out["next_step"] < 0) & (state["step"] >= 0))[:, None]
-    values = (out["next_x"], out["mean"], out["log_std"])
-    for name, value in zip(("sample", "mean", "log_std"), values, strict=True):
-        results[name] = torch.where(finished, value, results[name])
-    results["sum_log_std"] = results["sum_log_std"] + out["sum_log_std"]
+def _collect(results: State, state: State, out: State) -> State:
+    """`results` with the tokens that a call has finished; sums continue over calls."""
+    found = {"sample": out["next_x"], "mean": out["mean"], "log_std": out["log_std"]}
+    if "sample" in results:
+        finished = ((out["next_step"] < 0) & (state["step"] >= 0))[:, None]
+        found = {name: torch.where(finished, new, results[name]) for name, new in found.items()}
+    before = results.get("sum_log_std", 0)
+    return {**found, "sum_log_std": before + out["sum_log_std"]}

@@ -25,6 +25,8 @@ class TabledNoise(Noise):
         self._chains: dict[tuple[Purpose, int], Tensor] = {}
         self._tests: dict[Purpose, Tensor] = {}
         self._candidates: dict[tuple[Purpose, int, int], tuple[Tensor, Tensor]] = {}
+        # The tokens that were asked for last, and where they lie.
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def chain(
         self, purpose: Purpose, images: Tensor, positions: Tensor, num_steps: int, channels: int
@@ -71,8 +73,10 @@ class TabledNoise(Noise):
 
     def _rows(self, images: Tensor, positions: Tensor) -> Tensor:
         """Where the numbers of tokens lie in the tables, [R]."""
-        image = (images[:, None] == self._images).int().argmax(1)
-        return image * self._num_tokens + positions
+        if self._last is None or self._last[0] is not images or self._last[1] is not positions:
+            image = (images[:, None] == self._images).int().argmax(1)
+            self._last = images, positions, image * self._num_tokens + positions
+        return self._last[2]
 
     def _pieces(self, draw: Callable[[Tensor, Tensor], Tensor], dim: int) -> Tensor:
         """`draw` for every token of every image, some images at once, joined along `dim`."""

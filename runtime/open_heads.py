@@ -16,9 +16,10 @@ from cspd.engines.words import setting
 from cspd.runtime.adaptive import Speculative
 from cspd.runtime.captured import (
     CapturedBackbone,
+    CapturedCall,
     CapturedSteps,
     bucket,
-    captured_backbone,
+    captured_call,
     captured_steps,
 )
 from cspd.runtime.captured_rounds import CapturedRounds
@@ -45,7 +46,7 @@ class OpenHeads:
     record: bool | None = None
     loops: dict[str, CapturedSteps | None] = field(default_factory=dict)
     rounds: dict[str, CapturedRounds] = field(default_factory=dict)
-    transformers: dict[str, Session] = field(default_factory=dict)
+    calls: dict[str, Session] = field(default_factory=dict)
 
     @property
     def bundle(self) -> Bundle:
@@ -57,12 +58,12 @@ class OpenHeads:
         """How what is captured ran, by name; empty where nothing can be."""
         loops = {name: steps.loop.stats for name, steps in self.loops.items() if steps}
         rounds = {f"{name} rounds": rounds.stats for name, rounds in self.rounds.items()}
-        backbones = {
-            f"{role} backbone": found.loop.stats
-            for role, found in self.transformers.items()
-            if isinstance(found, CapturedBackbone)
+        calls = {
+            name: call.loop.stats
+            for name, call in self.calls.items()
+            if isinstance(call, CapturedCall)
         }
-        return loops | rounds | backbones
+        return loops | rounds | calls
 
     @cached_property
     def _recorder(self) -> Graphs:
@@ -79,16 +80,20 @@ class OpenHeads:
 
     def backbone(self, role: str) -> Session:
         """The transformer of `role`."""
-        session = self.sessions(f"{role}/backbone")
-        if role not in self.transformers:
-            self.transformers[role] = (
-                captured_backbone(
-                    session, on_fallback=self.sessions.notes.append, graphs=self._recorder
+        return self._call(f"{role}/backbone", CapturedBackbone)
+
+    def _call(self, label: str, make: type[CapturedCall] = CapturedCall) -> Session:
+        """The session of `label`, recorded if anything is."""
+        if label not in self.calls:
+            session = self.sessions(label)
+            self.calls[label] = (
+                session
+                if not self._records
+                else captured_call(
+                    session, make, on_fallback=self.sessions.notes.append, graphs=self._recorder
                 )
-                if self._records
-                else session
             )
-        return self.transformers[role]
+        return self.calls[label]
 
     def most_rows(self, role: str) -> int:
         """Rows that fit into one call of speculation."""
@@ -148,7 +153,9 @@ class OpenHeads:
             self.rounds[name] = CapturedRounds(
                 session, modulate, on_fallback=self.sessions.notes.append, graphs=self._recorder
             )
-        first = self._first(role) if BACKENDS[self.sessions.backend].makes_graphs else None
+        first = None
+        if self._first(role) and BACKENDS[self.sessions.backend].makes_graphs:
+            first = self._call(f"{role}/denoiser_first")
         return SpeculativeLoopHead(self.rounds[name], options, numbers=numbers, first=first)
 
     def _step_head(self, name: str, label: str, modulate: TimedSession | None) -> StepHead:

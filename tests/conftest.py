@@ -33,7 +33,7 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, the others as they were; what needs a GPU only where there is one."""
+    """The longest files first, the others as they were; what needs a GPU only where one is."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))

@@ -164,7 +164,7 @@ def served(bundle: Bundle) -> Found:
 def recorded_acceptance(bundle: Bundle) -> np.ndarray:
     """Share of drafts that pass in the head of the shipped target, by denoising step [S]."""
     heads = OpenHeads(Sessions(bundle, "torch", "cuda"))
-    config = config_of(bundle, method="lossless")
+    config = config_of(bundle, method="lossless", num_images=1)
     rows = Examples.of(heads, "target", config)(RECORDED)
     schedule = make_schedule(bundle.manifest.schedule, 100).to("cuda")
     head = heads.speculative("target", SpeculationOptions(WINDOW, max_rows=4096))
@@ -175,10 +175,11 @@ def recorded_acceptance(bundle: Bundle) -> np.ndarray:
 class Synthetic:
     """A pair of published sizes on the GPU, and what one batch of its images takes."""
 
-    def __init__(self, target: str, draft: str, precision: str, acceptance: np.ndarray) -> None:
+    def __init__(
+        self, presets: dict[str, str], precision: str, acceptance: np.ndarray, *, compiled: bool
+    ) -> None:
         start = time.perf_counter()
-        presets = {"target": target, "draft": draft}
-        self.pair = SyntheticPair(presets, precision, torch.device("cuda"), 128)
+        self.pair = SyntheticPair(presets, precision, torch.device("cuda"), 128, compiled)
         self.seconds = time.perf_counter() - start
         self.bundle, self.precision = self.pair.bundle, precision
         self.rates = torch.from_numpy(acceptance).float().cuda()
@@ -207,7 +208,10 @@ class Synthetic:
 
     def measure(self, role: str, batch: int, steps: int, skip: tuple[str, ...] = ()) -> Found:
         """Milliseconds of an autoregressive step, a first and two more images, by way."""
-        found: Found = {"precision": self.precision, "batch": batch, "steps": steps}
+        found: Found = {
+            "precision": self.precision, "compiled": self.pair.compiled, "batch": batch,
+            "steps": steps,
+        }  # fmt: skip
         ways = {n: way for n, way in self.ways(role).items() if n not in skip}
         times: dict[str, list[float]] = {name: [] for name in ways}
         waits: dict[str, float] = {}

@@ -23,6 +23,7 @@ from cspd.export.mar import DiffusionLoss, Mar
 from cspd.export.networks import model_graphs
 from cspd.export.presets import PRESETS
 from cspd.export.random_weights import random_state
+from cspd.export.torch_session import compile_blocks
 from cspd.export.vae import VaeDecoder
 
 NOWHERE = "in memory"
@@ -34,12 +35,16 @@ Graphs = dict[str, tuple[nn.Module, GraphSpec]]
 
 @dataclass
 class SyntheticPair:
-    """Models of `presets` by role, in `precision` on `device`, for up to `max_batch` sequences."""
+    """Models of `presets` by role, in `precision` on `device`, for up to `max_batch` sequences.
+
+    Their blocks are compiled if `compiled`.
+    """
 
     presets: dict[str, str]
     precision: str
     device: torch.device
     max_batch: int
+    compiled: bool = False
     graphs: dict[str, Graphs] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +68,8 @@ class SyntheticPair:
             exact.load_state_dict(head, assign=True)
             exact = exact.requires_grad_(False).eval()
         low = assemble_mar(config, state, self.precision)
+        if self.compiled:
+            compile_blocks(low)
         args = self.max_batch, MAX_ROWS, self.precision
         graphs = model_graphs(low, *args, low.diffloss, hoisted=True)
         if exact is None:
