@@ -82,9 +82,15 @@ def torch_device(name: str) -> torch.device:
 class TorchSession:
     """The reference: a PyTorch module called with the tensors of its spec."""
 
-    def __init__(self, spec: GraphSpec, module: torch.nn.Module, device: torch.device) -> None:
-        self.spec, self.device = spec, device
+    def __init__(
+        self, spec: GraphSpec, module: torch.nn.Module, device: torch.device,
+        notes: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.spec, self.device, self.notes = spec, device, notes
         self._module, self._check = module.to(device).eval(), CallCheck(spec)
+
+    def save_cache(self) -> None:
+        """Nothing: PyTorch keeps what it compiled by itself."""
 
     def fork(self) -> TorchSession:
         """This session: a call leaves no state, and its outputs are new every time."""

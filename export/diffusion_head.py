@@ -88,7 +88,8 @@ class DiffusionHead(nn.Module):
 
         They do not depend on the noisy token: 60 % of the head's work can be done before the loop.
         """
-        active = F.silu(embedding)
+        # In one piece: a sum of what was transposed would be multiplied matrix by matrix.
+        active = F.silu(embedding).contiguous()
         return torch.cat([layer(active) for layer in self.modulation_layers], dim=-1)
 
     @property

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 CANDIDATES = 8
@@ -62,6 +62,23 @@ class Advanced(NamedTuple):
     drawn: Tensor
 
 
+class Drafted(NamedTuple):
+    """The next L steps of every token, if each predicted the frozen x0 and fraction.
+
+    `steps` [N, L], clamped at 0 where the chain has ended; `columns` of the schedule there, each
+    [N, L, 1]; `states` before the steps, `mean` and `reached` after them, `log_std` of the step and
+    its noise `xi`, each [N, L, C].
+    """
+
+    steps: Tensor
+    columns: tuple[Tensor, ...]
+    states: Tensor
+    mean: Tensor
+    reached: Tensor
+    log_std: Tensor
+    xi: Tensor
+
+
 # From the drafted states [N, L, C], their steps [N, L] and the columns of the schedule there.
 Verify = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Kernel]
 
@@ -76,53 +93,51 @@ def step_columns(schedule: Tensor) -> Tensor:
     return torch.cat([schedule[:, 1:6], schedule[:, 6:] - schedule[:, 5:6]], dim=1)
 
 
-def advance(
-    state: State, last_row: Tensor, chain: Chain, candidates: Tensor, choices: Tensor,
-    verify: Verify,
-) -> Advanced:  # fmt: skip
-    """One round; `last_row` [N, 1] is the last row of the window that is evaluated for a token.
-
-    `candidates` [N, K, C] and `choices` [N, K, 3] as the runtime's `coupling.residual` takes them.
-    A token none of whose candidates is kept is not `done`: what is returned of it counts for
-    nothing but `drawn`.
-    """
+def draft(state: State, chain: Chain) -> Drafted:
+    """The states of the next L steps, without any network."""
     tokens, window = chain.noise.shape[1], chain.draft_noise.shape[-1]
     offset, token = count(window, state.x), count(tokens, state.x)[:, None]
     temperature, first = chain.temperature[:, None, None], state.step.flatten()
-    # Draft.
     steps = (state.step - offset).clamp(min=0)
     columns = embedding(steps, step_columns(chain.schedule)).split(1, dim=-1)
     *_, low, freedom = columns
-    drafted_log_std = low + state.fraction * freedom
-    numbers = steps * tokens + token
-    xi = embedding(numbers, chain.noise.flatten(0, 1))
-    added = temperature * drafted_log_std.exp() * xi
+    log_std = low + state.fraction * freedom
+    xi = embedding(steps * tokens + token, chain.noise.flatten(0, 1))
+    added = temperature * log_std.exp() * xi
     maps = [table.index_select(0, first) for table in (chain.draft_state, chain.draft_noise)]
     ends = torch.cat([state.x, state.x0], dim=1)[:, None]
-    states, drafted_mean = (maps[0] @ ends + maps[1] @ added[:, None]).unbind(1)
-    reached = drafted_mean + added
-    # Verify.
-    target = verify(states, steps, columns)
+    states, mean = (maps[0] @ ends + maps[1] @ added[:, None]).unbind(1)
+    return Drafted(steps, columns, states, mean, mean + added, log_std, xi)
+
+
+def judge(
+    state: State, last_row: Tensor, chain: Chain, candidates: Tensor, choices: Tensor,
+    drafted: Drafted, target: Kernel,
+) -> Advanced:  # fmt: skip
+    """Accept the drafts up to the first that fails, and draw what comes in its place."""
+    tokens, window = chain.noise.shape[1], chain.draft_noise.shape[-1]
+    offset, token = count(window, state.x), count(tokens, state.x)[:, None]
+    temperature, xi = chain.temperature[:, None, None], drafted.xi
     # Accept.
-    score = (reached - target.mean) / (temperature * target.log_std.exp())
+    score = (drafted.reached - target.mean) / (temperature * target.log_std.exp())
     exponent = 0.5 * (xi * xi - score * score)
-    ratio = (exponent + (drafted_log_std - target.log_std)).sum(-1, keepdim=True)
+    ratio = (exponent + (drafted.log_std - target.log_std)).sum(-1, keepdim=True)
     # Step 0 adds no noise: a Dirac, which no draft can meet.
     # Joined, not selected by step: that would tie two axes, which the exporter then traces twice.
     log_accept = torch.cat(
         [torch.full_like(chain.log_accept[:1], math.inf), chain.log_accept[1:]]
     ).flatten()[:, None]
-    passed = embedding(numbers, log_accept) < ratio
+    passed = embedding(drafted.steps * tokens + token, log_accept) < ratio
     last = torch.where(passed, window, offset[:, None]).amin(1).minimum(last_row)
     committed = (offset <= last.minimum(state.step - 1))[..., None]
     sum_log_std = (target.log_std * committed).sum(1, keepdim=True)
     # The row where the round ends: draw from its kernel, or from the residual distribution.
-    everything = torch.cat([*target, drafted_mean, drafted_log_std, xi], dim=-1)
+    everything = torch.cat([*target, drafted.mean, drafted.log_std, xi], dim=-1)
     at = embedding(token * window + last, everything.flatten(0, 1)).chunk(7, dim=-1)
-    target, drafted_mean, drafted_log_std, xi = Kernel(*at[:4]), *at[4:]
+    target, (mean, log_std, xi) = Kernel(*at[:4]), at[4:]
     std = temperature * target.log_std.exp()
-    drafted = drafted_mean, drafted_log_std, temperature * drafted_log_std.exp()
-    z, kept = residual((target.mean, target.log_std), drafted, candidates, choices)
+    kernel = mean, log_std, temperature * log_std.exp()
+    z, kept = residual((target.mean, target.log_std), kernel, candidates, choices)
     index = torch.where(kept, count(candidates.shape[1], z)[:, None], CANDIDATES).amin(1)
     chosen = token * CANDIDATES + index.clamp(max=CANDIDATES - 1)
     rejected = (last < last_row) & (state.step > last)
@@ -133,6 +148,41 @@ def advance(
         target.mean + std * noise, target.x0, target.fraction, target.mean, target.log_std,
         sum_log_std, done, last + 1, drawn,
     )  # fmt: skip
+
+
+class Part(nn.Module):
+    """A function as a module: what PyTorch can compile by itself."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *values: Any) -> Any:
+        """What the function returns."""
+        return self.function(*values)
+
+
+class Advance(nn.Module):
+    """One round of tokens: draft, verify, accept, resample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draft, self.judge = Part(draft), Part(judge)
+
+    def forward(
+        self, state: State, last_row: Tensor, chain: Chain, candidates: Tensor, choices: Tensor,
+        verify: Verify,
+    ) -> Advanced:  # fmt: skip
+        """The tokens after a round.
+
+        `last_row` [N, 1] is the last row of the window that is evaluated for a token; `candidates`
+        [N, K, C] and `choices` [N, K, 3] as the runtime's `coupling.residual` takes them. A token
+        none of whose candidates is kept is not `done`: what is returned of it counts for nothing
+        but `drawn`.
+        """
+        drafted = self.draft(state, chain)
+        target = verify(drafted.states, drafted.steps, drafted.columns)
+        return self.judge(state, last_row, chain, candidates, choices, drafted, target)
 
 
 def residual(

@@ -20,14 +20,17 @@ from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.session import Session, TorchSession, torch_device
 from cspd.engines.spec import GraphSpec
 from cspd.export.assemble import assemble_mar, assemble_vae
-from cspd.export.diffusion_head import FinalLayer, ResBlock, TimeEmbedding
+from cspd.export.diffusion_head import DiffusionHead, FinalLayer, ResBlock, TimeEmbedding
 from cspd.export.graphs import PixelDecoder
 from cspd.export.layers import Block
 from cspd.export.mar import DiffusionLoss, Mar
 from cspd.export.networks import FIRST, model_graphs
 from cspd.export.presets import MarConfig
+from cspd.export.round_parts import Part
 
 CPU = torch.device("cpu")
+COMPILED_WIDTH = 512
+COMPILED = (Block, ResBlock, FinalLayer, TimeEmbedding, Part)
 
 
 def open_session(bundle: Bundle, label: str, *, device: str, threads: int) -> Session:
@@ -41,7 +44,7 @@ def open_session(bundle: Bundle, label: str, *, device: str, threads: int) -> Se
         if label == "decoder":
             return TorchSession(bundle.graph(label).spec, decoder_module(bundle), where)
         module, spec = _graph(bundle, label, where)
-        return TorchSession(spec, module, where)
+        return TorchSession(spec, module, where, _compiled(module, where))
     except torch.cuda.OutOfMemoryError as error:
         raise CspdError(
             f"{bundle.folder}: no room for {label} on the GPU: {str(error).splitlines()[0]}"
@@ -86,14 +89,40 @@ def decoder_module(bundle: Bundle) -> nn.Module:
     )
 
 
+def _compiled(module: nn.Module, device: torch.device) -> tuple[str, ...]:
+    """Compile `module` where that pays; what there is to say of it.
+
+    On a GPU, for heads of a published size: small ones are done before they are compiled.
+    TORCHDYNAMO_DISABLE=1, PyTorch's own switch, keeps everything as it is.
+    """
+    widths = (m.input_proj.out_features for m in module.modules() if isinstance(m, DiffusionHead))
+    if device.type != "cuda" or max(widths, default=0) < COMPILED_WIDTH:
+        return ()
+    refusal = _compiler_refusal()
+    if refusal is None:
+        compile_blocks(module)
+        return ()
+    return (f"PyTorch compiles nothing here, which makes it slower: {refusal}",)
+
+
+@lru_cache
+def _compiler_refusal() -> str | None:
+    """Why PyTorch cannot compile for the GPU; None if it can."""
+    try:
+        torch.compile(torch.nn.functional.silu, dynamic=True)(torch.ones(8, device="cuda"))
+    except Exception as error:  # whatever a compiler of three libraries raises
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
 def compile_blocks(module: nn.Module) -> None:
-    """Let PyTorch compile the blocks of a network, once for all of a kind and for any sizes.
+    """Let PyTorch compile the blocks of a network and the parts of a round, for any sizes.
 
     Not whole networks: forty equal blocks would be compiled forty times over, for every shape.
     """
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for part in module.modules():
-        if isinstance(part, (Block, ResBlock, FinalLayer, TimeEmbedding)):
+        if isinstance(part, COMPILED) and part._compiled_call_impl is None:
             part.compile(dynamic=True)
 
 

@@ -1,8 +1,9 @@
 """Everything that needs a GPU in one command under eight minutes, into one JSON file.
 
-Runs the tests marked `gpu`; builds the engines of every graph of a bundle for this GPU, compares
-and times them one by one, alone and as a captured loop; climbs the parity ladder with them; and
-measures whole images by every method.
+With PyTorch alone (`gpu_torch`): the numbers and images of the CPU, and times of single graphs, of
+the shipped pair, and of SYNTHETIC models of published sizes. With TensorRT: runs the tests marked
+`gpu`; builds the engines of every graph of a bundle for this GPU, compares and times them one by
+one, alone and as a captured loop; climbs the parity ladder with them; measures whole images.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from cspd.engines.errors import CspdError
 from cspd.engines.session import Session
 from cspd.engines.trt_options import BuildOptions
 from cspd.engines.trt_session import TrtSession
+from cspd.runtime.cli import shipped_bundle
 from cspd.runtime.config import HeadChoice, make_config
 from cspd.runtime.heads import DEFAULT_WINDOW
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.run import measure
 from cspd.runtime.sessions import Opener, Sessions
 from cspd.runtime.stopping import StopWish
-from cspd.tools import parity
+from cspd.tools import gpu_torch, parity
 from cspd.tools.engine_bundle import with_engines
 from cspd.tools.parity_measure import Row, Skipped
 
@@ -65,23 +67,48 @@ class Deadline:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(exists=True, path_type=Path))
-@click.option("--backend", type=click.Choice(["tensorrt", "tensorrt-rtx"]), default="tensorrt")
+@click.argument("bundle", required=False, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--backend", type=click.Choice(["torch", "tensorrt", "tensorrt-rtx"]), default="torch",
+    show_default=True,
+)  # fmt: skip
 @click.option("--seconds", type=click.IntRange(60, 3600), default=460, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("gpu_check.json"))
-def main(bundle: Path, backend: str, seconds: int, out: Path) -> None:
-    """Check BUNDLE on the GPU of this machine and write the findings to --out."""
+def main(bundle: Path | None, backend: str, seconds: int, out: Path) -> None:
+    """Check BUNDLE, or the shipped pair, on the GPU of this machine; findings go to --out."""
     deadline = Deadline(time.monotonic() + seconds)
     doctor = diagnose()
     report: dict[str, Any] = {
         "schema_version": 1, "backend": backend, "doctor": doctor.model_dump(mode="json"),
     }  # fmt: skip
-    if not doctor.runs(backend):
-        raise click.ClickException(f"{backend} cannot run here; see cspd-run doctor")
+    if not (doctor.gpus and doctor.runs(backend)):
+        raise click.ClickException(f"{backend} cannot run on a GPU here; see cspd-run doctor")
     try:
-        opened = open_bundle(bundle)
+        opened = open_bundle(bundle or shipped_bundle())
     except CspdError as error:
         raise click.ClickException(str(error)) from None
+
+    def write() -> None:
+        report["seconds"] = round(seconds - deadline.left(), 1)
+        out.write_text(json.dumps(report, indent=1) + "\n")
+
+    if backend == "torch":
+
+        def keep(parts: dict[str, Any]) -> None:
+            report["parts"] = parts
+            write()
+
+        gpu_torch.check(opened, deadline.left, keep)
+        report["ok"] = all(part.get("ok", True) for part in report["parts"].values())
+    else:
+        check_engines(opened, backend, deadline, report)
+    write()
+    click.echo(f"{'passed' if report['ok'] else 'FAILED'}: {out}")
+    sys.exit(0 if report["ok"] else 1)
+
+
+def check_engines(opened: Bundle, backend: str, deadline: Deadline, report: dict[str, Any]) -> None:
+    """Fill `report` with what TensorRT engines of every graph do."""
     report["tests"] = run_tests(deadline.left() / 4)
     with tempfile.TemporaryDirectory() as folder:
         built, failed = with_engines(
@@ -92,10 +119,6 @@ def main(bundle: Path, backend: str, seconds: int, out: Path) -> None:
         report["benchmark"] = attempt(lambda: benchmark(built, backend, "cuda", deadline))
         report["ladder"] = attempt(lambda: climb(built, backend, deadline))
     report["ok"] = succeeded(report)
-    report["seconds"] = round(seconds - deadline.left(), 1)
-    out.write_text(json.dumps(report, indent=1) + "\n")
-    click.echo(f"{'passed' if report['ok'] else 'FAILED'}: {out}")
-    sys.exit(0 if report["ok"] else 1)
 
 
 def succeeded(report: Mapping[str, Any]) -> bool:

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ import torch
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
 from cspd.engines.cuda_graph import relative_error
+from cspd.engines.errors import CspdError
 from cspd.engines.schedule import make_schedule
 from cspd.runtime.canvas import Batch
 from cspd.runtime.chain_numbers import ChainNumbers
@@ -49,7 +49,8 @@ WAYS: dict[str, Found] = {
 }
 WINDOW = 16
 REPEATS = 20
-SERVED = 40
+SERVED = 24
+AR_STEPS, EAGER_STEPS = 64, 6
 RECORDED = 96  # tokens whose acceptance is recorded
 
 
@@ -206,33 +207,40 @@ class Synthetic:
             "lossless": (captured, self.speculative(captured, role)),
         }
 
-    def measure(self, role: str, batch: int, steps: int, skip: tuple[str, ...] = ()) -> Found:
-        """Milliseconds of an autoregressive step, a first and two more images, by way."""
-        found: Found = {
-            "precision": self.precision, "compiled": self.pair.compiled, "batch": batch,
-            "steps": steps,
-        }  # fmt: skip
-        ways = {n: way for n, way in self.ways(role).items() if n not in skip}
+    def measure(self, role: str, batch: int, *, repeats: int = 3) -> Found:
+        """Milliseconds of an autoregressive step by way, interleaved, after one image of each.
+
+        Of whole images; eager ones are given up after `EAGER_STEPS`.
+        """
+        ways = self.ways(role)
         times: dict[str, list[float]] = {name: [] for name in ways}
         waits: dict[str, float] = {}
         torch.cuda.reset_peak_memory_stats()
-        for repeat in range(3):
+        for repeat in range(repeats + 1):
             for name, (heads, head) in ways.items():
-                begin = partial(self.image, heads, head, role, batch, steps)
+                steps = EAGER_STEPS if name == "eager" else AR_STEPS
                 if repeat == 1:
                     with counted_waits() as count:
-                        begin()
+                        self.image(heads, head, role, batch, steps)
                     waits[name] = count[0] / steps
-                else:
-                    times[name].append(begin())
+                elif repeat < 3 or name != "eager":
+                    times[name].append(self.image(heads, head, role, batch, steps) / steps)
+        found: Found = {
+            "precision": self.precision, "batch": batch, "ways": {},
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+        }  # fmt: skip
         for name, (heads, _) in ways.items():
-            found[name] = {
-                "first_seconds": times[name][0], "ms_per_step": 1000 * times[name][1] / steps,
-                "waits_per_step": waits[name], "notes": heads.sessions.notes,
-                "calls": {n: s.calls for n, s in heads.sessions.calls.items()},
-                "captures": {n: asdict(s) for n, s in heads.captures.items()},
+            first, *others = times[name]
+            found["ways"][name] = {
+                "ms_per_step": 1000 * statistics.median(others), "waits_per_step": waits[name],
+                "first_seconds": first * (EAGER_STEPS if name == "eager" else AR_STEPS),
             }  # fmt: skip
-        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+            found["notes"] = heads.sessions.notes
+            found["captures"] = {n: asdict(s) for n, s in heads.captures.items()}
+            found["calls"] = {n: s.calls for n, s in heads.sessions.calls.items()}
+        milliseconds = {name: way["ms_per_step"] for name, way in found["ways"].items()}
+        found["ratio_of_eager"] = milliseconds["eager"] / milliseconds["captured"]
+        found["ratio_of_captured"] = milliseconds["captured"] / milliseconds["lossless"]
         return found
 
     def image(self, heads: OpenHeads, head: Head, role: str, batch: int, steps: int) -> float:
@@ -283,6 +291,25 @@ def counted_waits() -> Iterator[list[int]]:
             count[0] = sum("synchroniz" in str(w.message) for w in caught)
 
 
+SIZES = (
+    ("target/backbone", {"batch": 2, "visible": 128, "positions": 4}),
+    ("target/backbone", {"batch": 16, "visible": 128, "positions": 4}),
+    ("target/denoiser_first", {"rows": 4, "tokens": 4}),
+    ("target/denoiser_hoisted", {"rows": 4, "tokens": 4}),
+    ("target/head_modulation", {"tokens": 4}),
+    (
+        "target/speculative_round_hoisted",
+        {"tokens": 4, "rows": 64, "window": 16, "modulated": 4},
+    ),
+    ("target/speculative_round", {"tokens": 32, "rows": 512, "window": 16}),
+)
+
+
+def latencies(pair: SyntheticPair) -> Found:
+    """Milliseconds of single graphs, eager and captured."""
+    return {f"{label} {sizes}": graph_latency(pair, label, sizes) for label, sizes in SIZES}
+
+
 def graph_latency(pair: SyntheticPair, label: str, sizes: dict[str, int]) -> Found:
     """Median milliseconds of one graph at `sizes`, eager and captured."""
     session = pair.open(pair.bundle, label, "torch")
@@ -296,7 +323,7 @@ def graph_latency(pair: SyntheticPair, label: str, sizes: dict[str, int]) -> Fou
         session(**moved)
     with torch.cuda.stream(stream):
         captured = median_ms(graph.replay)
-    return {"sizes": sizes, "eager_ms": eager, "captured_ms": captured}
+    return {"eager_ms": eager, "captured_ms": captured}
 
 
 def median_ms(work: Callable[[], object]) -> float:
@@ -318,3 +345,47 @@ def release() -> None:
     """Give the memory of what is no longer needed back."""
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def check(bundle: Bundle, left: Callable[[], float], write: Callable[[Found], None]) -> Found:
+    """Every part while time is `left` (seconds), with the report written after each."""
+    report: Found = {}
+    rates = np.full(100, 0.85)  # about that of the shipped pair, should recording fail
+    held: dict[str, Any] = {"rates": rates}
+
+    def record() -> Found:
+        held["rates"] = recorded_acceptance(bundle)
+        return {"by_step": held["rates"].round(3).tolist()}
+
+    def build() -> Found:
+        presets = {"target": "mar-h", "draft": "mar-b"}
+        held["pair"] = Synthetic(presets, "bf16", held["rates"], compiled=True)
+        return {"seconds": held["pair"].seconds}
+
+    parts: list[tuple[str, float, Callable[[], Found]]] = [
+        ("versions", 5, versions),
+        ("noise", 5, noise_is_the_same),
+        ("both devices", 15, lambda: both_devices(bundle)),
+        ("shipped images", 30, lambda: shipped_images(bundle)),
+        ("acceptance", 15, record),
+        ("SYNTHETIC pair", 15, build),
+        ("SYNTHETIC graphs", 45, lambda: latencies(held["pair"].pair)),
+        ("SYNTHETIC mar-h, batch 1", 45, lambda: held["pair"].measure("target", 1)),
+        ("SYNTHETIC mar-h, batch 8", 45, lambda: held["pair"].measure("target", 8, repeats=2)),
+        ("SYNTHETIC mar-b, batch 1", 30, lambda: held["pair"].measure("draft", 1)),
+        ("shipped speed", 45, lambda: shipped_speed(bundle)),
+        ("served", 35, lambda: served(bundle)),
+    ]
+    for name, needs, work in parts:
+        if left() < needs:
+            report[name] = {"skipped": f"{left():.0f} s left, it needs {needs:.0f}"}
+            continue
+        start = time.perf_counter()
+        try:
+            report[name] = work()
+        except (CspdError, RuntimeError, KeyError) as error:
+            report[name] = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        report[name]["part_seconds"] = round(time.perf_counter() - start, 1)
+        write(report)
+        release()
+    return report

@@ -61,21 +61,21 @@ class SyntheticPair:
         with torch.device("meta"):
             model = Mar(config)
         state = random_state(model, 0, device=self.device)
-        low = exact = None
+        exact: DiffusionLoss | None = None
         if self.precision != "fp32":
             exact = DiffusionLoss(config)
             head = {n.removeprefix("diffloss."): t for n, t in state.items() if "diffloss" in n}
             exact.load_state_dict(head, assign=True)
             exact = exact.requires_grad_(False).eval()
         low = assemble_mar(config, state, self.precision)
-        if self.compiled:
-            compile_blocks(low)
         args = self.max_batch, MAX_ROWS, self.precision
         graphs = model_graphs(low, *args, low.diffloss, hoisted=True)
-        if exact is None:
-            return graphs
-        first = model_graphs(low, *args, exact)["denoiser_first"]
-        return graphs | {"denoiser_first": first}
+        if exact is not None:
+            graphs["denoiser_first"] = model_graphs(low, *args, exact)["denoiser_first"]
+        for module, _ in graphs.values():
+            if self.compiled:
+                compile_blocks(module)
+        return graphs
 
     @property
     def bundle(self) -> Bundle:
