@@ -10,7 +10,7 @@ from cspd.export.mar import DiffusionLoss
 from cspd.export.modulation import denoise_hoisted, table_axes
 from cspd.export.presets import MarConfig
 from cspd.export.round_graph import Start, on_rows, play_round, round_spec
-from cspd.export.round_parts import Advance, Chain
+from cspd.export.round_parts import Chain
 
 
 class HoistedRoundGraph(nn.Module):
@@ -18,7 +18,7 @@ class HoistedRoundGraph(nn.Module):
 
     def __init__(self, diffloss: DiffusionLoss) -> None:
         super().__init__()
-        self.diffloss, self.advance = diffloss, Advance()
+        self.diffloss = diffloss
 
     def forward(
         self, x: Tensor, step: Tensor, x0: Tensor, fraction: Tensor,
@@ -36,8 +36,7 @@ class HoistedRoundGraph(nn.Module):
 
         chain = Chain(temperature, noise, log_accept, schedule, draft_state, draft_noise)
         start = Start(x, step, x0, fraction)
-        verify = on_rows(look, row, slot)
-        return play_round(self.advance, start, length, chain, candidates, choices, verify)
+        return play_round(start, length, chain, candidates, choices, on_rows(look, row, slot))
 
 
 def hoisted_round_spec(config: MarConfig, max_rows: int) -> GraphSpec:

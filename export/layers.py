@@ -54,17 +54,19 @@ class Attention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         dtype = self.proj.weight.dtype
         if query.is_cuda and dtype != torch.float32:
-            # One kernel, in place of eight, and no logits in memory.
-            mask = None if bias is None else bias.to(dtype)
-            mixed = F.scaled_dot_product_attention(
-                query.to(dtype), key.to(dtype), value.to(dtype), attn_mask=mask
-            )
+            mixed = fused_attention(query.to(dtype), key.to(dtype), value.to(dtype), bias)
             return self.proj(mixed.transpose(1, 2).flatten(2))
         scaled = (query * query.shape[-1] ** -0.5).to(dtype)
         logits = (scaled @ key.to(dtype).transpose(-2, -1)).float()
         weights = (logits if bias is None else logits + bias).softmax(-1)
         mixed = (weights.to(dtype) @ value.to(dtype)).transpose(1, 2)
         return self.proj(mixed.flatten(2))
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention [B, heads, P, d] in one kernel, in place of eight, without the logits in memory."""
+    mask = None if bias is None else bias.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 class Mlp(nn.Module):

@@ -18,7 +18,7 @@ from cspd.engines.spec import Axis, GraphSpec, TensorSpec
 from cspd.export.graphs import GRAPH_TOLERANCE, MAX_STEPS, denoise_rows
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig
-from cspd.export.round_parts import CANDIDATES, Advance, Chain, Kernel, State, Verify
+from cspd.export.round_parts import CANDIDATES, Chain, Kernel, State, Verify, advance
 
 MAX_WINDOW = 32
 FLOATS = ("next_x", "next_x0", "next_fraction", "mean", "log_std", "sum_log_std")
@@ -33,7 +33,7 @@ class SpeculativeRoundGraph(nn.Module):
     def __init__(self, diffloss: DiffusionLoss) -> None:
         super().__init__()
         # Held directly, so that parameters have the names of the weight file.
-        self.diffloss, self.advance = diffloss, Advance()
+        self.diffloss = diffloss
 
     def forward(
         self, x: Tensor, step: Tensor, x0: Tensor, fraction: Tensor,
@@ -51,8 +51,7 @@ class SpeculativeRoundGraph(nn.Module):
 
         chain = Chain(temperature, noise, log_accept, schedule, draft_state, draft_noise)
         start = Start(x, step, x0, fraction)
-        verify = on_rows(look, row, slot)
-        return play_round(self.advance, start, length, chain, candidates, choices, verify)
+        return play_round(start, length, chain, candidates, choices, on_rows(look, row, slot))
 
 
 class Start(NamedTuple):
@@ -76,8 +75,8 @@ def on_rows(look: Look, row: Tensor, slot: Tensor) -> Verify:
 
 
 def play_round(
-    advance: Advance, start: Start, length: Tensor, chain: Chain, candidates: Tensor,
-    choices: Tensor, verify: Verify,
+    start: Start, length: Tensor, chain: Chain, candidates: Tensor, choices: Tensor,
+    verify: Verify,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The outputs of `round_spec`, in its order; `length` [N] rows are evaluated for a token."""
     x, step, x0, fraction = start

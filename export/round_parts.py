@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import embedding
 
 CANDIDATES = 8
@@ -150,39 +150,20 @@ def judge(
     )  # fmt: skip
 
 
-class Part(nn.Module):
-    """A function as a module: what PyTorch can compile by itself."""
+def advance(
+    state: State, last_row: Tensor, chain: Chain, candidates: Tensor, choices: Tensor,
+    verify: Verify,
+) -> Advanced:  # fmt: skip
+    """One round: draft, verify, accept, resample.
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *values: Any) -> Any:
-        """What the function returns."""
-        return self.function(*values)
-
-
-class Advance(nn.Module):
-    """One round of tokens: draft, verify, accept, resample."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.draft, self.judge = Part(draft), Part(judge)
-
-    def forward(
-        self, state: State, last_row: Tensor, chain: Chain, candidates: Tensor, choices: Tensor,
-        verify: Verify,
-    ) -> Advanced:  # fmt: skip
-        """The tokens after a round.
-
-        `last_row` [N, 1] is the last row of the window that is evaluated for a token; `candidates`
-        [N, K, C] and `choices` [N, K, 3] as the runtime's `coupling.residual` takes them. A token
-        none of whose candidates is kept is not `done`: what is returned of it counts for nothing
-        but `drawn`.
-        """
-        drafted = self.draft(state, chain)
-        target = verify(drafted.states, drafted.steps, drafted.columns)
-        return self.judge(state, last_row, chain, candidates, choices, drafted, target)
+    `last_row` [N, 1] is the last row of the window that is evaluated for a token; `candidates`
+    [N, K, C] and `choices` [N, K, 3] as the runtime's `coupling.residual` takes them. A token none
+    of whose candidates is kept is not `done`: what is returned of it counts for nothing but
+    `drawn`.
+    """
+    drafted = draft(state, chain)
+    target = verify(drafted.states, drafted.steps, drafted.columns)
+    return judge(state, last_row, chain, candidates, choices, drafted, target)
 
 
 def residual(

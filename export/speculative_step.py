@@ -12,7 +12,7 @@ from torch.nn.functional import embedding
 
 from cspd.export.loop_graph import modulations
 from cspd.export.mar import DiffusionLoss
-from cspd.export.round_parts import CANDIDATES, Advance, Chain, Kernel, State, count
+from cspd.export.round_parts import CANDIDATES, Chain, Kernel, State, advance, count
 
 CARRIED = (
     "x", "left", "x0", "fraction", "mean", "log_std", "sum_log_std", "used", "active",
@@ -25,7 +25,7 @@ class SpeculativeStep(nn.Module):
 
     def __init__(self, diffloss: DiffusionLoss) -> None:
         super().__init__()
-        self.diffloss, self.advance = diffloss, Advance()
+        self.diffloss = diffloss
 
     def forward(
         self, x: Tensor, left: Tensor, x0: Tensor, fraction: Tensor, mean: Tensor,
@@ -52,7 +52,7 @@ class SpeculativeStep(nn.Module):
             out = self._outputs(states, steps, seen, conditions, schedule)
             return _guided(out, states, guidance, columns)
 
-        after = self.advance(
+        after = advance(
             State(x, start, x0, fraction),
             last,
             Chain(temperature, noise, log_accept, schedule, draft_state, draft_noise),

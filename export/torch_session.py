@@ -26,11 +26,10 @@ from cspd.export.layers import Block
 from cspd.export.mar import DiffusionLoss, Mar
 from cspd.export.networks import FIRST, model_graphs
 from cspd.export.presets import MarConfig
-from cspd.export.round_parts import Part
 
 CPU = torch.device("cpu")
 COMPILED_WIDTH = 512
-COMPILED = (Block, ResBlock, FinalLayer, TimeEmbedding, Part)
+COMPILED = (Block, ResBlock, FinalLayer, TimeEmbedding)
 
 
 def open_session(bundle: Bundle, label: str, *, device: str, threads: int) -> Session:
@@ -115,15 +114,18 @@ def _compiler_refusal() -> str | None:
     return None
 
 
-def compile_blocks(module: nn.Module) -> None:
-    """Let PyTorch compile the blocks of a network and the parts of a round, for any sizes.
+def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
+    """Let PyTorch compile the blocks of a network, once for all of a kind and for any sizes.
 
-    Not whole networks: forty equal blocks would be compiled forty times over, for every shape.
+    Not whole networks: forty equal blocks would be compiled forty times over, for every shape. Nor
+    the arithmetic of rounds: PyTorch 2.11 makes a kernel of it that Triton 3.6 refuses. What cannot
+    be compiled runs as it is, with a warning of PyTorch's.
     """
+    torch._dynamo.config.suppress_errors = True
     torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     for part in module.modules():
         if isinstance(part, COMPILED) and part._compiled_call_impl is None:
-            part.compile(dynamic=True)
+            part.compile(dynamic=True, backend=backend)
 
 
 # One model and one head in memory for all graphs that share them. By device: a module that is moved

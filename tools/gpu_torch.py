@@ -6,6 +6,7 @@ and the shipped pair's acceptance, by denoising step: SYNTHETIC, for time and me
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
@@ -20,7 +21,7 @@ import torch
 
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
-from cspd.engines.cuda_graph import relative_error
+from cspd.engines.cuda_graph import Graphs, relative_error
 from cspd.engines.errors import CspdError
 from cspd.engines.schedule import make_schedule
 from cspd.runtime.canvas import Batch
@@ -36,6 +37,7 @@ from cspd.runtime.sessions import Sessions
 from cspd.runtime.setup import make_batch, make_sampler
 from cspd.runtime.speculation import SpeculationOptions
 from cspd.runtime.tuning import Examples
+from cspd.tools.bench_run import peak_memory, reset_peak_memory
 from cspd.tools.replay_numbers import ReplayNumbers
 from cspd.tools.synthetic_pair import SyntheticPair
 
@@ -49,7 +51,7 @@ WAYS: dict[str, Found] = {
 }
 WINDOW = 16
 REPEATS = 20
-SERVED = 24
+SERVED = 40
 AR_STEPS, EAGER_STEPS = 64, 6
 RECORDED = 96  # tokens whose acceptance is recorded
 
@@ -177,18 +179,20 @@ class Synthetic:
     """A pair of published sizes on the GPU, and what one batch of its images takes."""
 
     def __init__(
-        self, presets: dict[str, str], precision: str, acceptance: np.ndarray, *, compiled: bool
-    ) -> None:
+        self, presets: dict[str, str], precision: str, acceptance: np.ndarray, *, compiled: bool,
+        device: str = "cuda", graphs: Graphs | None = None,
+    ) -> None:  # fmt: skip
         start = time.perf_counter()
-        self.pair = SyntheticPair(presets, precision, torch.device("cuda"), 128, compiled)
+        self.pair = SyntheticPair(presets, precision, torch.device(device), 128, compiled)
+        self.device, self.graphs = device, graphs
         self.seconds = time.perf_counter() - start
         self.bundle, self.precision = self.pair.bundle, precision
-        self.rates = torch.from_numpy(acceptance).float().cuda()
+        self.rates = torch.from_numpy(acceptance).float().to(device)
 
     def heads(self, *, record: bool) -> OpenHeads:
         """New heads over the same weights."""
-        sessions = Sessions(self.bundle, "torch", "cuda", opener=self.pair.open)
-        return OpenHeads(sessions, record=record)
+        sessions = Sessions(self.bundle, "torch", self.device, opener=self.pair.open)
+        return OpenHeads(sessions, self.graphs, record)
 
     def speculative(self, heads: OpenHeads, role: str) -> Head:
         """The lossless head with replayed acceptance."""
@@ -215,7 +219,7 @@ class Synthetic:
         ways = self.ways(role)
         times: dict[str, list[float]] = {name: [] for name in ways}
         waits: dict[str, float] = {}
-        torch.cuda.reset_peak_memory_stats()
+        reset_peak_memory(self.device)
         for repeat in range(repeats + 1):
             for name, (heads, head) in ways.items():
                 steps = EAGER_STEPS if name == "eager" else AR_STEPS
@@ -227,7 +231,7 @@ class Synthetic:
                     times[name].append(self.image(heads, head, role, batch, steps) / steps)
         found: Found = {
             "precision": self.precision, "batch": batch, "ways": {},
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+            "peak_memory_mb": peak_memory(self.device),
         }  # fmt: skip
         for name, (heads, _) in ways.items():
             first, *others = times[name]
@@ -246,18 +250,14 @@ class Synthetic:
     def image(self, heads: OpenHeads, head: Head, role: str, batch: int, steps: int) -> float:
         """Seconds of one batch of images in `steps` autoregressive steps of the usual 64."""
         config = config_of(self.bundle, num_images=batch, batch_size=batch, cfg=2.0, num_iter=64)
-        sampler = make_sampler(self.bundle.manifest, config, "cuda", stop_after(steps))
-        images: Batch = make_batch(self.bundle.manifest, config, list(range(batch)), "cuda")
+        sampler = make_sampler(self.bundle.manifest, config, self.device, stop_after(steps))
+        images: Batch = make_batch(self.bundle.manifest, config, list(range(batch)), self.device)
         sampler = replace(sampler, noise=TabledNoise(sampler.noise, images.images, 256))
         member = Member(role, heads.backbone(role), head)
-        torch.cuda.synchronize()
         start = time.perf_counter()
-        with own_stream("cuda")():
-            try:
-                decode_alone(sampler, member, images, 16)
-            except Enough:
-                pass
-            torch.cuda.synchronize()
+        with own_stream(self.device)(), contextlib.suppress(Enough):
+            # Ends with a transfer of the last tokens' check, which waits for all that was queued.
+            decode_alone(sampler, member, images, 16)
         return time.perf_counter() - start
 
 
@@ -279,8 +279,11 @@ def stop_after(steps: int) -> Callable[[Any, Any], None]:
 
 @contextmanager
 def counted_waits() -> Iterator[list[int]]:
-    """Counts the operations of PyTorch that make the host wait for the GPU."""
+    """Counts the operations of PyTorch that make the host wait for the GPU, if there is one."""
     count = [0]
+    if not torch.cuda.is_available():
+        yield count
+        return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

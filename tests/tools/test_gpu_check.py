@@ -19,13 +19,13 @@ def soon(seconds: float) -> Deadline:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("backend", ["torch", "tensorrt", "tensorrt-rtx"])
 def test_without_a_gpu_it_says_so_and_writes_nothing(tiny_bundle, tmp_path, backend):
     out = tmp_path / "check.json"
     arguments = [str(tiny_bundle.folder), "--backend", backend, "--out", str(out)]
     result = CliRunner().invoke(gpu_check.main, arguments)
     assert result.exit_code == 1
-    assert result.stderr == f"Error: {backend} cannot run here; see cspd-run doctor\n"
+    assert result.stderr == f"Error: {backend} cannot run on a GPU here; see cspd-run doctor\n"
     assert not out.exists()
 
 
