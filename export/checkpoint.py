@@ -18,7 +18,7 @@ from cspd.export.vae import VaeDecoder
 from cspd.export.weight_files import WeightFile, few
 from cspd.export.weight_folders import open_weights
 from cspd.export.weight_names import AVERAGED_PREFIXES, NamedWeights, named_weights
-from cspd.export.weight_values import check_values
+from cspd.export.weight_values import check_dense, check_values
 
 KNOWN_FILES = {
     "7e970a33bc90353e2fabe3498ed1f2d194dd8d17cd387665f80b2984dfca538c": "MAR-B of its authors",
@@ -79,6 +79,7 @@ def load_mar(
             "published figures are made with; use another file, or accept these with "
             "--allow-non-ema"
         )
+    check_dense(weights.state, file.path)
     config, warnings = checked_config(weights.state, preset, num_heads, file.path)
     with torch.device("meta"):
         _check_tensors(weights.state, Mar(config).state_dict(), file.path, NAMES_ADVICE)
@@ -101,6 +102,7 @@ def load_vae(path: Path) -> Checkpoint:
     weights = named_weights(file, VAE_PREFIXES)
     notes = weights.notes + _folder_note(path, file)
     state = {n: tensor for n, tensor in weights.state.items() if n.startswith(DECODER)}
+    check_dense(state, file.path)
     converted = latent_diffusion_names(state)
     if len(converted) < len(state):
         raise CspdError(f"{file.path}: holds a weight under two names; {NAMES_ADVICE}")

@@ -53,6 +53,39 @@ def test_quantised_weights_are_refused_with_the_reason(tmp_path, dtype):
     assert "expected float32, bfloat16, float16 or float64" in message
 
 
+def nested(layout: torch.layout) -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.zeros(3), torch.zeros(4)], layout=layout)
+
+
+NOT_DENSE = {
+    "nested": lambda: nested(torch.strided),
+    "nested, jagged": lambda: nested(torch.jagged),
+    "sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
+    "sparse_coo": lambda: torch.eye(3).to_sparse(),
+    "strided on meta": lambda: torch.zeros(3, device="meta"),
+    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.quint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PyTorch, on making such tensors
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.parametrize("name", ["diffusion_pos_embed_learned", "z_proj.bias"])
+def test_a_tensor_that_is_not_dense_is_refused_before_its_shape_is_asked_for(tmp_path, name, kind):
+    state = {**draft_state(), name: NOT_DENSE[kind]()}
+    torch.save({"model_ema": state}, tmp_path / "w.pth")
+    message = error_of(lambda: load_mar(tmp_path / "w.pth"))
+    assert f"w.pth: {name} is {kind.partition(',')[0]}, no dense tensor" in message
+    assert "save it as one" in message
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_nested_tensors_of_the_decoder_and_given_in_python(tmp_path):
+    state = {**decoder_zeros(), "decoder.conv_out.bias": nested(torch.strided)}
+    torch.save({"model": state}, tmp_path / "kl16.ckpt")
+    for load in (lambda: load_vae(tmp_path / "kl16.ckpt"), lambda: check_values(state, "decoder")):
+        assert "decoder.conv_out.bias is nested, no dense tensor" in error_of(load)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_every_width_of_floats(dtype):
     good = torch.full((3, 40_000), 60_000.0 if dtype == torch.float16 else 3e38, dtype=dtype)
