@@ -17,7 +17,13 @@ from cspd.export.presets import MarConfig
 from cspd.export.vae import VaeDecoder
 from cspd.export.weight_files import WeightFile, few
 from cspd.export.weight_folders import open_weights
-from cspd.export.weight_names import AVERAGED_PREFIXES, NamedWeights, named_weights
+from cspd.export.weight_names import (
+    AVERAGED,
+    AVERAGED_PREFIXES,
+    NamedWeights,
+    named_weights,
+    unusable_dicts,
+)
 from cspd.export.weight_values import check_dense, check_values
 
 KNOWN_FILES = {
@@ -74,10 +80,10 @@ def load_mar(
     file = open_weights(path, "mar")
     weights = named_weights(file, AVERAGED_PREFIXES)
     if weights.averaged is False and not allow_non_ema:
+        reason = unusable_dicts(file.content, AVERAGED) or "it has no 'model_ema'"
         raise CspdError(
-            f"{file.path}: holds '{weights.source}' but no 'model_ema', the averaged weights that "
-            "published figures are made with; use another file, or accept these with "
-            "--allow-non-ema"
+            f"{file.path}: holds '{weights.source}', but {reason}; published figures are made with "
+            "averaged weights: use another file, or accept these with --allow-non-ema"
         )
     check_dense(weights.state, file.path)
     config, warnings = checked_config(weights.state, preset, num_heads, file.path)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import pickletools
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 from cspd.engines.errors import CspdError
@@ -17,6 +19,11 @@ from cspd.engines.errors import CspdError
 MAX_ELEMENTS = 1_000  # of a tuple and of all tuples in it, repeated or not; torch.save needs 30
 MAX_OPERATIONS = 300_000  # a training checkpoint of mar-h with its optimizer has 91,000
 OLD_FORMAT_PICKLES = 5  # magic number, protocol, system, content, names of the storages
+# What torch.save writes into the old format, although torch.load cannot read it there.
+UNREADABLE = {
+    "torch._utils _rebuild_tensor_v3": "numbers of a format such as float8 or uint16",
+    "torch._utils _rebuild_nested_tensor": "a nested tensor",
+}
 MARK = -1
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
@@ -37,17 +44,20 @@ def scan_zip(path: Path) -> None:
 
 
 def scan_old(path: Path) -> None:
-    """Raise CspdError if one of the pickles in front of the old format's tensors could hang."""
+    """Raise CspdError if a pickle in front of the old format's tensors could hang or is too new."""
     left = MAX_OPERATIONS
     with path.open("rb") as file:
         for _ in range(OLD_FORMAT_PICKLES):
-            left = _scan(file, path, left)
+            left = _scan(file, path, left, UNREADABLE)
 
 
-def _scan(file: IO[bytes], path: Path, left: int) -> int:
+def _scan(
+    file: IO[bytes], path: Path, left: int, unreadable: Mapping[str, str] = MappingProxyType({})
+) -> int:
     """Follow the pickle's stack with the size of tuples in place of values.
 
-    Returns how many of the `left` operations remain.
+    `unreadable` are globals to refuse, and what asks for them. Returns how many of the `left`
+    operations remain.
     """
     stack: list[int] = []
     memo: dict[int, int] = {}
@@ -59,6 +69,11 @@ def _scan(file: IO[bytes], path: Path, left: int) -> int:
                 "which no checkpoint needs; get the file from its authors"
             )
         name = opcode.name
+        if name == "GLOBAL" and (what := unreadable.get(str(argument))):
+            raise CspdError(
+                f"{path}: holds {what}, which PyTorch cannot read from its format "
+                "before 1.6; save the weights as dense float32 tensors by name"
+            )
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             memo[len(memo) if argument is None else int(argument)] = stack[-1] if stack else 0
         elif name in ("GET", "BINGET", "LONG_BINGET"):

@@ -7,7 +7,7 @@ they are named; a label that says otherwise is passed on, so that the caller can
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,25 +77,44 @@ def _state_dict(file: WeightFile) -> tuple[dict[str, Tensor], str | None]:
     content = file.content
     if isinstance(content, Mapping):
         for name in (*AVERAGED, *PLAIN):
-            if _is_state(content.get(name)):
+            if not _unlike_state(content.get(name)):
                 return dict(content[name]), name
-        if _is_state(content):
+        if not _unlike_state(content):
             return dict(content), None
+    raise CspdError(
+        f"{file.path}: {_without_state(content)}; save the averaged weights as "
+        "{'model_ema': network.state_dict()}"
+    )
+
+
+def _without_state(content: Any) -> str:
+    """What `content` holds in place of a state dict."""
     found: object = type(content).__name__
     if isinstance(content, Mapping):
+        if unusable := unusable_dicts(content, (*AVERAGED, *PLAIN)):
+            return f"{unusable}, expected tensors by name"
+        if any(isinstance(value, Tensor) for value in content.values()):
+            return f"{_unlike_state(content)}, expected tensors by name alone"
         found = [key if isinstance(key, str) else type(key).__name__ for key in content][:8]
-    raise CspdError(
-        f"{file.path}: found {found}, expected one of {[*AVERAGED, *PLAIN]} or tensors by name; "
-        "save the averaged weights as {'model_ema': network.state_dict()}"
-    )
+    return f"found {found}, expected one of {[*AVERAGED, *PLAIN]} or tensors by name"
 
 
-def _is_state(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and len(value) > 0
-        and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in value.items())
-    )
+def unusable_dicts(content: Mapping[Any, Any], names: Iterable[str]) -> str:
+    """Those of `names` that are in `content` and no state dict, and why; empty without any."""
+    found = [(name, _unlike_state(content[name])) for name in names if name in content]
+    return ", ".join(f"its '{name}' {problem}" for name, problem in found if problem)
+
+
+def _unlike_state(value: Any) -> str:
+    """Why `value` is no state dict; empty if it is one."""
+    if not isinstance(value, Mapping):
+        return f"is {type(value).__name__}"
+    for name, tensor in value.items():
+        if not isinstance(name, str):
+            return f"has a name that is no text but {type(name).__name__} ({name!r:.60})"
+        if not isinstance(tensor, Tensor):
+            return f"holds {name!r:.60}, which is {type(tensor).__name__}"
+    return "" if value else "is empty"
 
 
 def _check_size(state: Mapping[str, Tensor], file: WeightFile) -> None:

@@ -162,7 +162,7 @@ def test_weights_of_another_network(tmp_path):
 def test_checkpoint_without_weights(tmp_path):
     torch.save({"epoch": 3, "model": {"a": 1}}, tmp_path / "w.pth")
     message = error_of(lambda: load_mar(tmp_path / "w.pth"))
-    assert "'epoch'" in message and "'model_ema'" in message
+    assert "its 'model' holds 'a', which is int" in message and "'model_ema'" in message
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))

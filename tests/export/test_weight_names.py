@@ -110,6 +110,35 @@ def test_dict_that_no_one_knows(tmp_path):
     assert "['weights', 'epoch']" in message and "{'model_ema': network.state_dict()}" in message
 
 
+UNUSABLE = {
+    "empty": ({}, "its 'model_ema' is empty"),
+    "None": (None, "its 'model_ema' is NoneType"),
+    "nested": ({"state_dict": {"w": torch.zeros(1)}}, "holds 'state_dict', which is dict"),
+    "number among tensors": ({"w": torch.zeros(1), "epoch": 3}, "holds 'epoch', which is int"),
+    "number as a name": ({1: torch.zeros(1)}, "has a name that is no text but int (1)"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_known_dict_that_holds_no_weights_is_named_with_the_reason(tmp_path, case):
+    value, reason = UNUSABLE[case]
+    path = saved(tmp_path / "w.pth", {"model_ema": value})
+    message = error_of(lambda: load_mar(path))
+    assert "its 'model_ema'" in message and reason in message
+    assert "expected tensors by name" in message and "expected one of" not in message
+    saved(path, {"model_ema": value, "model": dict(draft_state())})
+    message = error_of(lambda: load_mar(path))
+    assert "holds 'model', but" in message and reason in message and "--allow-non-ema" in message
+    assert same(load_mar(path, allow_non_ema=True).state, draft_state())
+
+
+@pytest.mark.parametrize(("name", "value"), [(1, torch.zeros(1)), ("epoch", 3)])
+def test_the_odd_entry_among_bare_tensors_is_named(tmp_path, name, value):
+    message = error_of(lambda: load_mar(saved(tmp_path / "w.pth", {**draft_state(), name: value})))
+    assert ("int (1)" if name == 1 else "holds 'epoch', which is int") in message
+    assert "expected tensors by name alone" in message
+
+
 def test_build_reports_the_prefix_and_records_it(tmp_path):
     with torch.device("meta"):
         names = prefixed("module.model_ema.", Mar(PRESETS["mar-b"]).state_dict())

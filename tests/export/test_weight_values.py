@@ -78,6 +78,24 @@ def test_a_tensor_that_is_not_dense_is_refused_before_its_shape_is_asked_for(tmp
     assert "save it as one" in message
 
 
+UNREADABLE = {
+    "float8": (lambda: torch.zeros(3).to(torch.float8_e4m3fn), "a format such as float8"),
+    "uint16": (lambda: torch.zeros(3, dtype=torch.uint16), "a format such as float8 or uint16"),
+    "nested": (lambda: nested(torch.strided), "a nested tensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_the_old_format_cannot_give_back_is_not_called_damaged(tmp_path, kind):
+    make, reason = UNREADABLE[kind]
+    path = tmp_path / "w.pth"
+    torch.save({**draft_state(), "w": make()}, path, _use_new_zipfile_serialization=False)
+    message = error_of(lambda: load_mar(path))
+    assert f"{path}: holds" in message and reason in message
+    assert "damaged" not in message and "download" not in message
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_nested_tensors_of_the_decoder_and_given_in_python(tmp_path):
     state = {**decoder_zeros(), "decoder.conv_out.bias": nested(torch.strided)}
