@@ -27,9 +27,10 @@ from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.engines.idle_options import refuse_idle
 from cspd.engines.lint import lint_model
 from cspd.engines.manifest import Precision, Role
+from cspd.engines.schedule import ScheduleSpec
 from cspd.engines.trt_progress import ProgressCallback, rich_progress
 from cspd.export.engine_options import engine_options, with_engine_options
-from cspd.export.presets import PUBLISHED
+from cspd.export.presets import HEAD_STEPS, PUBLISHED
 
 if TYPE_CHECKING:
     from cspd.export.build import BundlePlan
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 FILE = click.Path(path_type=Path, dir_okay=True)
 TABLE_WIDTH = 120
+# Where sampling begins at the latest; at the earliest, each default step still has a time.
+LAST_TIMESTEP = ScheduleSpec().last_timestep
 
 
 @click.group(cls=Commands)
@@ -106,7 +109,8 @@ overwrite_option = option(
     help="Most tokens in one head call.",
 )  # fmt: skip
 @option(
-    "--clip-timesteps", type=click.IntRange(min=1), group=WHAT, show_default="999",
+    "--clip-timesteps", type=click.IntRange(HEAD_STEPS - 1, LAST_TIMESTEP), group=WHAT,
+    show_default=str(LAST_TIMESTEP),
     help="Sample from this time on; changes the output distribution.",
 )  # fmt: skip
 @with_engine_options

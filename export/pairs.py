@@ -19,7 +19,7 @@ from cspd.engines.trt_options import BuildOptions as EngineOptions
 from cspd.export.build import BuildOptions, BundlePlan, Source
 from cspd.export.checkpoint import load_mar, load_vae
 from cspd.export.mar import Mar
-from cspd.export.presets import PRESETS, PUBLISHED, MarConfig
+from cspd.export.presets import HEAD_STEPS, PRESETS, PUBLISHED, MarConfig
 from cspd.export.random_weights import random_state
 from cspd.export.vae import VaeDecoder
 from cspd.export.weight_files import file_sha256, regular_size
@@ -83,7 +83,7 @@ def mar_plan(
         class_names=names,
         schedule=ScheduleSpec(clip_timesteps=clip_timesteps),
         options=options,
-        defaults={"num_iter": 64, "head_steps": 100, "cfg": GUIDANCE[presets["target"]]},
+        defaults={"num_iter": 64, "head_steps": HEAD_STEPS, "cfg": GUIDANCE[presets["target"]]},
     )  # fmt: skip
 
 

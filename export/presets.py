@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from cspd.engines.errors import CspdError
 
 PUBLISHED = ("mar-b", "mar-l", "mar-h")
+HEAD_STEPS = 100  # denoising steps, the default of a bundle of published models
 MAX_DEPTH, MAX_SIZE = 256, 1 << 20
 
 

@@ -92,7 +92,13 @@ BAD = {
     "missing file": (("--target-weights", "gone.pth"), 1, ["gone.pth: cannot be read"]),
     "max-batch": (("--max-batch", "0"), 2, ["--max-batch", "1<=x"]),
     "max-rows": (("--max-rows", "-3"), 2, ["--max-rows", "1<=x"]),
-    "clip": (("--clip-timesteps", "0"), 2, ["--clip-timesteps"]),
+    **{
+        f"clip at {time}": (
+            ("--clip-timesteps", time, "--random-weights", "--dry-run"), 2,
+            ["--clip-timesteps", "99<=x<=999"],
+        )
+        for time in ("0", "98", "1000", "1" + "0" * 19)
+    },
     "precision": (("--precision", "int4"), 2, ["--precision"]),
     "size": (("--target", "mar-xl"), 2, ["--target", "'mar-b', 'mar-l', 'mar-h'", "Did you mean"]),
     "draft": (("--draft", "mar-xl"), 2, ["--draft", "'mar-b'"]),
