@@ -19,7 +19,7 @@ from cspd.engines.words import setting, speaking
 from cspd.runtime import pipeline
 from cspd.runtime.batches import timed, timed_batches
 from cspd.runtime.canvas import Canvas
-from cspd.runtime.config import Method, RunConfig, check_config, make_config
+from cspd.runtime.config import Method, RunConfig, check_config, check_padding, make_config
 from cspd.runtime.distribution import distribution
 from cspd.runtime.images import to_pillow
 from cspd.runtime.outputs import image_metadata
@@ -138,6 +138,7 @@ class Pipeline:
         asked = {**options, "seed": first, "method": method, "backend": backend}
         config = configure(self.networks.bundle, classes, asked)
         check_config(config, self.networks.bundle.manifest)
+        check_padding(config)
         if seeds and len(seeds) != config.num_images:
             raise CspdError(
                 f"seed is a list of {len(seeds)}, expected one per image: {config.num_images}"

@@ -290,6 +290,26 @@ def check_config(config: RunConfig, manifest: Manifest) -> None:
         )
 
 
+# A run may compute this many images of padding for each of its own, and this many in any case.
+MOST_PADDING, LITTLE_PADDING = 16, 64
+
+
+def computed_images(config: RunConfig, images: int) -> int:
+    """How many images are computed to make `images`: batches are padded if `reproducible`."""
+    return -(-images // config.batch_size) * config.batch_size if config.reproducible else images
+
+
+def check_padding(config: RunConfig) -> None:
+    """Raise SettingError for a batch that is far larger than the run and would be padded."""
+    computed = computed_images(config, config.num_images)
+    if computed > LITTLE_PADDING and computed > MOST_PADDING * config.num_images:
+        raise SettingError(
+            f"{setting('batch_size')} is {config.batch_size}, but the run makes "
+            f"{config.num_images}: batches are padded, so {computed:,} images would be computed; "
+            f"use {setting('batch_size', config.num_images)} or {setting('reproducible', False)}"
+        )
+
+
 def _check_heads(config: RunConfig) -> None:
     """Raise SettingError for options that contradict each other."""
     if config.method in ("lossless", "auto") and config.head not in (None, config.method):

@@ -14,7 +14,7 @@ from cspd.engines.errors import CspdError
 from cspd.engines.machine import machine_checks
 from cspd.engines.preflight import Check, check_disk, check_memory, problems
 from cspd.engines.spec import Record
-from cspd.runtime.config import RunConfig
+from cspd.runtime.config import RunConfig, check_padding, computed_images
 from cspd.runtime.estimate import image_seconds
 from cspd.runtime.folder import IMAGES
 from cspd.runtime.formats import Layout
@@ -87,6 +87,7 @@ def make_plan(
     other = "end other programs, or run on a larger machine"
     checks: list[Check] = [
         layout.check,
+        partial(check_padding, config),
         # With Ray, the device and the libraries are on its nodes.
         *((import_ray,) if on_ray else machine_checks(bundle, config.backend, device)),
         partial(check_disk, f"{out}: the images take", disk, free_disk(out), fewer),
@@ -98,7 +99,7 @@ def make_plan(
         batches=-(-config.num_images // config.batch_size),
         autoregressive_steps=config.num_iter, denoising_steps=config.head_steps,
         estimated_disk_bytes=disk, estimated_memory_bytes=memory,
-        estimated_seconds=None if seconds is None else missing * seconds,
+        estimated_seconds=None if seconds is None else computed_images(config, missing) * seconds,
         problems=tuple(problems(checks)),
     )  # fmt: skip
 

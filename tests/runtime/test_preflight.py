@@ -43,7 +43,21 @@ def test_plan_of_a_run(dry_run, tiny_bundle):
     seconds = plan["estimated_seconds"]
     assert seconds > 0 and f"{human_seconds(seconds)} within a factor of two" in text
     more = json.loads(dry_run(*options, "--num-images", "40", "--json").stdout)
-    assert more["estimated_seconds"] == pytest.approx(2 * seconds)
+    # The last of three batches is padded to 8, five batches are full.
+    assert more["estimated_seconds"] == pytest.approx(40 / 24 * seconds)
+
+
+def test_a_batch_that_would_be_nearly_all_padding(dry_run):
+    """4 images in batches of 4,096 take a thousand times their own work."""
+    few = ("--num-images", "4", "--batch-size", "4096")
+    (problem,) = json.loads(dry_run(*few, "--json").stdout)["problems"]
+    assert "--batch-size is 4096, but the run makes 4" in problem
+    assert "4,096 images would be computed" in problem
+    assert "use --batch-size 4 or --no-reproducible" in problem
+    for fine in (("--num-images", "4", "--batch-size", "64"), (*few, "--no-reproducible")):
+        assert json.loads(dry_run(*fine, "--json").stdout)["problems"] == []
+    filled = ("--num-images", "256", "--batch-size", "4096")
+    assert json.loads(dry_run(*filled, "--json").stdout)["problems"] == []
 
 
 def test_what_is_there_needs_no_room(tiny_bundle, tmp_path, monkeypatch):
