@@ -1,7 +1,6 @@
 """Plain stepping or speculation, and how far: one choice per model and run, from measured costs.
 
-A run that must be reproducible cannot change its mind on the way, so the choice is made before it
-and recorded. Others let `AdaptiveHead` choose per call and learn.
+Made before the run and recorded, so that the same command makes the same images again.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from cspd.engines.manifest import Role
 from cspd.runtime.config import HeadChoice, RunConfig
 from cspd.runtime.cspd import CspdOptions
 from cspd.runtime.plan import MaskPlan
-from cspd.runtime.window import MARGIN, WINDOWS, WindowChooser, cost_at, predict
+from cspd.runtime.window import MARGIN, Forecast
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def tokens_together(role: Role, config: RunConfig, num_tokens: int) -> list[int]
 
 def choose(
     role: Role,
-    chooser: WindowChooser,
+    forecast: Forecast,
     tokens: Iterable[int],
     *,
     fixed: bool,
@@ -57,13 +56,13 @@ def choose(
     """
     counts = sorted(tokens)
     sizes = sorted(set(counts))
-    plain = {n: float(cost_at(chooser.costs.plain, n)) for n in sizes}
+    plain = {n: forecast.plain(n) for n in sizes}
     spent = sum(plain[n] for n in counts)
     best, least = HeadChoice(role=role, window=1, up_to=0), spent
-    windows = [w for w in _windows(chooser, window, fixed) if 1 < w <= chooser.max_window]
-    for candidate in windows:
+    windows = (window,) if window else forecast.windows(fixed=fixed)
+    for candidate in (w for w in windows if w > 1):
         cost = {
-            n: _round_costs(chooser, n, candidate, fixed)
+            n: forecast.speculative(n, candidate, fixed=fixed)
             for n in sizes
             if n * candidate <= max_rows
         }
@@ -79,14 +78,14 @@ def choose(
 
 
 def expected_ms(
-    chooser: WindowChooser, choice: HeadChoice, tokens: Iterable[int], *, fixed: bool
+    forecast: Forecast, choice: HeadChoice, tokens: Iterable[int], *, fixed: bool
 ) -> float:
     """Milliseconds per image batch that `choice` promises for calls of `tokens`."""
 
     def cost(count: int) -> float:
         if count <= choice.up_to:
-            return _round_costs(chooser, count, choice.window, fixed)
-        return float(cost_at(chooser.costs.plain, count))
+            return forecast.speculative(count, choice.window, fixed=fixed)
+        return forecast.plain(count)
 
     return sum(calls * cost(count) for count, calls in Counter(tokens).items())
 
@@ -101,28 +100,6 @@ def choose_table(ways: Mapping[bool, Explained]) -> Explained:
     spent = f"{ways[True].expected:.0f} ms with a table, {ways[False].expected:.0f} ms without"
     choice = best.choice.model_copy(update={"table": table})
     return Explained(choice, f"{best.reason}; modulations {words}: {spent}", best.expected)
-
-
-def _windows(chooser: WindowChooser, window: int | None, fixed: bool) -> Iterable[int]:
-    """Windows to choose from: the user's own; those measured whole; or any."""
-    if window:
-        return (window,)
-    measured = [w for w in WINDOWS if chooser.costs.chains(w)]
-    return measured if fixed and measured else WINDOWS
-
-
-def _round_costs(chooser: WindowChooser, tokens: int, window: int, fixed: bool) -> float:
-    """Expected milliseconds of speculating for `tokens` tokens: measured, else predicted."""
-    chains = chooser.costs.chains(window)
-    if fixed and chains:
-        return float(cost_at(chains, tokens))
-    depth = np.arange(1, len(chooser.prior) + 1).clip(max=window)
-    full = tokens * window
-
-    def cost(rows: np.ndarray) -> np.ndarray:
-        return cost_at(chooser.costs.rounds, full if fixed else rows)
-
-    return predict(chooser.acceptance, depth, tokens, cost)
 
 
 def _reason(choice: HeadChoice, sizes: list[int], plain: float, spent: float) -> str:

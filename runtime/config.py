@@ -18,7 +18,7 @@ from cspd.engines.words import nearest, setting
 from cspd.runtime.about import GUIDED, OF_CSPD, OF_RESIDUAL, SPECULATIVE, About, idle
 from cspd.runtime.bounds import expected
 from cspd.runtime.contract import check_graphs
-from cspd.runtime.relax import Relaxation
+from cspd.runtime.relax import total_variation
 from cspd.runtime.steps import HeadSteps
 
 Method = Literal["target", "draft", "cspd", "lossless", "auto"]
@@ -130,7 +130,7 @@ class RunConfig(Record):
     relax: Annotated[
         str | None,
         About(
-            'lossless, loosened: "tv=0.05" or "sigma=0.5" (approximate).',
+            'lossless, loosened: "tv=0.05" (approximate).',
             needs=SPECULATIVE,
             default="not loosened",
         ),
@@ -174,7 +174,7 @@ class RunConfig(Record):
     @classmethod
     def _relax(cls, value: str | None) -> str | None:
         if value is not None:
-            Relaxation.parse(value)
+            total_variation(value)
         return value
 
     @property

@@ -1,34 +1,13 @@
-"""How a model's head samples: plainly, in speculative rounds, or by the number of tokens."""
+"""How far the head of a model speculates in a run, and how many tokens it samples together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from cspd.engines.schedule import Schedule
 from cspd.runtime.config import HeadChoice, RunConfig
 from cspd.runtime.cspd import CspdOptions
-from cspd.runtime.member import Head, HeadSample, Rows
-from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.speculation import SpeculationOptions
 
 DEFAULT_WINDOW = 8
-
-
-@dataclass(frozen=True)
-class MixedHead:
-    """`speculative` for up to `up_to` tokens together, `plain` for more; one distribution."""
-
-    plain: Head
-    speculative: Head
-    up_to: int
-
-    def __call__(
-        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose
-    ) -> HeadSample:
-        """Sample every row."""
-        head = self.speculative if len(rows.images) <= self.up_to else self.plain
-        return head(rows, schedule, noise, purpose)
 
 
 def most_tokens(role: str, config: RunConfig, num_tokens: int) -> int:

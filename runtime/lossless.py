@@ -21,10 +21,10 @@ from torch import Tensor
 from cspd.engines.schedule import Schedule
 from cspd.engines.session import Session
 from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
+from cspd.runtime.drafts import DraftTables, depths_of, rows_of
 from cspd.runtime.member import Rows, part_of
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.round_check import Counts, check_progress
-from cspd.runtime.rounds import DraftTables, depths_of, rows_of
 from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample, StepLog
 
 POOL = 32  # candidates of a token that are drawn at once; a refusal takes two or three
@@ -64,15 +64,10 @@ class SpeculativeHead:
 
     @torch.inference_mode()
     def __call__(
-        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose = Purpose.DENOISE,
-        *, depth: np.ndarray | None = None,
-    ) -> SpeculativeSample:  # fmt: skip
-        """Sample every token of `rows`, in chunks that fit the largest row bucket.
-
-        `depth` [S] int64: how many rows to evaluate for a token at each step, at least 1; by
-        default as many as the window and the chain hold. The samples' distribution is the same.
-        """
-        depth = depths_of(self.options.window, schedule.num_steps, depth)
+        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose = Purpose.DENOISE
+    ) -> SpeculativeSample:
+        """Sample every token of `rows`, in chunks that fit the largest row bucket."""
+        depth = depths_of(self.options.window, schedule.num_steps)
         chain = Chain(schedule, self.numbers(noise, purpose), depth, self._drafts(schedule))
         limit = self.options.max_tokens or len(rows.images)
         starts = range(0, len(rows.images), limit)

@@ -16,11 +16,11 @@ from torch import Tensor
 from cspd.engines.schedule import Schedule
 from cspd.engines.session import Session
 from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
+from cspd.runtime.drafts import DraftTables, depths_of
 from cspd.runtime.lossless import join
 from cspd.runtime.member import DEFAULT_MEMORY, Rows, part_of, tokens_within
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.round_check import Counts, check_progress
-from cspd.runtime.rounds import DraftTables, depths_of
 from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample, StepLog
 
 POOL = 64  # candidates of a token in one call; a chain of 100 steps takes about 15
@@ -46,11 +46,10 @@ class SpeculativeLoopHead:
 
     @torch.inference_mode()
     def __call__(
-        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose = Purpose.DENOISE,
-        *, depth: np.ndarray | None = None,
-    ) -> SpeculativeSample:  # fmt: skip
+        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose = Purpose.DENOISE
+    ) -> SpeculativeSample:
         """As `lossless.SpeculativeHead`."""
-        last_row = self._last_rows(schedule.num_steps, depth)
+        last_row = self._last_rows(schedule.num_steps)
         constant = {
             **self._drafts(schedule), "schedule": schedule.table,
             "last_row": torch.from_numpy(last_row).to(self.session.device),
@@ -61,9 +60,9 @@ class SpeculativeLoopHead:
         starts = range(0, len(rows.images), limit)
         return join([chain.sample(part_of(rows, i, i + limit)) for i in starts])
 
-    def _last_rows(self, num_steps: int, depth: np.ndarray | None) -> np.ndarray:
+    def _last_rows(self, num_steps: int) -> np.ndarray:
         """The last row of a window by step; if calls have one shape, always that of the window."""
-        depth = depths_of(self.options.window, num_steps, depth)
+        depth = depths_of(self.options.window, num_steps)
         if self.options.row_buckets:
             depth = np.full(num_steps, self.options.window)
         return depth.astype(np.int32) - 1

@@ -13,7 +13,6 @@ from cspd.engines.cuda_graph import Graphs, GraphStats, TorchGraphs
 from cspd.engines.errors import CspdError
 from cspd.engines.session import ForkableSession, Session, TimedSession
 from cspd.engines.words import setting
-from cspd.runtime.adaptive import Speculative
 from cspd.runtime.captured import (
     CapturedBackbone,
     CapturedCall,
@@ -24,12 +23,12 @@ from cspd.runtime.captured import (
 )
 from cspd.runtime.captured_rounds import CapturedRounds
 from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
-from cspd.runtime.hoisted import Room, SpeculativeWithinMemory, WithinMemory
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.lossless_loop import SpeculativeLoopHead
 from cspd.runtime.member import DEFAULT_MEMORY, Head, LoopHead, StepHead, step_limit
 from cspd.runtime.sessions import Sessions
 from cspd.runtime.speculation import SpeculationOptions
+from cspd.runtime.switch import Room, Switch
 
 
 @dataclass
@@ -113,12 +112,12 @@ class OpenHeads:
             return whole
         hoisted = self._step_head(f"{role} hoisted", f"{role}/denoiser_hoisted", modulate)
         padded = partial(bucket, limit=step_limit(hoisted.session))
-        return WithinMemory(hoisted, whole, Room(modulate, memory, padded))
+        return Switch(Room(modulate, memory, padded).holds, hoisted, whole)
 
     def speculative(
         self, role: str, options: SpeculationOptions, memory: int = DEFAULT_MEMORY,
         numbers: MakeNumbers = ChainNumbers,
-    ) -> Speculative:  # fmt: skip
+    ) -> Head:  # fmt: skip
         """The head in rounds, exact with exact `numbers`: all in one call where the backend loops.
 
         `memory` as for `plain`.
@@ -136,12 +135,13 @@ class OpenHeads:
         if modulate is None:
             return whole
         hoisted = self._round_head(role, options, numbers, modulate)
-        return SpeculativeWithinMemory(hoisted, whole, Room(modulate, memory, options.call_tokens))
+        room = Room(modulate, memory, options.call_tokens)
+        return Switch(room.holds, hoisted, whole)
 
     def _round_head(
         self, role: str, options: SpeculationOptions, numbers: MakeNumbers,
         modulate: TimedSession | None,
-    ) -> Speculative:  # fmt: skip
+    ) -> Head:  # fmt: skip
         """The head in rounds of one graph each: captured ones, if they can be."""
         hoisted = "_hoisted" if modulate else ""
         session = self.sessions(f"{role}/speculative_round{hoisted}")

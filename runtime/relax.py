@@ -1,66 +1,30 @@
-"""Deliberately inexact acceptance inside the head, each with the guarantee that it can give.
+"""Deliberately inexact acceptance inside the head, with the guarantee that it can give.
 
-Lossy: a run that uses one of these says so. "tv" tests with other numbers, in the same graphs;
-"sigma" has a test of its own, in a round that replaces `rounds.ReferenceRound`.
+Lossy: a run that uses it says so. It tests with other numbers, in the same graphs.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from cspd.engines.errors import SettingError
-from cspd.engines.session import Session
 from cspd.engines.words import setting
-from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
-from cspd.runtime.coupling import Gaussian
-from cspd.runtime.rounds import ReferenceRound, Window
+from cspd.runtime.chain_numbers import ChainNumbers
 
 
-@dataclass(frozen=True)
-class Relaxation:
-    """`kind` "tv": total variation given up per token; "sigma": tolerated standard deviations."""
-
-    kind: str
-    amount: float
-
-    def __post_init__(self) -> None:
-        limit = {"tv": 1.0, "sigma": math.inf}.get(self.kind)
-        if limit is None or not 0 <= self.amount <= limit:
-            raise SettingError(
-                f"{setting('relax')} is {self.kind}={self.amount:g}, expected tv=0..1 "
-                "or sigma=0 or more"
-            )
-
-    @classmethod
-    def parse(cls, text: str) -> Relaxation:
-        """From the words of the command line, such as "tv=0.05" or "sigma=0.5"."""
-        kind, _, amount = text.partition("=")
-        try:
-            return cls(kind, float(amount))
-        except ValueError:
-            raise SettingError(
-                f"{setting('relax')} is {text!r}, expected tv=0.05 or sigma=0.5"
-            ) from None
-
-    @property
-    def certificate(self) -> str:
-        """What is guaranteed about the samples, for the report of a run."""
-        if self.kind == "tv":
-            return f"each token is within {self.amount:g} of the target's in total variation"
-        return (
-            f"each kept denoising state is within {self.amount:g} standard deviations of the state "
-            "that the target reaches with the same noise; the distribution is not guaranteed"
-        )
-
-    @property
-    def numbers(self) -> MakeNumbers:
-        """What the chains of "tv" are tested with."""
-        return partial(LenientNumbers, budget=self.amount)
+def total_variation(text: str) -> float:
+    """What "tv=0.05" gives up per token: 0.05, a total variation of 0..1."""
+    kind, _, amount = text.partition("=")
+    try:
+        given_up = float(amount)
+    except ValueError:
+        given_up = -1.0
+    if kind != "tv" or not 0 <= given_up <= 1:
+        raise SettingError(f"{setting('relax')} is {text!r:.60}, expected tv=0..1, such as tv=0.05")
+    return given_up
 
 
 @dataclass(frozen=True)
@@ -80,26 +44,3 @@ class LenientNumbers(ChainNumbers):
         """Uniform numbers less what is given up; positive, so that they have logarithms."""
         exact = super().uniform(images, positions, num_steps)
         return (exact - self.budget / (num_steps - 1)).clamp(min=torch.finfo(exact.dtype).tiny)
-
-
-class SameNoiseRound(ReferenceRound):
-    """Keeps a draft that is close to where the same noise leads the target, else takes that state.
-
-    Close: within `tolerance` of the target's standard deviations, in the norm over all channels.
-    Deterministic given the noise; tolerance 0 is plain stepping. (ParaDiGMS, Shih et al. 2023.)
-    """
-
-    def __init__(self, denoiser: Session, tolerance: float) -> None:
-        super().__init__(denoiser)
-        self.tolerance = tolerance
-
-    def test(self, window: Window, target: Gaussian, t: dict[str, Tensor]) -> Tensor:
-        """Which drafts pass, bool [N, L]."""
-        distance = (window.reached - target.at(window.noise)) / target.std
-        return distance.norm(dim=-1) <= self.tolerance
-
-    def repair(
-        self, target: Gaussian, drafted: Gaussian, drawn: Tensor, t: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """The target's own state with the same noise."""
-        return drawn, drawn.new_zeros(len(drawn)).int()

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 from cspd.engines.manifest import Role
-from cspd.runtime.adaptive import AdaptiveHead, Speculative
-from cspd.runtime.chain_numbers import ChainNumbers
+from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
 from cspd.runtime.choose import Explained, choose, choose_table, expected_ms, tokens_together
 from cspd.runtime.config import HeadChoice, RunConfig
-from cspd.runtime.heads import DEFAULT_WINDOW, MixedHead, most_tokens, speculation
-from cspd.runtime.lossless import SpeculativeHead
+from cspd.runtime.heads import DEFAULT_WINDOW, most_tokens, speculation
 from cspd.runtime.member import Head
 from cspd.runtime.open_heads import OpenHeads
-from cspd.runtime.relax import Relaxation, SameNoiseRound
+from cspd.runtime.relax import LenientNumbers, total_variation
+from cspd.runtime.switch import Switch, few
 from cspd.runtime.tuning import HeadCosts, Working, saved, tuned
-from cspd.runtime.window import WindowChooser
+from cspd.runtime.window import Forecast
 
 
 @dataclass
 class RunHeads:
-    """Heads of the models for the settings of a run, made of `heads`.
-
-    What was learnt about windows is kept from one run to the next with the same settings.
-    """
+    """Heads of the models for the settings of a run, made of `heads`."""
 
     heads: OpenHeads
     working: Working = nullcontext
-    learnt: dict[tuple[Role, RunConfig], tuple[HeadChoice, WindowChooser]] = field(
-        default_factory=dict
-    )
 
     def head(self, role: Role, config: RunConfig) -> Head:
         """How `role` samples tokens from their conditions."""
         mode, choice, widest = config.head_mode, config.choice(role), self._widest(role, config)
-        if mode == "auto" and choice is None and not config.reproducible:
-            return self._adaptive(role, config, widest)
         if choice is None:
             choice = self._by_costs(role, config) if mode == "auto" else self._asked(role, config)
         if mode == "plain" or choice.up_to == 0:
@@ -45,18 +37,17 @@ class RunHeads:
         speculative = self._speculative(role, config, choice)
         if choice.up_to == widest:
             return speculative
-        return MixedHead(self._plain(role, config, choice), speculative, choice.up_to)
+        return Switch(few(choice.up_to), speculative, self._plain(role, config, choice))
 
     def resolve(
         self, config: RunConfig, roles: list[Role]
     ) -> tuple[RunConfig, dict[Role, Explained]]:
         """`config` with the choices that costs made for `roles` written down, and their reasons.
 
-        "auto" measures costs that nobody measured before; a run with it that need not be
-        reproducible is left to choose as it goes. Where heads step or speculate as asked for, only
-        the table of modulations is chosen, by the costs that `cspd-run tune` left, if any.
+        "auto" measures costs that nobody measured before. Where heads step or speculate as asked
+        for, only the table of modulations is chosen, by the costs that `cspd-run tune` left.
         """
-        if config.heads or (config.head_mode == "auto" and not config.reproducible):
+        if config.heads:
             return config, {}
         found = {}
         for role in roles:
@@ -82,22 +73,22 @@ class RunHeads:
         """The cheapest way for the calls of a run, with a table of modulations or without."""
         tokens, limit = self._tokens(role, config), self.heads.most_rows(role)
 
-        def best(chooser: WindowChooser) -> Explained:
+        def best(forecast: Forecast) -> Explained:
             fixed, window = config.reproducible, config.window
-            return choose(role, chooser, tokens, fixed=fixed, max_rows=limit, window=window)
+            return choose(role, forecast, tokens, fixed=fixed, max_rows=limit, window=window)
 
-        return choose_table({table: best(chooser) for table, chooser in costs.choosers().items()})
+        return choose_table({table: best(known) for table, known in costs.forecasts.items()})
 
     def _table(self, role: Role, config: RunConfig, costs: HeadCosts) -> Explained:
         """What was asked for, with a table of modulations or without."""
         choice, tokens = self._asked(role, config), self._tokens(role, config)
         way = f"speculation with {choice.window} rows a token" if choice.up_to else "plain stepping"
 
-        def spent(chooser: WindowChooser) -> Explained:
-            expected = expected_ms(chooser, choice, tokens, fixed=config.reproducible)
+        def spent(forecast: Forecast) -> Explained:
+            expected = expected_ms(forecast, choice, tokens, fixed=config.reproducible)
             return Explained(choice, way, expected)
 
-        return choose_table({table: spent(chooser) for table, chooser in costs.choosers().items()})
+        return choose_table({table: spent(known) for table, known in costs.forecasts.items()})
 
     def _asked(self, role: Role, config: RunConfig) -> HeadChoice:
         """The head that the options ask for."""
@@ -112,30 +103,14 @@ class RunHeads:
     def _widest(self, role: Role, config: RunConfig) -> int:
         return most_tokens(role, config, self.heads.bundle.manifest.geometry.num_tokens)
 
-    def _adaptive(self, role: Role, config: RunConfig, widest: int) -> Head:
-        """Chooses per call, and learns from call to call."""
-        if (role, config) not in self.learnt:
-            costs = tuned(self.heads, role, config, self.working)
-            best = self._cheapest(role, config, costs).choice
-            chooser = costs.choosers()[best.table]
-            update = {"window": chooser.max_window, "up_to": widest}
-            self.learnt[role, config] = best.model_copy(update=update), chooser
-        choice, chooser = self.learnt[role, config]
-        speculative = self._speculative(role, config, choice)
-        return AdaptiveHead(self._plain(role, config, choice), speculative, chooser)
-
     def _plain(self, role: Role, config: RunConfig, choice: HeadChoice) -> Head:
         return self.heads.plain(role, _memory(config, choice))
 
-    def _speculative(self, role: Role, config: RunConfig, choice: HeadChoice) -> Speculative:
+    def _speculative(self, role: Role, config: RunConfig, choice: HeadChoice) -> Head:
         """The head in speculative rounds, exact or relaxed."""
-        relaxation = Relaxation.parse(config.relax) if config.relax else None
-        if relaxation is not None and relaxation.kind == "sigma":
-            denoiser = self.heads.sessions(f"{role}/denoiser")
-            options = speculation(denoiser.spec.axes["rows"].max, config, choice)
-            channels = self.heads.bundle.manifest.geometry.token_dim
-            return SpeculativeHead(SameNoiseRound(denoiser, relaxation.amount), options, channels)
-        numbers = ChainNumbers if relaxation is None else relaxation.numbers
+        numbers: MakeNumbers = ChainNumbers
+        if config.relax:
+            numbers = partial(LenientNumbers, budget=total_variation(config.relax))
         options = speculation(self.heads.most_rows(role), config, choice)
         return self.heads.speculative(role, options, _memory(config, choice), numbers)
 

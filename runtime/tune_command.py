@@ -22,7 +22,7 @@ from cspd.runtime.progress import working
 from cspd.runtime.sessions import Sessions
 from cspd.runtime.settings import configure, shipped_bundle
 from cspd.runtime.tuning import HeadCosts, measure, save
-from cspd.runtime.window import WHOLE_WINDOWS, CostRecord, WindowChooser, cost_at
+from cspd.runtime.window import WHOLE_WINDOWS, CostRecord, Forecast, cost_at
 
 MAX_ROWS = 1 << 30  # the table shows what is cheapest, whatever fits into one call
 
@@ -64,10 +64,10 @@ def _chains(costs: CostRecord, tokens: float) -> list[float]:
 def _choice(found: HeadCosts, tokens: int) -> str:
     """What is cheapest for `tokens` tokens together, in words."""
 
-    def best(chooser: WindowChooser) -> Explained:
-        return choose(found.role, chooser, [tokens], fixed=True, max_rows=MAX_ROWS, window=None)
+    def best(forecast: Forecast) -> Explained:
+        return choose(found.role, forecast, [tokens], fixed=True, max_rows=MAX_ROWS, window=None)
 
-    ways = {table: best(chooser) for table, chooser in found.choosers().items()}
+    ways = {table: best(forecast) for table, forecast in found.forecasts.items()}
     choice = choose_table(ways).choice
     way = f"window {choice.window}" if choice.up_to else "stepping"
     return way if found.no_table is None else f"{way}, {'table' if choice.table else 'no table'}"

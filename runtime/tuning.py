@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +22,6 @@ from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Role
 from cspd.engines.schedule import Schedule, make_schedule
 from cspd.engines.spec import Record
-from cspd.runtime.adaptive import Speculative, measure_heads
 from cspd.runtime.config import RunConfig
 from cspd.runtime.member import Head, HeadSample, Member, Rows
 from cspd.runtime.noise import Noise, Purpose
@@ -30,7 +30,7 @@ from cspd.runtime.sampler import decode_alone
 from cspd.runtime.setup import make_batch, make_sampler
 from cspd.runtime.speculation import SpeculationOptions, SpeculationStats, SpeculativeSample
 from cspd.runtime.steps import HeadSteps
-from cspd.runtime.window import PRIOR_WEIGHT, CostRecord, WindowChooser, cost_key
+from cspd.runtime.window import PRIOR_WEIGHT, CostRecord, Forecast, cost_key, measure_costs
 
 # Around what keeps a person waiting; it is told what that is.
 Working = Callable[[str], AbstractContextManager[object]]
@@ -57,11 +57,12 @@ class HeadCosts(Record):
             raise ValueError(f"shares of {len(self.acceptance)} steps, costs of {sorted(steps)}")
         return self
 
-    def choosers(self) -> dict[bool, WindowChooser]:
-        """Choose windows, with a table of modulations (True) or, if that was measured, without."""
+    @property
+    def forecasts(self) -> dict[bool, Forecast]:
+        """By whether modulations are looked up in a table; False only if that was measured."""
         costs = {True: self.costs, False: self.no_table}
         share = np.array(self.acceptance)
-        return {table: WindowChooser(c, share) for table, c in costs.items() if c is not None}
+        return {table: Forecast(c, share) for table, c in costs.items() if c is not None}
 
 
 def measured_steps(config: RunConfig) -> int:
@@ -178,22 +179,6 @@ def saved(heads: OpenHeads, role: Role, config: RunConfig) -> HeadCosts | None:
 
 
 @dataclass
-class _Counting:
-    """A speculative head that adds up what its runs counted."""
-
-    head: Speculative
-    keep: Callable[[SpeculationStats], None]
-
-    def __call__(
-        self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose = Purpose.DENOISE,
-        *, depth: np.ndarray | None = None,
-    ) -> SpeculativeSample:  # fmt: skip
-        sampled = self.head(rows, schedule, noise, purpose, depth=depth)
-        self.keep(sampled.stats)
-        return sampled
-
-
-@dataclass
 class Examples:
     """Rows of real conditions, recorded from one image; every call gives other ones."""
 
@@ -249,13 +234,13 @@ def measure(heads: OpenHeads, role: Role, config: RunConfig) -> HeadCosts:
         totals[:] += stats.tested, stats.accepted
 
     def costs(memory: int) -> CostRecord:
-        def speculative(window: int, rows: int | None) -> _Counting:
+        def speculative(window: int, rows: int | None) -> Head:
             buckets = () if rows is None else (max(window, min(most, rows)),)
             options = SpeculationOptions(window, row_buckets=buckets, max_rows=most)
-            return _Counting(heads.speculative(role, options, memory), keep)
+            return heads.speculative(role, options, memory)
 
-        plain = heads.plain(role, memory)
-        return measure_heads(plain, speculative, examples, schedule, noise, key)
+        ways = Ways(heads.plain(role, memory), speculative, keep)
+        return measure_heads(ways, examples, schedule, noise, key)
 
     on_table = costs(config.modulation_memory << 20)
     no_table = costs(0) if heads.has_tables(role) else None
@@ -265,3 +250,45 @@ def measure(heads: OpenHeads, role: Role, config: RunConfig) -> HeadCosts:
         role=role, guided=config.cfg != 1, costs=on_table, no_table=no_table,
         acceptance=tuple(share.tolist()),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Stepping by `plain`, and speculation by `speculative(window, rows)`.
+
+    Calls of the second have `rows` rows each, if that is given; `keep` hears what they counted.
+    """
+
+    plain: Head
+    speculative: Callable[[int, int | None], Head]
+    keep: Callable[[SpeculationStats], None] = lambda stats: None
+
+
+def measure_heads(
+    ways: Ways, example: Callable[[int], Rows], schedule: Schedule, noise: Noise, key: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> CostRecord:  # fmt: skip
+    """Costs of both `ways` on `example(tokens)` rows, whole calls of the head."""
+
+    def timed(head: Head, tokens: int) -> tuple[HeadSample, float]:
+        rows, start = example(tokens), clock()
+        sampled = head(rows, schedule, noise, Purpose.DENOISE)
+        return sampled, 1000 * (clock() - start)
+
+    def speculated(head: Head, tokens: int) -> tuple[SpeculationStats, float]:
+        sampled, spent = timed(head, tokens)
+        assert isinstance(sampled, SpeculativeSample)
+        ways.keep(sampled.stats)
+        return sampled.stats, spent
+
+    def round_of(tokens: int, window: int) -> tuple[float, float]:
+        stats, spent = speculated(ways.speculative(window, None), tokens)
+        return stats.rows / stats.calls, spent / stats.calls
+
+    def whole(tokens: int, window: int) -> float:
+        return speculated(ways.speculative(window, tokens * window), tokens)[1]
+
+    def step(tokens: int) -> float:
+        return timed(ways.plain, tokens)[1]
+
+    return measure_costs(step, round_of, whole, key=key, num_steps=schedule.num_steps)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -19,23 +19,13 @@ from pydantic import Field
 
 from cspd.engines.errors import CspdError
 from cspd.engines.spec import Record
-from cspd.runtime.speculation import SpeculationStats
+from cspd.runtime.drafts import depths_of
 
-REACH = (
-    0.05,
-    0.1,
-    0.2,
-    0.35,
-    0.5,
-    0.7,
-)  # least probabilities of being reached that rows are tried at
-WINDOWS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+WINDOWS = (2, 3, 4, 6, 8, 12, 16)
 WHOLE_WINDOWS = (8, 16)  # of which whole chains are measured
 PRIOR_WEIGHT = 8.0  # tests that the prior acceptance counts for, per step
 SLOW_MS = 2000.0  # a run of this length is measured once
 MARGIN = 0.97  # speculation must promise to take less than this share of plain stepping
-CORRECTION_RATE = 0.3
-
 
 # Milliseconds, and the mean rows or tokens of a call.
 Cost = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -130,17 +120,6 @@ def cost_at(points: tuple[tuple[float, float], ...], size: np.ndarray | float) -
     return np.interp(size, sizes, costs) + slope * np.maximum(np.asarray(size) - sizes[-1], 0)
 
 
-def depths(acceptance: np.ndarray, window: int, reach: float) -> np.ndarray:
-    """Rows per starting step [S]: those reached with probability `reach`, at most `window`.
-
-    `acceptance` [S]: share of drafts that pass at each step.
-    """
-    arrival = arrivals(acceptance, window)
-    worth = (arrival >= reach) & (np.arange(window) <= np.arange(len(acceptance))[:, None])
-    worth[:, 0] = True
-    return worth.cumprod(1).sum(1)
-
-
 def arrivals(acceptance: np.ndarray, window: int) -> np.ndarray:
     """Probability [S, window] that row j of a window that starts at step s is reached."""
     step = np.arange(len(acceptance))[:, None] - np.arange(window - 1)
@@ -149,14 +128,15 @@ def arrivals(acceptance: np.ndarray, window: int) -> np.ndarray:
 
 
 def predict(
-    acceptance: np.ndarray, depth: np.ndarray, tokens: int, cost: Callable[[np.ndarray], np.ndarray]
+    acceptance: np.ndarray, window: int, tokens: int, cost: Callable[[np.ndarray], np.ndarray]
 ) -> float:
     """Expected milliseconds until all of `tokens` independent tokens are done.
 
     A Markov chain over steps: a round that starts at s ends at row j with the probability of
     reaching j and failing there, and always at its last row. `cost(rows)` is that of one round.
     """
-    num_steps, window = len(acceptance), int(depth.max())
+    num_steps = len(acceptance)
+    depth = depths_of(window, num_steps)
     arrival = arrivals(acceptance, window) * (np.arange(window) < depth[:, None])
     ends = arrival - np.concatenate([arrival[:, 1:], np.zeros((num_steps, 1))], axis=1)
     moves = np.zeros((num_steps, num_steps))
@@ -175,77 +155,34 @@ def predict(
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How to sample: `depth` [S] rows per step, or None for plain stepping; and why."""
+class Forecast:
+    """What ways to sample should take, from measured `costs`.
 
-    depth: np.ndarray | None
-    expected_ms: float
-    plain_ms: float
-
-    @property
-    def reason(self) -> str:
-        """The choice in words."""
-        if self.depth is None:
-            return f"plain stepping: {self.plain_ms:.1f} ms expected, no window promises less"
-        return (
-            f"speculation with up to {int(self.depth.max())} rows a token: "
-            f"{self.expected_ms:.1f} ms expected, plain stepping {self.plain_ms:.1f} ms"
-        )
-
-
-@dataclass
-class WindowChooser:
-    """Chooses per number of tokens, and learns from what it observes.
-
-    `prior` [S]: acceptance by step before anything was observed. Do not `observe` where results
-    must be the same to the bit whatever was generated before: rounding depends on the depth.
+    `acceptance` [S] is the share of drafts that pass at each step.
     """
 
     costs: CostRecord
-    prior: np.ndarray
-    max_window: int = 16
-    tested: np.ndarray = field(init=False)
-    accepted: np.ndarray = field(init=False)
-    correction: float = field(init=False, default=1.0)
-    _choices: dict[int, Choice] = field(init=False, default_factory=dict)
+    acceptance: np.ndarray
 
-    def __post_init__(self) -> None:
-        self.tested = np.full(len(self.prior), PRIOR_WEIGHT)
-        self.accepted = PRIOR_WEIGHT * self.prior
+    def plain(self, tokens: int) -> float:
+        """Milliseconds of stepping through the chains of `tokens` tokens together."""
+        return float(cost_at(self.costs.plain, tokens))
 
-    @property
-    def acceptance(self) -> np.ndarray:
-        """Share of drafts that pass, by step [S]."""
-        return self.accepted / self.tested
+    def speculative(self, tokens: int, window: int, *, fixed: bool) -> float:
+        """Milliseconds of speculating for `tokens` tokens together: measured, else predicted.
 
-    def choose(self, tokens: int) -> Choice:
-        """The cheapest way to sample `tokens` tokens together: plain unless clearly beaten."""
-        if tokens not in self._choices:
-            self._choices[tokens] = self._choose(tokens)
-        return self._choices[tokens]
+        `fixed`: every round evaluates all rows of its window, as reproducible runs do.
+        """
+        chains = self.costs.chains(window)
+        if fixed and chains:
+            return float(cost_at(chains, tokens))
 
-    def observe(self, choice: Choice, stats: SpeculationStats, milliseconds: float) -> None:
-        """Take in a speculative run: its acceptance, and what it took against the expectation."""
-        self.tested += stats.tested
-        self.accepted += stats.accepted
-        ratio = self.correction * milliseconds / choice.expected_ms
-        self.correction += CORRECTION_RATE * (ratio - self.correction)
-        self._choices.clear()
+        def cost(rows: np.ndarray) -> np.ndarray:
+            return cost_at(self.costs.rounds, tokens * window if fixed else rows)
 
-    def _choose(self, tokens: int) -> Choice:
-        plain = float(cost_at(self.costs.plain, tokens))
-        acceptance = self.acceptance
-        best = Choice(None, plain, plain)
-        for depth in self._candidates(acceptance):
-            spent = self.correction * predict(acceptance, depth, tokens, self._round_cost)
-            if spent < MARGIN * plain and spent < best.expected_ms:
-                best = Choice(depth, spent, plain)
-        return best
+        return predict(self.acceptance, window, tokens, cost)
 
-    def _candidates(self, acceptance: np.ndarray) -> list[np.ndarray]:
-        windows = {min(w, self.max_window) for w in WINDOWS}
-        tried = {tuple(depths(acceptance, w, r)) for w in windows for r in REACH}
-        return [np.array(depth) for depth in sorted(tried)]
-
-    def _round_cost(self, rows: np.ndarray) -> np.ndarray:
-        return cost_at(self.costs.rounds, rows)
+    def windows(self, *, fixed: bool) -> tuple[int, ...]:
+        """Windows to choose from; those that were measured whole, if rounds are `fixed`."""
+        measured = tuple(window for window in WINDOWS if self.costs.chains(window))
+        return measured if fixed and measured else WINDOWS

@@ -35,7 +35,7 @@ from cspd.runtime.pipeline import Pipeline, own_stream
 from cspd.runtime.sampler import decode_alone
 from cspd.runtime.sessions import Sessions
 from cspd.runtime.setup import make_batch, make_sampler
-from cspd.runtime.speculation import SpeculationOptions
+from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample
 from cspd.runtime.tuning import Examples
 from cspd.tools.bench_run import peak_memory, reset_peak_memory
 from cspd.tools.replay_numbers import ReplayNumbers
@@ -171,7 +171,9 @@ def recorded_acceptance(bundle: Bundle) -> np.ndarray:
     rows = Examples.of(heads, "target", config)(RECORDED)
     schedule = make_schedule(bundle.manifest.schedule, 100).to("cuda")
     head = heads.speculative("target", SpeculationOptions(WINDOW, max_rows=4096))
-    stats = head(rows, schedule, Noise(0, "cuda")).stats
+    sampled = head(rows, schedule, Noise(0, "cuda"), Purpose.DENOISE)
+    assert isinstance(sampled, SpeculativeSample)
+    stats = sampled.stats
     return (stats.accepted + 0.5) / (stats.tested + 1)
 
 

@@ -4,6 +4,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from quiet_head import quiet_head
+from reference_round import ReferenceRound
 
 from cspd.engines.ort_session import ort_session
 from cspd.engines.schedule import ScheduleSpec, make_schedule
@@ -18,7 +19,6 @@ from cspd.export.round_parts import CANDIDATES
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Rows
 from cspd.runtime.noise import Noise
-from cspd.runtime.rounds import ReferenceRound
 from cspd.runtime.speculation import SpeculationOptions
 
 CONFIG = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2)

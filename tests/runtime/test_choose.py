@@ -5,7 +5,7 @@ import pytest
 
 from cspd.runtime.choose import choose, tokens_together
 from cspd.runtime.config import make_config
-from cspd.runtime.window import CostRecord, WindowChooser, predict
+from cspd.runtime.window import CostRecord, Forecast, predict
 
 STEPS = 40
 TYPICAL = np.r_[0, 0.05, 0.2, 0.4, 0.6, np.full(STEPS - 5, 0.9)]
@@ -13,7 +13,7 @@ TYPICAL = np.r_[0, 0.05, 0.2, 0.4, 0.6, np.full(STEPS - 5, 0.9)]
 
 def chooser(plain, rounds):
     costs = CostRecord(key="k", num_steps=STEPS, plain=plain, rounds=rounds)
-    return WindowChooser(costs, TYPICAL)
+    return Forecast(costs, TYPICAL)
 
 
 def decide(costs, tokens, *, fixed=True, max_rows=1024, window=None):
@@ -47,19 +47,18 @@ def test_few_tokens_speculate_and_many_step():
 def test_never_more_than_plain_stepping_by_its_own_prediction(costs, tokens):
     choice = decide(costs, tokens).choice
     plain = {1: 40.0, **{n: float(np.interp(n, *np.array(costs.costs.plain).T)) for n in tokens}}
-    depth = np.arange(1, STEPS + 1).clip(max=choice.window)
     sizes, spent = np.array(costs.costs.rounds).T
     for n in tokens:
         if n <= choice.up_to:
             cost = float(np.interp(n * choice.window, sizes, spent))
-            assert predict(TYPICAL, depth, n, lambda rows, c=cost: c) < 0.97 * plain[n]
+            assert predict(TYPICAL, choice.window, n, lambda rows, c=cost: c) < 0.97 * plain[n]
 
 
 def test_whole_chains_that_were_measured_count_more_than_predictions():
     """Rounds look free, whole chains are dearer than stepping for all but one token."""
     whole = ((8, 1.0, 39.0), (8, 8.0, 39.0), (16, 1.0, 10.0), (16, 8.0, 39.0))
     costs = FREE.costs.model_copy(update={"whole": whole})
-    measured = WindowChooser(costs, TYPICAL)
+    measured = Forecast(costs, TYPICAL)
     assert decide(measured, [8]).choice.up_to == 0
     found = decide(measured, [1, 8]).choice
     assert (found.window, found.up_to) == (16, 1)

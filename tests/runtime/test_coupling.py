@@ -8,13 +8,12 @@ import itertools
 import math
 from dataclasses import replace
 
+import coupling
 import numpy as np
 import pytest
 import torch
+from coupling import Gaussian
 from scipy import stats
-
-from cspd.runtime import coupling
-from cspd.runtime.coupling import Gaussian
 
 LEVEL = 1e-3
 DRAWS = 20_000
@@ -218,12 +217,3 @@ def test_bound_is_above_the_residual():
     assert 10 < (envelope.weights[:, 0] < 1).sum()
     # A uniform number of 1 is refused everywhere: nothing sticks out of the bound.
     assert not envelope.keep(noise, torch.full((300, 200), 1.0001)).any()
-
-
-@pytest.mark.parametrize("shift", [0.1, 1.0, 3.0])
-@pytest.mark.parametrize("weight", [1.0, 1.5, 3.0])
-def test_excess_mass_is_the_integral(shift, weight):
-    grid = np.linspace(-20, 20, 400_001)
-    q, p = stats.norm.pdf(grid, shift), stats.norm.pdf(grid)
-    integral = np.maximum(q - weight * p, 0).sum() * (grid[1] - grid[0])
-    assert coupling.excess_mass(shift, weight) == pytest.approx(integral, abs=1e-6)

@@ -18,13 +18,12 @@ from cspd.export.modulation import (
 )
 from cspd.export.presets import MarConfig
 from cspd.export.round_graph import SpeculativeRoundGraph, round_spec
-from cspd.runtime.adaptive import Speculative
 from cspd.runtime.captured import bucket
-from cspd.runtime.hoisted import Room, SpeculativeWithinMemory, WithinMemory
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Rows, StepHead
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.speculation import SpeculationOptions
+from cspd.runtime.switch import Room, Switch
 
 CONFIG = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2)
 SCHEDULE = make_schedule(ScheduleSpec(clip_timesteps=950), 12)
@@ -59,22 +58,22 @@ def rows_of(count: int) -> Rows:
     return Rows(conditions, guidance, torch.ones(count), number, number)
 
 
-def stepping(sessions, memory: int, first=None) -> WithinMemory:
+def stepping(sessions, memory: int, first=None) -> Switch:
     modulate = sessions["head_modulation"]
-    return WithinMemory(
+    return Switch(
+        Room(modulate, memory, lambda tokens: bucket(tokens, MAX_ROWS)).holds,
         StepHead(sessions["denoiser_hoisted"], first, modulate=modulate),
         StepHead(sessions["denoiser"], first),
-        Room(modulate, memory, lambda tokens: bucket(tokens, MAX_ROWS)),
     )
 
 
-def speculating(sessions, memory: int, **options) -> Speculative:
+def speculating(sessions, memory: int, **options) -> Switch:
     options, modulate = SpeculationOptions(5, **options), sessions["head_modulation"]
     hoisted, channels = sessions["speculative_round_hoisted"], CONFIG.token_dim
-    return SpeculativeWithinMemory(
+    return Switch(
+        Room(modulate, memory, options.call_tokens).holds,
         SpeculativeHead(hoisted, options, channels, modulate=modulate),
         SpeculativeHead(sessions["speculative_round"], options, channels),
-        Room(modulate, memory, options.call_tokens),
     )
 
 
@@ -106,19 +105,19 @@ def test_first_step_with_conditions_of_its_own(sessions):
     steps = SCHEDULE.num_steps
     counts = {"denoiser": 1, "head_modulation": 1, "denoiser_hoisted": steps - 1}
     assert calls(sessions) == counts
-    whole = StepHead(sessions["denoiser"])(rows_of(5), SCHEDULE, Noise(4), Purpose.DENOISE)
-    check_equal(got, whole)
+    expected = StepHead(sessions["denoiser"])(rows_of(5), SCHEDULE, Noise(4), Purpose.DENOISE)
+    check_equal(got, expected)
 
 
 @pytest.mark.parametrize(("tokens", "fits"), [(7, True), (6, False), (0, False)])
 def test_speculation(sessions, tokens, fits):
     rows = rows_of(7)
-    got = speculating(sessions, tokens * TOKEN)(rows, SCHEDULE, Noise(4))
+    got = speculating(sessions, tokens * TOKEN)(rows, SCHEDULE, Noise(4), Purpose.DENOISE)
     name = "speculative_round_hoisted" if fits else "speculative_round"
     assert calls(sessions) == {name: got.stats.calls} | ({"head_modulation": 1} if fits else {})
     options = SpeculationOptions(5)
     whole = SpeculativeHead(sessions["speculative_round"], options, CONFIG.token_dim)
-    expected = whole(rows, SCHEDULE, Noise(4))
+    expected = whole(rows, SCHEDULE, Noise(4), Purpose.DENOISE)
     check_equal(got, expected)
     # Tokens finish in different rounds, so that the table and the tokens of a call part.
     assert got.stats.rounds == expected.stats.rounds and got.stats.rows == expected.stats.rows
@@ -127,19 +126,20 @@ def test_speculation(sessions, tokens, fits):
 
 def test_every_chunk_of_a_speculation_has_a_table_of_its_own(sessions):
     head = speculating(sessions, 3 * TOKEN, row_buckets=(15,))
-    got = head(rows_of(7), SCHEDULE, Noise(4))
+    got = head(rows_of(7), SCHEDULE, Noise(4), Purpose.DENOISE)
     assert calls(sessions).keys() == {"head_modulation", "speculative_round_hoisted"}
     assert sessions["head_modulation"].stats.calls == 3
-    whole = speculating(sessions, 0, row_buckets=(15,))(rows_of(7), SCHEDULE, Noise(4))
+    whole = speculating(sessions, 0, row_buckets=(15,))
+    expected = whole(rows_of(7), SCHEDULE, Noise(4), Purpose.DENOISE)
     assert "speculative_round" in calls(sessions)
-    check_equal(got, whole)
+    check_equal(got, expected)
 
 
 def test_with_one_bucket_a_token_does_not_depend_on_its_batch(sessions):
     head = speculating(sessions, 4 * TOKEN, row_buckets=(20,))
     rows = rows_of(7)
-    together = head(rows, SCHEDULE, Noise(4))
-    alone = head(rows.take(torch.tensor([5])), SCHEDULE, Noise(4))
+    together = head(rows, SCHEDULE, Noise(4), Purpose.DENOISE)
+    alone = head(rows.take(torch.tensor([5])), SCHEDULE, Noise(4), Purpose.DENOISE)
     assert sessions["speculative_round"].stats.calls == 0
     for name in RESULTS:
         assert torch.equal(getattr(alone, name)[0], getattr(together, name)[5])
@@ -151,5 +151,5 @@ def test_what_the_graphs_do_not_take_is_not_hoisted(sessions):
     long = make_schedule(ScheduleSpec(clip_timesteps=950), TABLE_STEPS + 1)
     stepping(sessions, plenty)(rows_of(1), long, Noise(4), Purpose.DENOISE)
     stepping(sessions, plenty)(rows_of(MAX_ROWS + 1), SCHEDULE, Noise(4), Purpose.DENOISE)
-    speculating(sessions, plenty)(rows_of(1), long, Noise(4))
+    speculating(sessions, plenty)(rows_of(1), long, Noise(4), Purpose.DENOISE)
     assert calls(sessions).keys() == {"denoiser", "speculative_round"}

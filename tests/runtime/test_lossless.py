@@ -9,10 +9,13 @@ draft hides a wrong repair; and every mutant of the method has to fall below 1e-
 
 from dataclasses import dataclass, replace
 
+import coupling
 import numpy as np
 import pytest
+import reference_round
 import torch
 from mixture import CHANNELS, MixtureDenoiser
+from reference_round import ReferenceRound
 from scipy import stats
 
 from cspd.engines.errors import CspdError
@@ -21,12 +24,11 @@ from cspd.engines.session import TorchSession
 from cspd.export.graphs import DenoiserGraph, denoiser_spec
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig
-from cspd.runtime import coupling, rounds
 from cspd.runtime.chain_numbers import ChainNumbers
+from cspd.runtime.drafts import draft_tables
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.member import Rows
 from cspd.runtime.noise import Noise, Purpose
-from cspd.runtime.rounds import ReferenceRound, draft_tables
 from cspd.runtime.speculation import SpeculationOptions
 
 SCHEDULE = make_schedule(ScheduleSpec(clip_timesteps=950), 16)
@@ -134,12 +136,12 @@ def sequential():
 
 def spoil(monkeypatch):
     """Draft from a shifted and widened kernel instead of the frozen one."""
-    good = rounds.draft
+    good = reference_round.draft
 
     def bad(x, step, x0, fraction, *rest):
         return good(x, step, x0 + 0.3, fraction + 1.0, *rest)
 
-    monkeypatch.setattr(rounds, "draft", bad)
+    monkeypatch.setattr(reference_round, "draft", bad)
 
 
 def test_window_of_one_is_stepping_to_the_bit():
@@ -195,7 +197,7 @@ def test_draft_equal_to_target_is_always_accepted(window):
 
 
 def test_broken_draft_is_never_accepted(monkeypatch, sequential):
-    good = rounds.draft
+    good = reference_round.draft
 
     def broken(*args):
         window = good(*args)
@@ -203,7 +205,7 @@ def test_broken_draft_is_never_accepted(monkeypatch, sequential):
         kernel = replace(window.kernel, mean=window.kernel.mean * torch.nan)
         return replace(window, states=states, reached=window.reached * torch.nan, kernel=kernel)
 
-    monkeypatch.setattr(rounds, "draft", broken)
+    monkeypatch.setattr(reference_round, "draft", broken)
     sampled, counts = speculate(tokens(TOKENS), 6, window=4)
     assert counts.accepted.sum() == 0
     assert counts.rounds == SCHEDULE.num_steps
@@ -245,15 +247,6 @@ def test_law_with_spoilt_drafts(monkeypatch, sequential, candidates):
     )
     assert 0.2 < counts.accepted.sum() / counts.tested.sum() < 0.8
     assert p_value(sampled, sequential) > LEVEL
-
-
-def test_law_with_uneven_depths(sequential):
-    depth = np.array([1, 1, 1, 2, 3, 2, 5, 4, 8, 1, 3, 8, 2, 8, 8, 6])
-    head = SpeculativeHead(
-        ReferenceRound(MixtureDenoiser()), SpeculationOptions(window=8), CHANNELS
-    )
-    sampled = head(tokens(TOKENS), SCHEDULE, Noise(14), depth=depth).sample
-    assert projected(sampled, sequential.final) > LEVEL
 
 
 def test_stepping_differs_from_itself_by_chance_alone(sequential):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from quiet_head import quiet_head
+from reference_round import ReferenceRound
 from test_lossless import CHANNELS, SCHEDULE, network_tokens, part_of
 
 from cspd.engines.session import TorchSession
@@ -13,7 +14,6 @@ from cspd.runtime import lossless_loop
 from cspd.runtime.lossless import RESULTS, SpeculativeHead
 from cspd.runtime.lossless_loop import SpeculativeLoopHead
 from cspd.runtime.noise import Noise
-from cspd.runtime.rounds import ReferenceRound
 from cspd.runtime.speculation import SpeculationOptions
 
 CONFIG = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2, token_dim=CHANNELS)

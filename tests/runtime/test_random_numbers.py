@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mixture import MixtureDenoiser
+from reference_round import ReferenceRound
 from scipy import stats
 from stubs import CHANNELS, LENGTH, batch_of, by_token, make_sampler, member
 from test_lossless import LEVEL, MUTANT_LEVEL, SCHEDULE, tokens
@@ -24,7 +25,6 @@ from cspd.runtime.lossless_loop import SpeculativeLoopHead
 from cspd.runtime.noise import Noise, Purpose, to_normal, to_uniform
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.relax import LenientNumbers
-from cspd.runtime.rounds import ReferenceRound
 from cspd.runtime.sampler import Sampler, decode_alone
 from cspd.runtime.speculation import SpeculationOptions
 

@@ -149,19 +149,3 @@ def pick(values: Tensor, index: Tensor) -> Tensor:
     """Entry `index` [N] of each row of `values` [N, K, ...]: [N, ...]."""
     rows = torch.arange(len(index), device=index.device) * values.shape[1]
     return values.flatten(0, 1).index_select(0, rows + index)
-
-
-def excess_mass(shift: float, weight: float = 1.0) -> float:
-    """Mass of (q - weight * p)+ of two Gaussians of equal variance, `shift` deviations apart.
-
-    With weight 1 it is their total variation, the share of drafts that must be refused; weight w
-    instead of 1, accepting with min(1, w p / q), costs the difference in total variation.
-    """
-    if shift == 0:
-        return max(0.0, 1 - weight)
-    bound = math.log(weight) / shift
-
-    def below(value: float) -> float:
-        return 0.5 * math.erfc(-value / math.sqrt(2))
-
-    return below(shift / 2 - bound) - weight * below(-shift / 2 - bound)
