@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cspd.runtime.member import HeadSample
+from cspd.runtime.head_base import HeadSample
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from cspd.engines.cuda_graph import CapturedLoop, Graphs
 from cspd.engines.session import ForkableSession, Session, TimedSession
 from cspd.engines.spec import GraphSpec
-from cspd.runtime.member import Loop, step_limit, step_loop
+from cspd.runtime.plain_head import Loop, step_limit, step_loop
 
 # Axis of the rows in each input of a loop; the schedule has none.
 ROW_AXES = {"noise0": 0, "noise": 1, "conditions": 1, "guidance": 0, "temperature": 0}

@@ -17,7 +17,8 @@ from torch import Tensor
 from cspd.runtime import acceptance
 from cspd.runtime.canvas import Batch, Canvas, Span
 from cspd.runtime.config import RunConfig
-from cspd.runtime.member import HeadSample, Member
+from cspd.runtime.head_base import HeadSample
+from cspd.runtime.member import Member
 from cspd.runtime.noise import Purpose
 from cspd.runtime.plan import MaskPlan, WindowPlan
 from cspd.runtime.sampler import Sampler

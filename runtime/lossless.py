@@ -22,7 +22,7 @@ from cspd.engines.schedule import Schedule
 from cspd.engines.session import Session
 from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
 from cspd.runtime.drafts import DraftTables, depths_of, rows_of
-from cspd.runtime.member import Rows, part_of
+from cspd.runtime.head_base import Rows, part_of
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.round_check import Counts, check_progress
 from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample, StepLog

@@ -17,9 +17,10 @@ from cspd.engines.schedule import Schedule
 from cspd.engines.session import Session
 from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
 from cspd.runtime.drafts import DraftTables, depths_of
+from cspd.runtime.head_base import Rows, part_of
 from cspd.runtime.lossless import join
-from cspd.runtime.member import DEFAULT_MEMORY, Rows, part_of, tokens_within
 from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.plain_head import DEFAULT_MEMORY, tokens_within
 from cspd.runtime.round_check import Counts, check_progress
 from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample, StepLog
 

@@ -23,9 +23,10 @@ from cspd.runtime.captured import (
 )
 from cspd.runtime.captured_rounds import CapturedRounds
 from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
+from cspd.runtime.head_base import Head
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.lossless_loop import SpeculativeLoopHead
-from cspd.runtime.member import DEFAULT_MEMORY, Head, LoopHead, StepHead, step_limit
+from cspd.runtime.plain_head import DEFAULT_MEMORY, LoopHead, StepHead, step_limit
 from cspd.runtime.sessions import Sessions
 from cspd.runtime.speculation import SpeculationOptions
 from cspd.runtime.switch import Room, Switch

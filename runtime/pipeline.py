@@ -18,7 +18,8 @@ from cspd.runtime.canvas import Batch, Canvas
 from cspd.runtime.choose import Explained
 from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.cspd import CspdOptions, decode_cspd
-from cspd.runtime.member import Head, Member
+from cspd.runtime.head_base import Head
+from cspd.runtime.member import Member
 from cspd.runtime.noise import RowNoise
 from cspd.runtime.noise_table import TabledNoise
 from cspd.runtime.open_heads import OpenHeads

@@ -10,8 +10,8 @@ from cspd.engines.manifest import Role
 from cspd.runtime.chain_numbers import ChainNumbers, MakeNumbers
 from cspd.runtime.choose import Explained, choose, choose_table, expected_ms, tokens_together
 from cspd.runtime.config import HeadChoice, RunConfig
+from cspd.runtime.head_base import Head
 from cspd.runtime.heads import DEFAULT_WINDOW, most_tokens, speculation
-from cspd.runtime.member import Head
 from cspd.runtime.open_heads import OpenHeads
 from cspd.runtime.relax import LenientNumbers, total_variation
 from cspd.runtime.switch import Switch, few

@@ -11,7 +11,8 @@ from torch import Tensor
 from cspd.engines.errors import NonFiniteError
 from cspd.engines.schedule import Schedule
 from cspd.runtime.canvas import Batch, Canvas, Span
-from cspd.runtime.member import HeadSample, Member, Rows
+from cspd.runtime.head_base import HeadSample, Rows
+from cspd.runtime.member import Member
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.stats import Statistics

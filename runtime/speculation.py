@@ -8,7 +8,7 @@ import numpy as np
 
 from cspd.engines.errors import CspdError
 from cspd.engines.words import setting
-from cspd.runtime.member import HeadSample
+from cspd.runtime.head_base import HeadSample
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cspd.engines.schedule import Schedule
-from cspd.runtime.member import Head, HeadSample, Rows
+from cspd.runtime.head_base import Head, HeadSample, Rows
 from cspd.runtime.noise import Noise, Purpose
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from cspd.engines.schedule import Schedule
 from cspd.engines.session import Session
-from cspd.runtime.member import Head, HeadSample, Rows, ahead_of_steps
+from cspd.runtime.head_base import Head, HeadSample, Rows
 from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.plain_head import ahead_of_steps
 
 
 @dataclass(frozen=True)

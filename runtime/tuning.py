@@ -23,7 +23,8 @@ from cspd.engines.manifest import Role
 from cspd.engines.schedule import Schedule, make_schedule
 from cspd.engines.spec import Record
 from cspd.runtime.config import RunConfig
-from cspd.runtime.member import Head, HeadSample, Member, Rows
+from cspd.runtime.head_base import Head, HeadSample, Rows
+from cspd.runtime.member import Member
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.open_heads import OpenHeads
 from cspd.runtime.sampler import decode_alone

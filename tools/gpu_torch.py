@@ -27,7 +27,8 @@ from cspd.engines.schedule import make_schedule
 from cspd.runtime.canvas import Batch
 from cspd.runtime.chain_numbers import ChainNumbers
 from cspd.runtime.config import RunConfig, make_config
-from cspd.runtime.member import Head, Member
+from cspd.runtime.head_base import Head
+from cspd.runtime.member import Member
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.noise_table import TabledNoise
 from cspd.runtime.open_heads import OpenHeads

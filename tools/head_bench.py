@@ -27,11 +27,12 @@ from cspd.engines.terminal import print_table
 from cspd.export.presets import PRESETS
 from cspd.runtime.cli import shipped_bundle
 from cspd.runtime.config import RunConfig, make_config
+from cspd.runtime.head_base import Head, Rows
 from cspd.runtime.heads import DEFAULT_WINDOW
 from cspd.runtime.lossless_loop import SpeculativeLoopHead
-from cspd.runtime.member import Head, LoopHead, Rows, StepHead
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.plain_head import LoopHead, StepHead
 from cspd.runtime.sessions import Sessions
 from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample
 from cspd.runtime.tuning import Examples

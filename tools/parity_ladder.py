@@ -25,9 +25,9 @@ from cspd.export.networks import FIRST, HOISTED, HOISTED_ROUND, MODULATION, ROUN
 from cspd.export.presets import MarConfig
 from cspd.export.verify import realistic_inputs
 from cspd.runtime.config import RunConfig
+from cspd.runtime.head_base import Rows
 from cspd.runtime.heads import DEFAULT_WINDOW
 from cspd.runtime.lossless import SpeculativeHead
-from cspd.runtime.member import Rows
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.open_heads import OpenHeads
 from cspd.runtime.pipeline import Pipeline

@@ -20,7 +20,8 @@ from cspd.engines.session import Session
 from cspd.runtime.canvas import Batch, Canvas
 from cspd.runtime.config import RunConfig
 from cspd.runtime.cspd import CspdOptions, Window, prefill, propose, settle, verify
-from cspd.runtime.member import HeadSample, Member
+from cspd.runtime.head_base import HeadSample
+from cspd.runtime.member import Member
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sampler import Sampler
 from cspd.runtime.sessions import Opener, Sessions

@@ -16,7 +16,7 @@ from cspd.engines.spec import Record
 from cspd.runtime.canvas import Batch, Canvas
 from cspd.runtime.config import RunConfig
 from cspd.runtime.cspd import Window, prefill, settle
-from cspd.runtime.member import HeadSample
+from cspd.runtime.head_base import HeadSample
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sampler import Sampler

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from cspd.engines.manifest import Role
 from cspd.engines.schedule import Schedule
 from cspd.runtime.config import RunConfig
-from cspd.runtime.member import Head, HeadSample, Rows
+from cspd.runtime.head_base import Head, HeadSample, Rows
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.speculation import SpeculativeSample

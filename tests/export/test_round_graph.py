@@ -16,8 +16,8 @@ from cspd.export.onnx_export import export_graph
 from cspd.export.presets import MarConfig
 from cspd.export.round_graph import SpeculativeRoundGraph, round_spec
 from cspd.export.round_parts import CANDIDATES
+from cspd.runtime.head_base import Rows
 from cspd.runtime.lossless import SpeculativeHead
-from cspd.runtime.member import Rows
 from cspd.runtime.noise import Noise
 from cspd.runtime.speculation import SpeculationOptions
 

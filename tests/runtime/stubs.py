@@ -12,7 +12,8 @@ from torch import Tensor
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
 from cspd.runtime.canvas import Batch
-from cspd.runtime.member import HeadSample, Member, Rows
+from cspd.runtime.head_base import HeadSample, Rows
+from cspd.runtime.member import Member
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.sampler import Sampler

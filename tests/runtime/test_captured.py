@@ -25,9 +25,10 @@ from cspd.runtime import run
 from cspd.runtime.captured import bucket
 from cspd.runtime.cli import main
 from cspd.runtime.config import make_config
-from cspd.runtime.member import LoopHead, Rows, StepHead
+from cspd.runtime.head_base import Rows
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.plain_head import LoopHead, StepHead
 from cspd.runtime.sessions import Sessions
 
 SETTINGS = {

@@ -12,12 +12,13 @@ from cspd.engines.schedule import make_schedule
 from cspd.runtime.captured_rounds import CapturedRounds
 from cspd.runtime.cli import shipped_bundle
 from cspd.runtime.config import make_config
+from cspd.runtime.head_base import Rows
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.lossless_loop import SpeculativeLoopHead
-from cspd.runtime.member import LoopHead, Rows
 from cspd.runtime.noise import Noise, Purpose, RowNoise
 from cspd.runtime.noise_table import TabledNoise
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.plain_head import LoopHead
 from cspd.runtime.sessions import Sessions
 from cspd.runtime.speculation import SpeculationOptions
 

@@ -30,7 +30,7 @@ from cspd.runtime.cspd import (
     verify,
     weigh,
 )
-from cspd.runtime.member import HeadSample
+from cspd.runtime.head_base import HeadSample
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.sampler import Sampler, decode_alone

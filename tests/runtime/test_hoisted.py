@@ -19,9 +19,10 @@ from cspd.export.modulation import (
 from cspd.export.presets import MarConfig
 from cspd.export.round_graph import SpeculativeRoundGraph, round_spec
 from cspd.runtime.captured import bucket
+from cspd.runtime.head_base import Rows
 from cspd.runtime.lossless import SpeculativeHead
-from cspd.runtime.member import Rows, StepHead
 from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.plain_head import StepHead
 from cspd.runtime.speculation import SpeculationOptions
 from cspd.runtime.switch import Room, Switch
 

@@ -26,8 +26,8 @@ from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig
 from cspd.runtime.chain_numbers import ChainNumbers
 from cspd.runtime.drafts import draft_tables
+from cspd.runtime.head_base import Rows
 from cspd.runtime.lossless import SpeculativeHead
-from cspd.runtime.member import Rows
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.speculation import SpeculationOptions
 

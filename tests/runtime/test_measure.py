@@ -4,8 +4,8 @@ from mixture import MixtureDenoiser
 from reference_round import ReferenceRound
 from test_lossless import CHANNELS, SCHEDULE, step_through, tokens
 
+from cspd.runtime.head_base import HeadSample
 from cspd.runtime.lossless import SpeculativeHead
-from cspd.runtime.member import HeadSample
 from cspd.runtime.noise import Noise
 from cspd.runtime.speculation import SpeculationOptions
 from cspd.runtime.tuning import Ways, measure_heads

@@ -7,7 +7,7 @@ from test_lossless import network_tokens
 
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.runtime.cspd import CspdOptions, decode_cspd
-from cspd.runtime.member import HeadSample
+from cspd.runtime.head_base import HeadSample
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.sampler import decode_alone
 from cspd.runtime.steps import Annealing, HeadSteps

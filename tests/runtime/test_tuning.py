@@ -15,10 +15,11 @@ from cspd.runtime import run, tuning
 from cspd.runtime.cli import main, shipped_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.distribution import certificate, distribution
+from cspd.runtime.head_base import Rows, part_of
 from cspd.runtime.lossless_loop import SpeculativeLoopHead
-from cspd.runtime.member import LoopHead, Rows, part_of
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.plain_head import LoopHead
 from cspd.runtime.progress import working
 from cspd.runtime.replay import replay
 from cspd.runtime.sessions import Sessions

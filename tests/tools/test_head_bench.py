@@ -10,8 +10,8 @@ from cspd.engines.session import TorchSession
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import PRESETS, MarConfig
 from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
+from cspd.runtime.head_base import Rows
 from cspd.runtime.lossless_loop import SpeculativeLoopHead
-from cspd.runtime.member import Rows
 from cspd.runtime.noise import Noise
 from cspd.runtime.speculation import SpeculationOptions
 from cspd.tools.head_bench import (
