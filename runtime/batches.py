@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.session import CallStats
-from cspd.runtime.canvas import Canvas
 from cspd.runtime.config import RunConfig
+from cspd.runtime.decoder import OnRound, ignore_progress
 from cspd.runtime.images import encode_png
 from cspd.runtime.outputs import image_metadata
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
-from cspd.runtime.sampler import ignore_progress
 from cspd.runtime.stats import Statistics, Tally, Verdicts
 
 
@@ -45,7 +44,7 @@ def timed_batches(
     pipeline: Pipeline,
     config: RunConfig,
     indices: list[int],
-    on_step: Callable[[Canvas, Statistics], None] = ignore_progress,
+    on_step: OnRound = ignore_progress,
 ) -> Iterator[tuple[list[GeneratedImage], Tally]]:
     """Batches of the images `indices`, each with its time and calls."""
     return timed(pipeline, pipeline.generate(config, indices, on_step))

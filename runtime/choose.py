@@ -13,7 +13,7 @@ import numpy as np
 
 from cspd.engines.manifest import Role
 from cspd.runtime.config import HeadChoice, RunConfig
-from cspd.runtime.cspd import CspdOptions
+from cspd.runtime.cspd_options import CspdOptions
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.window import MARGIN, Forecast
 

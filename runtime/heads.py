@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cspd.runtime.config import HeadChoice, RunConfig
-from cspd.runtime.cspd import CspdOptions
+from cspd.runtime.cspd_options import CspdOptions
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.speculation import SpeculationOptions
 

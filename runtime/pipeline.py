@@ -14,17 +14,20 @@ import torch
 from cspd.engines.bundle import Bundle
 from cspd.engines.cuda_graph import Graphs
 from cspd.engines.manifest import Role
+from cspd.runtime.alone import Alone
 from cspd.runtime.canvas import Batch, Canvas
 from cspd.runtime.choose import Explained
 from cspd.runtime.config import RunConfig, check_config
-from cspd.runtime.cspd import CspdOptions, decode_cspd
+from cspd.runtime.cspd import Speculative
+from cspd.runtime.cspd_options import CspdOptions
+from cspd.runtime.decoder import Decoder, OnRound, decode, ignore_progress
 from cspd.runtime.head_base import Head
 from cspd.runtime.member import Member
 from cspd.runtime.noise import RowNoise
 from cspd.runtime.noise_table import TabledNoise
 from cspd.runtime.open_heads import OpenHeads
 from cspd.runtime.run_heads import RunHeads
-from cspd.runtime.sampler import Sampler, decode_alone, ignore_progress
+from cspd.runtime.sampler import Sampler
 from cspd.runtime.sessions import Sessions
 from cspd.runtime.setup import make_batch, make_sampler, padded
 from cspd.runtime.stats import Statistics, Verdicts
@@ -112,17 +115,18 @@ class Pipeline:
         self,
         config: RunConfig,
         indices: range | list[int] | None = None,
-        on_step: Callable[[Canvas, Statistics], None] = ignore_progress,
+        on_step: OnRound = ignore_progress,
     ) -> Iterator[tuple[list[GeneratedImage], Statistics]]:
         """Yield the images of `config`, a batch at a time; `indices` limits it to some of them."""
         check_config(config, self.bundle.manifest)
         wanted = list(range(config.num_images) if indices is None else indices)
-        sampler = self.sampler(config, on_step)
+        sampler = self.sampler(config)
         for first in range(0, len(wanted), config.batch_size):
             chunk = wanted[first : first + config.batch_size]
             with self._host_threads(), self._stream():
                 batch = make_batch(self.bundle.manifest, config, chunk, self.device)
-                canvas, statistics = self._decode(config, self._tabled(sampler, batch), batch)
+                decoder = self.decoder(config, self._tabled(sampler, batch))
+                canvas, statistics = decode(decoder, batch, on_step)
                 images = self._images(config, chunk, canvas, statistics)
             if first == 0:
                 self.sessions.save_caches()
@@ -146,7 +150,7 @@ class Pipeline:
         self,
         config: RunConfig,
         rows: list[ImageId],
-        on_step: Callable[[Canvas, Statistics], None] = ignore_progress,
+        on_step: OnRound = ignore_progress,
     ) -> tuple[list[GeneratedImage], Statistics]:
         """The images `rows`, one batch; seeds and labels are those of `rows`, not of `config`.
 
@@ -157,9 +161,10 @@ class Pipeline:
         classes = self.bundle.manifest.geometry.num_classes
         batch = padded(numbers, labels, config.batch_size, classes, self.device)
         noise = RowNoise([r.seed for r in rows], [r.index for r in rows], self.device)
-        sampler = replace(self.sampler(config, on_step), noise=noise)
+        sampler = replace(self.sampler(config), noise=noise)
         with self._host_threads(), self._stream():
-            canvas, statistics = self._decode(config, self._tabled(sampler, batch), batch)
+            decoder = self.decoder(config, self._tabled(sampler, batch))
+            canvas, statistics = decode(decoder, batch, on_step)
             made = self._images(config, numbers, canvas, statistics)
         pairs = zip(made, rows, strict=True)
         return [replace(m, index=row.index, label=row.label) for m, row in pairs], statistics
@@ -168,11 +173,18 @@ class Pipeline:
         """Pixels [H, W, C] uint8 of what is known of one row, unknown tokens being zero."""
         return self._pixels(canvas.tokens[row : row + 1], f"preview of row {row}")[0]
 
-    def sampler(
-        self, config: RunConfig, on_step: Callable[[Canvas, Statistics], None] = ignore_progress
-    ) -> Sampler:
+    def sampler(self, config: RunConfig) -> Sampler:
         """The shared ground of the decoding methods for `config`."""
-        return make_sampler(self.bundle.manifest, config, self.device, on_step)
+        return make_sampler(self.bundle.manifest, config, self.device)
+
+    def decoder(self, config: RunConfig, sampler: Sampler | None = None) -> Decoder:
+        """The method of `config` with its models; `sampler` takes the place of the usual one."""
+        sampler = sampler or self.sampler(config)
+        channels = self.bundle.manifest.geometry.token_dim
+        member, *others = self.members(config)
+        if config.method == "cspd":
+            return Speculative(sampler, member, others[0], CspdOptions.of(config), channels)
+        return Alone(sampler, member, channels)
 
     @cached_property
     def _stream(self) -> Callable[[], AbstractContextManager[object]]:
@@ -184,16 +196,6 @@ class Pipeline:
             return sampler
         tables = TabledNoise(sampler.noise, batch.images, sampler.plan.num_tokens)
         return replace(sampler, noise=tables)
-
-    def _decode(
-        self, config: RunConfig, sampler: Sampler, batch: Batch
-    ) -> tuple[Canvas, Statistics]:
-        channels = self.bundle.manifest.geometry.token_dim
-        if config.method == "cspd":
-            target, draft = self.members(config)
-            options = CspdOptions.of(config)
-            return decode_cspd(sampler, target, draft, options, batch, channels)
-        return decode_alone(sampler, self.members(config)[0], batch, channels)
 
     def _images(
         self, config: RunConfig, chunk: list[int], canvas: Canvas, statistics: Statistics

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,12 +14,7 @@ from cspd.runtime.head_base import HeadSample, Rows
 from cspd.runtime.member import Member
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.plan import MaskPlan
-from cspd.runtime.stats import Statistics
 from cspd.runtime.steps import Annealing
-
-
-def ignore_progress(canvas: Canvas, statistics: Statistics) -> None:
-    """The progress callback that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +23,8 @@ class Sampler:
 
     With `fixed_shapes`, all shapes depend on the settings alone and never on the other samples of a
     batch, so that an image is the same to the last bit whatever it is generated with.
-    `ragged` says that these may know different numbers of tokens. `on_step` is called after every
-    autoregressive step. `annealing` replaces `schedule` where the number of denoising steps is not
-    the same for all tokens.
+    `ragged` says that these may know different numbers of tokens. `annealing` replaces `schedule`
+    where the number of denoising steps is not the same for all tokens.
     """
 
     plan: MaskPlan
@@ -39,7 +32,6 @@ class Sampler:
     noise: Noise
     temperature: float = 1.0
     fixed_shapes: bool = True
-    on_step: Callable[[Canvas, Statistics], None] = field(default=ignore_progress)
     ragged: bool = False
     annealing: Annealing | None = None
 
@@ -52,6 +44,10 @@ class Sampler:
     def widened(self) -> bool:
         """Whether everything is padded to the largest shape that the settings allow."""
         return self.ragged and self.fixed_shapes
+
+    def begin(self, batch: Batch, channels: int) -> Canvas:
+        """A canvas for `batch` on which nothing is known."""
+        return Canvas.empty(batch, self.noise, self.plan.num_tokens, channels)
 
     def next_span(self, canvas: Canvas, goal: list[int] | None = None) -> Span:
         """The tokens of each sample's next autoregressive step.
@@ -161,19 +157,3 @@ def check_finite(member: Member, sampled: HeadSample, batch: Batch, span: Span) 
         "this batch was saved. Try cspd-export build --precision fp32 or bf16, and cspd-export "
         "parity"
     )
-
-
-def decode_alone(
-    sampler: Sampler, member: Member, batch: Batch, channels: int
-) -> tuple[Canvas, Statistics]:
-    """Images by one model alone, the baseline of every comparison."""
-    canvas = Canvas.empty(batch, sampler.noise, sampler.plan.num_tokens, channels)
-    statistics = Statistics()
-    while not canvas.done:
-        sampler.step(member, canvas, batch)
-        if member.name == "draft":
-            statistics.draft_calls += 1
-        else:
-            statistics.count_target()
-        sampler.on_step(canvas, statistics)
-    return canvas, statistics

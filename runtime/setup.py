@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from cspd.engines.manifest import Manifest
 from cspd.engines.schedule import make_schedule
-from cspd.runtime.canvas import Batch, Canvas
+from cspd.runtime.canvas import Batch
 from cspd.runtime.config import RunConfig
 from cspd.runtime.noise import Noise
 from cspd.runtime.plan import MaskPlan
-from cspd.runtime.sampler import Sampler, ignore_progress
-from cspd.runtime.stats import Statistics
+from cspd.runtime.sampler import Sampler
 from cspd.runtime.steps import Annealing, HeadSteps
 
 # Batches are padded to one of these when byte-identity across batch sizes is not asked for.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-def make_sampler(
-    manifest: Manifest, config: RunConfig, device: str,
-    on_step: Callable[[Canvas, Statistics], None] = ignore_progress,
-) -> Sampler:  # fmt: skip
+def make_sampler(manifest: Manifest, config: RunConfig, device: str) -> Sampler:
     """The shared ground of the decoding methods for `config`."""
     steps, annealing = HeadSteps.parse(config.head_steps), None
     schedule = make_schedule(manifest.schedule, steps.first).to(device)
@@ -34,7 +28,7 @@ def make_sampler(
     plan = MaskPlan(manifest.geometry.num_tokens, config.num_iter, config.cfg, config.cfg_schedule)
     return Sampler(
         plan, schedule, Noise(config.seed, device), config.temperature, config.reproducible,
-        on_step, annealing=annealing,
+        annealing=annealing,
     )  # fmt: skip
 
 

@@ -22,12 +22,13 @@ from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Role
 from cspd.engines.schedule import Schedule, make_schedule
 from cspd.engines.spec import Record
+from cspd.runtime.alone import Alone
 from cspd.runtime.config import RunConfig
+from cspd.runtime.decoder import decode
 from cspd.runtime.head_base import Head, HeadSample, Rows
 from cspd.runtime.member import Member
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.open_heads import OpenHeads
-from cspd.runtime.sampler import decode_alone
 from cspd.runtime.setup import make_batch, make_sampler
 from cspd.runtime.speculation import SpeculationOptions, SpeculationStats, SpeculativeSample
 from cspd.runtime.steps import HeadSteps
@@ -196,10 +197,9 @@ class Examples:
         config = config.model_copy(update=changes)
         head = heads.plain(role, config.modulation_memory << 20)
         member = Member(role, heads.sessions(f"{role}/backbone"), examples._record(head))
-        decode_alone(
-            make_sampler(manifest, config, device), member,
-            make_batch(manifest, config, [0], device), manifest.geometry.token_dim,
-        )  # fmt: skip
+        sampler = make_sampler(manifest, config, device)
+        alone = Alone(sampler, member, manifest.geometry.token_dim)
+        decode(alone, make_batch(manifest, config, [0], device))
         return examples
 
     def _record(self, head: Head) -> Head:

@@ -14,7 +14,7 @@ from typing import Any
 from cspd.engines.manifest import Manifest
 from cspd.engines.spec import Record
 from cspd.runtime.config import AS_RELEASED, RunConfig, make_config
-from cspd.runtime.cspd import CspdOptions
+from cspd.runtime.cspd_options import CspdOptions
 from cspd.runtime.heads import DEFAULT_WINDOW
 from cspd.runtime.plan import MaskPlan
 from cspd.tools.settings import setting_name

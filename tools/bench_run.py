@@ -27,7 +27,7 @@ from cspd.runtime.sessions import Sessions
 from cspd.runtime.stats import Statistics
 from cspd.tools.bench_plan import COMPILED, TRIES, Point, plan_hash, titles
 from cspd.tools.bench_results import SCHEMA
-from cspd.tools.probe import rounds, unchanged, wrapping
+from cspd.tools.probe import unchanged, verdicts, wrapping
 from cspd.tools.replay import AcceptancePattern, ReplayPipeline
 
 JOURNAL = "bench.jsonl"
@@ -282,11 +282,11 @@ def probe(pipeline: Pipeline, config: RunConfig, tries: int | None) -> Line:
     length = pipeline.bundle.manifest.geometry.num_tokens
     judged, accepted = torch.zeros(length), torch.zeros(length)
     statistics = Statistics()
-    for item in rounds(pipeline, config, tries):
-        positions = item.window.span.positions.long().cpu()
-        judged += positions[item.judged_mask.cpu()].bincount(minlength=length)
-        accepted += positions[item.accepted.cpu()].bincount(minlength=length)
-        statistics = item.statistics
+    for done, verdict in verdicts(pipeline, config, tries):
+        positions = verdict.window.span.positions.long().cpu()
+        judged += positions[verdict.kept.cpu()].bincount(minlength=length)
+        accepted += positions[verdict.accepted.cpu()].bincount(minlength=length)
+        statistics = done.statistics
     return {"tries": tries, "accepted_at": accepted.tolist(), "judged_at": judged.tolist(),
             **_counts(statistics)}  # fmt: skip
 

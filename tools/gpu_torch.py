@@ -6,7 +6,6 @@ and the shipped pair's acceptance, by denoising step: SYNTHETIC, for time and me
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import statistics
 import time
@@ -14,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from cspd.engines.bundle import Bundle
 from cspd.engines.cuda_graph import Graphs, relative_error
 from cspd.engines.errors import CspdError
 from cspd.engines.schedule import make_schedule
+from cspd.runtime.alone import Alone
 from cspd.runtime.canvas import Batch
 from cspd.runtime.chain_numbers import ChainNumbers
 from cspd.runtime.config import RunConfig, make_config
@@ -33,7 +34,6 @@ from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.noise_table import TabledNoise
 from cspd.runtime.open_heads import OpenHeads
 from cspd.runtime.pipeline import Pipeline, own_stream
-from cspd.runtime.sampler import decode_alone
 from cspd.runtime.sessions import Sessions
 from cspd.runtime.setup import make_batch, make_sampler
 from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample
@@ -253,31 +253,15 @@ class Synthetic:
     def image(self, heads: OpenHeads, head: Head, role: str, batch: int, steps: int) -> float:
         """Seconds of one batch of images in `steps` autoregressive steps of the usual 64."""
         config = config_of(self.bundle, num_images=batch, batch_size=batch, cfg=2.0, num_iter=64)
-        sampler = make_sampler(self.bundle.manifest, config, self.device, stop_after(steps))
+        sampler = make_sampler(self.bundle.manifest, config, self.device)
         images: Batch = make_batch(self.bundle.manifest, config, list(range(batch)), self.device)
         sampler = replace(sampler, noise=TabledNoise(sampler.noise, images.images, 256))
         member = Member(role, heads.backbone(role), head)
         start = time.perf_counter()
-        with own_stream(self.device)(), contextlib.suppress(Enough):
-            # Ends with a transfer of the last tokens' check, which waits for all that was queued.
-            decode_alone(sampler, member, images, 16)
+        with own_stream(self.device)():
+            # A step ends with a transfer of its tokens' check, which waits for all that was queued.
+            list(islice(Alone(sampler, member, 16).rounds(images), steps))
         return time.perf_counter() - start
-
-
-class Enough(Exception):
-    """As many steps as asked for."""
-
-
-def stop_after(steps: int) -> Callable[[Any, Any], None]:
-    """Ends decoding after so many autoregressive steps."""
-    done = [0]
-
-    def on_step(canvas: Any, counts: Any) -> None:
-        done[0] += 1
-        if done[0] >= steps:
-            raise Enough
-
-    return on_step
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from cspd.export.graphs import TOLERANCES
 from cspd.export.verify import agreement
 from cspd.runtime.canvas import Canvas
 from cspd.runtime.config import RunConfig
-from cspd.runtime.cspd import weigh
+from cspd.runtime.judge import weigh
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.stats import Statistics
 from cspd.tools.parity_ladder import Case, Inputs, Ladder, walk
@@ -31,7 +31,14 @@ from cspd.tools.parity_measure import (
     Skipped,
     measure,
 )  # fmt: skip
-from cspd.tools.probe import batch_of, call, players, rounds, unoptimised_session
+from cspd.tools.probe import (
+    batch_of,
+    call,
+    canvas_before,
+    decoder_of,
+    unoptimised_session,
+    verdicts,
+)
 
 Result = Row | Skipped
 Rung = Callable[[Ladder], Iterator[Result]]
@@ -145,17 +152,19 @@ def decisions_rung(ladder: Ladder) -> Iterator[Result]:
         return
     config = ladder.config.model_copy(update={"method": "cspd"})
     play = ladder.reference_pipeline()
-    history = list(rounds(play, config))
-    reference = [decide(play, config, r.before) for r in history]
-    masks = [r.judged_mask.cpu() for r in history]
+    history, masks = [], []
+    for done, verdict in verdicts(play, config):
+        history.append(canvas_before(done.canvas, verdict.window))
+        masks.append(verdict.kept.cpu())
+    reference = [decide(play, config, before) for before in history]
     for name, pipeline in ladder.pipelines():
-        decided = [decide(pipeline, config, r.before) for r in history]
+        decided = [decide(pipeline, config, before) for before in history]
         yield from decision_rows(name, decided, reference, masks)
 
 
 def decide(pipeline: Pipeline, config: RunConfig, canvas: Canvas) -> Decision:
     """Log acceptance ratios and log uniform numbers [B, P] of the round that starts at `canvas`."""
-    play, batch = players(pipeline, config), batch_of(pipeline, config)
+    play, batch = decoder_of(pipeline, config), batch_of(pipeline, config)
     device = torch.device(pipeline.device)
     here = Canvas(canvas.tokens.to(device), canvas.sequence.to(device), list(canvas.known))
     window = play.propose(batch, here, Statistics())

@@ -19,13 +19,12 @@ from cspd.engines.ort_session import OrtCpuSession, import_onnxruntime, thread_o
 from cspd.engines.session import Session
 from cspd.runtime.canvas import Batch, Canvas
 from cspd.runtime.config import RunConfig
-from cspd.runtime.cspd import CspdOptions, Window, prefill, propose, settle, verify
-from cspd.runtime.head_base import HeadSample
-from cspd.runtime.member import Member
+from cspd.runtime.cspd import Speculative
+from cspd.runtime.decoder import Round
+from cspd.runtime.draft_window import Judged, Window
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.sampler import Sampler
 from cspd.runtime.sessions import Opener, Sessions
-from cspd.runtime.stats import Statistics, Verdicts
+from cspd.runtime.setup import padded
 
 MAX_RECORDED = 256  # calls kept per graph; later ones are counted, not kept
 
@@ -110,79 +109,39 @@ def call(session: Session, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in outputs.items()}
 
 
-@dataclass(frozen=True)
-class Players:
-    """Everything a round of speculative decoding needs on one backend."""
-
-    sampler: Sampler
-    target: Member
-    draft: Member
-    options: CspdOptions
-
-    def propose(self, batch: Batch, canvas: Canvas, statistics: Statistics) -> Window:
-        """Drafts of the next window; `canvas` is not changed."""
-        return propose(self.sampler, self.draft, self.options, batch, canvas, statistics)
-
-    def verify(self, batch: Batch, canvas: Canvas, window: Window) -> HeadSample:
-        """The target's aligned samples of the tokens in `window`."""
-        return verify(self.sampler, self.target, self.options, batch, canvas, window)
-
-
-@dataclass(frozen=True)
-class Round:
-    """One verification round: the canvas before it, the drafts, the target's tokens, what was kept.
-
-    `accepted` [B, P] bool says which tokens of the window now stand on the canvas as drafted,
-    `judged_mask` which were judged at all; `statistics` counts everything up to this round.
-    """
-
-    before: Canvas
-    window: Window
-    judged: HeadSample
-    accepted: Tensor
-    judged_mask: Tensor
-    statistics: Statistics
-
-
-def players(pipeline: Pipeline, config: RunConfig) -> Players:
-    """Draft, target and sampler of `config` on the backend of `pipeline`."""
-    target, draft = pipeline.members(config.model_copy(update={"method": "cspd"}))
-    return Players(pipeline.sampler(config), target, draft, CspdOptions.of(config))
+def decoder_of(pipeline: Pipeline, config: RunConfig) -> Speculative:
+    """`cspd` with the other settings of `config`, on the backend of `pipeline`."""
+    decoder = pipeline.decoder(config.model_copy(update={"method": "cspd"}))
+    assert isinstance(decoder, Speculative)
+    return decoder
 
 
 def batch_of(pipeline: Pipeline, config: RunConfig) -> Batch:
     """All images of `config` as one batch."""
     labels = [config.label_of(image) for image in range(config.num_images)]
     classes = pipeline.bundle.manifest.geometry.num_classes
-    images = torch.arange(config.num_images, device=pipeline.device)
-    return Batch(images, torch.tensor(labels, device=pipeline.device), classes, len(labels))
+    return padded(list(range(len(labels))), labels, len(labels), classes, pipeline.device)
 
 
-def rounds(pipeline: Pipeline, config: RunConfig, tries: int | None = None) -> Iterator[Round]:
-    """Every verification round of the images of `config`, generated as one batch.
+def verdicts(
+    pipeline: Pipeline, config: RunConfig, tries: int | None = None
+) -> Iterator[tuple[Round, Judged]]:
+    """Every verification of the images of `config`, generated as one batch.
 
     `tries`, if given, limits the draws from the residual distribution.
     """
-    play, batch = players(pipeline, config), batch_of(pipeline, config)
+    decoder = decoder_of(pipeline, config)
     if tries is not None:
-        play = replace(play, options=replace(play.options, max_tries=tries))
-    channels = pipeline.bundle.manifest.geometry.token_dim
-    canvas = Canvas.empty(batch, play.sampler.noise, play.sampler.plan.num_tokens, channels)
-    statistics = Statistics(per_image=[Verdicts() for _ in range(len(batch))])
-    prefill(play.sampler, play.target, play.options, batch, canvas, statistics)
-    while not canvas.done:
-        before = canvas.clone()
-        window = play.propose(batch, canvas, statistics)
-        judged = play.verify(batch, canvas, window)
-        settle(play.sampler, play.options, batch, canvas, window, judged, statistics)
-        yield Round(before, window, judged, *_outcome(before, canvas, window), statistics)
+        decoder = replace(decoder, options=replace(decoder.options, max_tries=tries))
+    for done in decoder.rounds(batch_of(pipeline, config)):
+        if done.judged is not None:
+            yield done, done.judged
 
 
-def _outcome(before: Canvas, after: Canvas, window: Window) -> tuple[Tensor, Tensor]:
-    """Which tokens of the window were accepted, and which judged, both [B, P] bool."""
-    positions = window.span.positions.long()[..., None].expand(-1, -1, after.tokens.shape[-1])
-    same = (after.tokens.gather(1, positions) == window.drafted.sample).all(-1)
-    kept = torch.tensor(after.known)[:, None] - torch.tensor(before.known)[:, None]
-    judged = torch.arange(window.span.width) < kept
-    judged = window.span.valid & judged.to(window.span.valid.device)
-    return same & judged, judged
+def canvas_before(canvas: Canvas, window: Window) -> Canvas:
+    """A copy of `canvas` as it was when `window` was drafted."""
+    known = torch.tensor(window.span.start, device=canvas.sequence.device)
+    later = torch.arange(canvas.sequence.shape[1], device=known.device) >= known[:, None]
+    unknown = torch.zeros_like(later).scatter(1, canvas.sequence.long(), later)
+    tokens = canvas.tokens.masked_fill(unknown[..., None], 0)
+    return Canvas(tokens, canvas.sequence, list(window.span.start))

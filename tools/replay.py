@@ -7,7 +7,7 @@ same share of known tokens; all networks and all acceptance arithmetic run as us
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -15,15 +15,15 @@ from cspd.engines.errors import CspdError
 from cspd.engines.spec import Record
 from cspd.runtime.canvas import Batch, Canvas
 from cspd.runtime.config import RunConfig
-from cspd.runtime.cspd import Window, prefill, settle
+from cspd.runtime.cspd import Speculative
+from cspd.runtime.decoder import Decoder
+from cspd.runtime.draft_window import Window
 from cspd.runtime.head_base import HeadSample
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sampler import Sampler
-from cspd.runtime.stats import Statistics, Verdicts
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_tables import acceptance_by_known
-from cspd.tools.probe import players
 
 VERDICT_STEP = 1  # index of the random numbers used here; those of real verdicts have 0
 CERTAIN = 1e6  # nats per channel by which a forced rejection fails the test
@@ -74,25 +74,29 @@ def load_pattern(results: Results) -> AcceptancePattern:
     )
 
 
+@dataclass(frozen=True)
+class Replayed(Speculative):
+    """Speculative decoding whose verdicts follow `pattern`."""
+
+    pattern: AcceptancePattern
+
+    def verify(self, batch: Batch, canvas: Canvas, window: Window) -> HeadSample:
+        """The target's samples of the tokens in `window`, changed as the pattern says."""
+        judged = super().verify(batch, canvas, window)
+        length = self.sampler.plan.num_tokens
+        return self.pattern.force(window, judged, batch, self.sampler.noise, length)
+
+
 @dataclass
 class ReplayPipeline(Pipeline):
     """A pipeline whose verdicts follow `pattern`."""
 
     pattern: AcceptancePattern | None = None
 
-    def _decode(
-        self, config: RunConfig, sampler: Sampler, batch: Batch
-    ) -> tuple[Canvas, Statistics]:
-        if config.method != "cspd" or self.pattern is None:
-            return super()._decode(config, sampler, batch)
-        play, length = players(self, config), sampler.plan.num_tokens
-        channels = self.bundle.manifest.geometry.token_dim
-        canvas = Canvas.empty(batch, sampler.noise, length, channels)
-        statistics = Statistics(per_image=[Verdicts() for _ in range(batch.count)])
-        prefill(sampler, play.target, play.options, batch, canvas, statistics)
-        while not canvas.done:
-            window = play.propose(batch, canvas, statistics)
-            judged = play.verify(batch, canvas, window)
-            forced = self.pattern.force(window, judged, batch, sampler.noise, length)
-            settle(sampler, play.options, batch, canvas, window, forced, statistics)
-        return canvas, statistics
+    def decoder(self, config: RunConfig, sampler: Sampler | None = None) -> Decoder:
+        """The method of `config`; cspd with borrowed acceptance."""
+        usual = super().decoder(config, sampler)
+        if not isinstance(usual, Speculative) or self.pattern is None:
+            return usual
+        settings = {item.name: getattr(usual, item.name) for item in fields(usual)}
+        return Replayed(**settings, pattern=self.pattern)

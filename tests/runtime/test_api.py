@@ -135,7 +135,7 @@ WRONG = {
     "method is 'magic', expected one of target, draft, cspd": {"method": "magic"},
     "align is 'x', expected true or false": {"align": "x"},
     "head_steps is 1, expected 2 or more": {"head_steps": 1},
-    "relax is 'x', expected tv=0.05": {"relax": "x", "method": "lossless"},
+    "relax is 'x', expected tv=0..1": {"relax": "x", "method": "lossless"},
     'changes nothing with method="target": leave it out, or add head="lossless"': {
         "relax": "tv=0.1",
         "method": "target",

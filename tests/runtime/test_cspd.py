@@ -19,31 +19,29 @@ from tiny_pair import CLIPPED, make_batch, torch_member
 
 from cspd.engines.errors import NonFiniteError
 from cspd.engines.schedule import make_schedule
+from cspd.runtime.alone import Alone
 from cspd.runtime.canvas import Canvas
-from cspd.runtime.cspd import (
-    CspdOptions,
-    Window,
-    decode_cspd,
-    prefix_conditions,
-    propose,
-    settle,
-    verify,
-    weigh,
-)
+from cspd.runtime.cspd import Speculative, commit
+from cspd.runtime.cspd_options import CspdOptions
+from cspd.runtime.decoder import decode as run_all
+from cspd.runtime.decoder import ignore_progress
+from cspd.runtime.draft_window import Window
 from cspd.runtime.head_base import HeadSample
+from cspd.runtime.judge import judge, weigh
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.plan import MaskPlan
-from cspd.runtime.sampler import Sampler, decode_alone
+from cspd.runtime.sampler import Sampler
 from cspd.runtime.stats import Statistics, Verdicts
+from cspd.runtime.verify import prefix_conditions
 
 MODES = ["parallel", "prefix"]
 FAR = 1e3  # a shift of the target that no draft survives
 
 
-def decode(sampler, target, draft, batch, **options):
+def decode(sampler, target, draft, batch, on_round=ignore_progress, **options):
     """Speculative decoding with the paper's residual unless `options` say otherwise."""
-    options = {"on_reject": "residual", **options}
-    return decode_cspd(sampler, target, draft, CspdOptions(**options), batch, CHANNELS)
+    options = CspdOptions(**{"on_reject": "residual", **options})
+    return run_all(Speculative(sampler, target, draft, options, CHANNELS), batch, on_round)
 
 
 def odd_positions_far(rows) -> torch.Tensor:
@@ -73,7 +71,7 @@ def real_rows(sampler: Sampler, network) -> dict[tuple[int, int], list]:
 def test_equal_pair_accepts_everything_and_makes_the_target_s_image(mode):
     batch, sampler = batch_of(0, 1, 2), make_sampler(cfg=3.0)
     canvas, statistics = decode(sampler, member("target"), member("draft"), batch, verify=mode)
-    alone, _ = decode_alone(sampler, member("target"), batch, CHANNELS)
+    alone, _ = run_all(Alone(sampler, member("target"), CHANNELS), batch)
     assert torch.equal(canvas.tokens, alone.tokens)
     verdicts = statistics.verdicts
     assert verdicts.accepted == verdicts.proposed == 3 * LENGTH - statistics.prefilled
@@ -106,7 +104,7 @@ def test_no_residual_falls_back_to_the_target_s_own_sample(mode):
     sampler = make_sampler()
     target, draft = member("target", sum_log_std=20.0), member("draft")
     canvas, statistics = decode(sampler, target, draft, batch_of(0, 1), verify=mode, prefill=0)
-    alone, _ = decode_alone(sampler, member("target"), batch_of(0, 1), CHANNELS)
+    alone, _ = run_all(Alone(sampler, member("target"), CHANNELS), batch_of(0, 1))
     assert statistics.verdicts.fallback == 2 * LENGTH
     assert statistics.verdicts.accepted == statistics.verdicts.resampled == 0
     assert torch.equal(canvas.tokens, alone.tokens)
@@ -119,7 +117,7 @@ def test_on_reject_target_takes_the_aligned_sample(mode):
     canvas, statistics = decode(
         sampler, target, member("draft"), batch_of(0, 1), verify=mode, on_reject="target"
     )
-    alone, _ = decode_alone(sampler, member("target", shift=odd_positions_far), batch_of(0, 1), 4)
+    alone, _ = run_all(Alone(sampler, member("target", shift=odd_positions_far), 4), batch_of(0, 1))
     assert torch.equal(canvas.tokens, alone.tokens)
     # Nothing failed: the target's token is what was asked for.
     verdicts = statistics.verdicts
@@ -133,7 +131,7 @@ def test_parallel_judges_every_token_on_its_own():
         sampler, member("target", shift=odd_positions_far), member("draft"), batch, prefill=0
     )
     assert statistics.verdicts == Verdicts(2 * LENGTH, LENGTH, LENGTH)
-    draft_alone, _ = decode_alone(sampler, member("draft"), batch, CHANNELS)
+    draft_alone, _ = run_all(Alone(sampler, member("draft"), CHANNELS), batch)
     assert torch.equal(canvas.tokens[:, 0::2], draft_alone.tokens[:, 0::2])
     assert (canvas.tokens[:, 1::2] > FAR / 2).all()
 
@@ -183,8 +181,13 @@ def test_ragged_batch_equals_every_sample_alone(seed, fixed_shapes):
     sampler = make_sampler(seed, cfg=3.0, fixed_shapes=fixed_shapes)
     options = {"verify": "prefix", "gamma": 3, "prefill": 0.1}
     lengths: list[set[int]] = []
-    watched = replace(sampler, on_step=lambda canvas, _: lengths.append(set(canvas.known)))
-    together, statistics = decode(watched, *pair(), batch_of(0, 1, 2, 3, 4), **options)
+
+    def watch(canvas, statistics):
+        lengths.append(set(canvas.known))
+
+    together, statistics = decode(
+        sampler, *pair(), batch_of(0, 1, 2, 3, 4), on_round=watch, **options
+    )
     assert max(map(len, lengths)) >= 3  # the batch was ragged indeed
     for row in range(5):
         alone, single = decode(sampler, *pair(), batch_of(row), **options)
@@ -271,7 +274,7 @@ def test_prefill_of_everything_is_the_target_alone():
     sampler = make_sampler()
     target, draft = member("target", shift=context_shift), member("draft")
     canvas, statistics = decode(sampler, target, draft, batch_of(0, 1), prefill=1.0)
-    alone, plain = decode_alone(sampler, member("target", shift=context_shift), batch_of(0, 1), 4)
+    alone, plain = run_all(Alone(sampler, member("target", shift=context_shift), 4), batch_of(0, 1))
     assert torch.equal(canvas.tokens, alone.tokens)
     assert statistics.target_rounds == plain.target_rounds == sampler.plan.num_iter
     assert statistics.draft_calls == 0 and statistics.verdicts == Verdicts()
@@ -306,7 +309,7 @@ def test_rounds_and_evaluations_are_counted_apart(mode, fixed_shapes):
         drafts.append(statistics.draft_calls)
 
     _, statistics = decode(
-        replace(sampler, on_step=watch), target, member("draft"), batch_of(*range(images)),
+        sampler, target, member("draft"), batch_of(*range(images)), on_round=watch,
         verify=mode, gamma=6, prefill=0.2,
     )  # fmt: skip
     prefilled = drafts.count(0)
@@ -383,7 +386,7 @@ def test_residual_is_drawn_from_the_kernel_that_was_sampled(temperature, residua
         residual_temperature=residual_temperature,
     )  # fmt: skip
     assert statistics.verdicts.resampled == 20 * LENGTH
-    alone, _ = decode_alone(sampler, member("target", shift=10 * FAR), batch, CHANNELS)
+    alone, _ = run_all(Alone(sampler, member("target", shift=10 * FAR), CHANNELS), batch)
     scores = (canvas.tokens - alone.tokens) / (residual_temperature * temperature)
     assert stats.kstest(scores.flatten().numpy(), "norm").pvalue > 1e-4 / 6
 
@@ -440,7 +443,8 @@ def test_real_transformer_sees_the_drafts_before_it():
     sampler = Sampler(MaskPlan(16, 6, 3.0, "linear"), schedule, Noise(3))
     target, draft, batch = torch_member("target"), torch_member("draft"), make_batch([0, 1])
     canvas = Canvas.empty(batch, sampler.noise, 16, 16)
-    window = propose(sampler, draft, CspdOptions(gamma=12), batch, canvas, Statistics())
+    drafting = Speculative(sampler, target, draft, CspdOptions(gamma=12), 16)
+    window = drafting.propose(batch, canvas, Statistics())
     got = prefix_conditions(sampler, target, batch, canvas, window)
     ahead, done = Canvas.empty(batch, sampler.noise, 16, 16), 0
     for _ in window.starts[0]:
@@ -458,16 +462,17 @@ def test_rejected_token_and_what_follows_are_drafted_again():
     target, draft = member("target", shift=odd_positions_far), member("draft")
     options = CspdOptions(verify="prefix", gamma=8, on_reject="residual")
     canvas = Canvas.empty(batch, sampler.noise, LENGTH, CHANNELS)
-    window = propose(sampler, draft, options, batch, canvas, Statistics())
-    judged = verify(sampler, target, options, batch, canvas, window)
-    settle(sampler, options, batch, canvas, window, judged, Statistics(per_image=[Verdicts()]))
+    decoder = Speculative(sampler, target, draft, options, CHANNELS)
+    window = decoder.propose(batch, canvas, Statistics())
+    samples = decoder.verify(batch, canvas, window)
+    commit(canvas, judge(sampler, options, batch, window, samples))
     order = canvas.sequence[0].long()
     first_odd = next(i for i in range(LENGTH) if order[i] % 2)
     assert canvas.known == [first_odd + 1]
     assert torch.equal(canvas.tokens[0, order[:first_odd]], window.drafted.sample[0, :first_odd])
     assert (canvas.tokens[0, order[first_odd]] > FAR / 2).all()
     assert not canvas.tokens[0, order[first_odd + 1 :]].any()
-    later = propose(sampler, draft, options, batch, canvas, Statistics())
+    later = decoder.propose(batch, canvas, Statistics())
     assert later.starts[0][0] == first_odd + 1
 
 
@@ -566,7 +571,7 @@ def test_broken_density_is_rejected(what, who, value):
         sampler, members["target"], members["draft"], batch_of(0, 1), prefill=0
     )
     assert statistics.verdicts.fallback == 2 * LENGTH
-    alone, _ = decode_alone(sampler, member("target"), batch_of(0, 1), CHANNELS)
+    alone, _ = run_all(Alone(sampler, member("target"), CHANNELS), batch_of(0, 1))
     assert torch.equal(canvas.tokens, alone.tokens)
 
 
@@ -575,9 +580,9 @@ def test_real_equal_pair_under_prefix_is_the_target_alone():
     batch, target = make_batch([0, 1, 2, 3]), torch_member("target")
     draft = replace(target, name="draft")
     options = CspdOptions(verify="prefix", prefill=0, on_reject="residual")
-    canvas, statistics = decode_cspd(sampler, target, draft, options, batch, 16)
+    canvas, statistics = run_all(Speculative(sampler, target, draft, options, 16), batch)
     assert statistics.verdicts.accepted == statistics.verdicts.proposed == 64
-    alone, _ = decode_alone(sampler, target, batch, 16)
+    alone, _ = run_all(Alone(sampler, target, 16), batch)
     assert relative_error(canvas.tokens, alone.tokens) < 1e-4
 
 

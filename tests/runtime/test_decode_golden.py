@@ -6,9 +6,11 @@ from tiny_pair import make_batch, make_head, torch_member
 
 from cspd.engines.backends import open_session
 from cspd.engines.schedule import ScheduleSpec, make_schedule
+from cspd.runtime.alone import Alone
+from cspd.runtime.decoder import decode
 from cspd.runtime.member import Member
 from cspd.runtime.plan import MaskPlan
-from cspd.runtime.sampler import Sampler, decode_alone
+from cspd.runtime.sampler import Sampler
 
 TOLERANCE = {"torch": 5e-5, "onnxruntime": 1e-4}
 
@@ -43,10 +45,13 @@ def test_image_golden(member, backend, fixed_shapes, golden_settings):
         RecordedNoise(),
         golden_settings["temperature"],
         fixed_shapes,
-        lambda canvas, statistics: steps.append((canvas.tokens.clone(), list(canvas.known))),
     )
     batch = make_batch([0, 1], reference["image.labels"].tolist())
-    canvas, statistics = decode_alone(sampler, member, batch, 16)
+
+    def keep(canvas, statistics):
+        steps.append((canvas.tokens.clone(), list(canvas.known)))
+
+    canvas, statistics = decode(Alone(sampler, member, 16), batch, keep)
     assert statistics.target_rounds == len(steps) == golden_settings["num_iter"]
     masked = [*reference["image.mask_len"].tolist()[:-1], 0]
     for index, (tokens, known) in enumerate(steps):
@@ -67,6 +72,6 @@ def test_temperature_scales_the_noise_of_every_step(member):
         schedule = make_schedule(ScheduleSpec(clip_timesteps=950), 25)
         sampler = Sampler(MaskPlan(16, 6), schedule, noise, temperature=1e-6)
         batch = make_batch([0, 1], reference["image.labels"].tolist())
-        results.append(decode_alone(sampler, member, batch, 16)[0].tokens)
+        results.append(decode(Alone(sampler, member, 16), batch)[0].tokens)
     assert relative_error(*results) < 1e-4
     assert results[0].abs().max() > 0.1

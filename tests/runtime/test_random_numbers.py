@@ -18,14 +18,17 @@ from test_lossless import LEVEL, MUTANT_LEVEL, SCHEDULE, tokens
 from tiny_pair import CLIPPED, make_batch, torch_member
 
 from cspd.engines.schedule import COLUMNS, make_schedule
+from cspd.runtime.alone import Alone
 from cspd.runtime.chain_numbers import ChainNumbers
-from cspd.runtime.cspd import CspdOptions, decode_cspd
+from cspd.runtime.cspd import Speculative
+from cspd.runtime.cspd_options import CspdOptions
+from cspd.runtime.decoder import decode
 from cspd.runtime.lossless import SpeculativeHead
 from cspd.runtime.lossless_loop import SpeculativeLoopHead
 from cspd.runtime.noise import Noise, Purpose, to_normal, to_uniform
 from cspd.runtime.plan import MaskPlan
 from cspd.runtime.relax import LenientNumbers
-from cspd.runtime.sampler import Sampler, decode_alone
+from cspd.runtime.sampler import Sampler
 from cspd.runtime.speculation import SpeculationOptions
 
 FULL = 0xFFFFFFFF
@@ -110,7 +113,7 @@ def in_order(candidates, where):
 @pytest.mark.parametrize("role", ["target", "draft"])
 def test_a_model_alone_takes_every_number_once(role):
     noise = CountingNoise()
-    decode_alone(tiny_sampler(noise), torch_member(role), make_batch(list(IMAGES)), 16)
+    decode(Alone(tiny_sampler(noise), torch_member(role), 16), make_batch(list(IMAGES)))
     assert noise.asked == orders() + chains(EVERY)
 
 
@@ -118,7 +121,7 @@ def test_a_model_alone_takes_every_number_once(role):
 def test_speculative_denoising_takes_every_number_once(kind):
     noise = CountingNoise()
     batch = make_batch(list(IMAGES))
-    decode_alone(tiny_sampler(noise), speculative("target", kind), batch, 16)
+    decode(Alone(tiny_sampler(noise), speculative("target", kind), 16), batch)
     candidates, rest = split(noise.asked, Purpose.SPECULATE)
     # The tests of all steps of a token are one block of numbers.
     assert rest == orders() + chains(EVERY) + Counter(keys(Purpose.SPECULATE_TEST, EVERY))
@@ -133,7 +136,7 @@ def test_cspd_takes_every_number_once_for_draft_and_target(align, on_reject):
     sampler = make_sampler(noise=noise)
     target = member("target", shift=lambda rows: 1e3 * (rows.positions % 2).float())
     options = CspdOptions(align=align, on_reject=on_reject, prefill=0.2, gamma=3)
-    decode_cspd(sampler, target, member("draft"), options, batch_of(*IMAGES), CHANNELS)
+    decode(Speculative(sampler, target, member("draft"), options, CHANNELS), batch_of(*IMAGES))
     first = options.windows(sampler.plan).first
     order = Noise(0).orders(torch.tensor(IMAGES), LENGTH).tolist()
     drafted = [(image, position) for image in IMAGES for position in order[image][first:]]
@@ -155,7 +158,7 @@ def test_prefix_verification_takes_a_number_again_only_for_a_token_that_was_disc
     target = member("target", shift=lambda rows: 1e3 * (rows.positions % 2).float())
     draft = member("draft")
     options = CspdOptions(verify="prefix", on_reject="residual", prefill=0, gamma=5)
-    _, statistics = decode_cspd(sampler, target, draft, options, batch_of(0), CHANNELS)
+    _, statistics = decode(Speculative(sampler, target, draft, options, CHANNELS), batch_of(0))
     windows = {token: len(found) for token, found in by_token(target.head).items()}
     assert windows == {token: len(found) for token, found in by_token(draft.head).items()}
     assert sum(windows.values()) == statistics.verdicts.proposed
@@ -176,7 +179,7 @@ def test_speculative_chains_share_numbers_only_if_they_share_their_noise(align):
     noise = CountingNoise()
     options = CspdOptions(align=align, prefill=0, gamma=6)
     pair = speculative("target"), speculative("draft")
-    decode_cspd(tiny_sampler(noise), *pair, options, make_batch(list(IMAGES)), 16)
+    decode(Speculative(tiny_sampler(noise), *pair, options, 16), make_batch(list(IMAGES)))
     if not align:
         assert set(noise.asked.values()) == {1}
         drafted = (Purpose.SPECULATE_DRAFT, Purpose.SPECULATE_TEST_DRAFT)

@@ -6,10 +6,12 @@ from stubs import StubHead, batch_of, make_sampler, member
 from test_lossless import network_tokens
 
 from cspd.engines.schedule import ScheduleSpec, make_schedule
-from cspd.runtime.cspd import CspdOptions, decode_cspd
+from cspd.runtime.alone import Alone
+from cspd.runtime.cspd import Speculative
+from cspd.runtime.cspd_options import CspdOptions
+from cspd.runtime.decoder import decode
 from cspd.runtime.head_base import HeadSample
 from cspd.runtime.noise import Noise, Purpose
-from cspd.runtime.sampler import decode_alone
 from cspd.runtime.steps import Annealing, HeadSteps
 
 CLIPPED = ScheduleSpec(clip_timesteps=950)
@@ -85,7 +87,7 @@ def test_image_goes_from_first_to_last():
 
     target = member("target")
     object.__setattr__(target, "head", Head())
-    canvas, _ = decode_alone(sampler, target, batch_of(0, 1), 4)
+    canvas, _ = decode(Alone(sampler, target, 4), batch_of(0, 1))
     assert canvas.done and counts == [7, 6, 5, 4, 3]
 
 
@@ -108,7 +110,8 @@ def test_drafts_are_judged_with_the_steps_they_were_made_with(verify):
         return found
 
     options = CspdOptions(gamma=5, prefill=0.0, verify=verify)
-    canvas, _ = decode_cspd(sampler, watch("target"), watch("draft"), options, batch_of(0), 4)
+    decoder = Speculative(sampler, watch("target"), watch("draft"), options, 4)
+    canvas, _ = decode(decoder, batch_of(0))
     assert canvas.done
     # Equal heads: every draft is accepted, so that each token is drafted and judged once.
     for (role, key), counts in made.items():

@@ -20,7 +20,7 @@ from cspd.tools.parity_bisect import suspect
 from cspd.tools.parity_ladder import within
 from cspd.tools.parity_measure import Row, finite, measure, worst
 from cspd.tools.parity_rungs import RUNGS, decision_rows, output_rows, psnr
-from cspd.tools.probe import rounds, unoptimised_session
+from cspd.tools.probe import canvas_before, unoptimised_session, verdicts
 
 SMALL = {"images": 2, "num_iter": 4, "head_steps": 5, "seeds": 1}
 
@@ -203,10 +203,15 @@ def test_rounds_account_for_every_token(sound):
     length = ladder.bundle.manifest.geometry.num_tokens
     judged = torch.zeros(config.num_images, dtype=torch.int64)
     accepted = 0
-    for item in rounds(pipeline, config):
-        judged += item.judged_mask.sum(1)
-        accepted += int(item.accepted.sum())
-        assert not bool((item.accepted & ~item.judged_mask).any())
+    before = torch.zeros(config.num_images, length, pipeline.bundle.manifest.geometry.token_dim)
+    for done, verdict in verdicts(pipeline, config):
+        judged += verdict.kept.sum(1)
+        accepted += int(verdict.accepted.sum())
+        assert not bool((verdict.accepted & ~verdict.kept).any())
+        # What stood on the canvas when the window was drafted; the prefill comes before the first.
+        if before.any():
+            assert torch.equal(canvas_before(done.canvas, verdict.window).tokens, before)
+        before = done.canvas.tokens.clone()
     (_, statistics), *_ = pipeline.generate(config)
     assert judged.tolist() == [length - statistics.prefilled // config.num_images] * 2
     assert accepted == statistics.verdicts.accepted
