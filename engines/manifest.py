@@ -146,11 +146,14 @@ class Manifest(Record):
         }
         return {**graphs, "decoder": self.decoder}
 
+    def weights(self) -> list[str]:
+        """Every file of weights, all of them safetensors."""
+        models = self.models.values()
+        names = [name for model in models for name in (model.weights, model.first_weights)]
+        return [name for name in (*names, self.decoder_weights) if name]
+
     def referenced_files(self) -> list[str]:
         """Every file that a model, a graph or an engine names."""
         graphs = list(self.graphs().values())
-        weights = [(model.weights, model.first_weights) for model in self.models.values()]
-        names = [name for pair in weights for name in pair if name]
-        names += [self.decoder_weights] if self.decoder_weights else []
-        names += [graph.file for graph in graphs]
+        names = self.weights() + [graph.file for graph in graphs]
         return names + [engine.file for graph in graphs for engine in graph.engines.values()]
