@@ -105,8 +105,8 @@ class Manifest(Record):
     geometry: Geometry
     class_names: tuple[Annotated[str, Field(max_length=MAX_NAME)], ...]
     schedule: ScheduleSpec
-    # Guidance scale, denoising steps and so on that the model is best used with.
-    defaults: dict[str, float | int | str] = Field(default_factory=dict)
+    # Settings that the model is best used with, named as in run.json: num_iter, cfg and so on.
+    defaults: dict[str, Any] = Field(default_factory=dict)
     models: dict[Role, ModelRecord]
     decoder: GraphRecord
     # None for pixel-space models, whose decoder has no weights.

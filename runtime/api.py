@@ -12,7 +12,6 @@ from typing import Any
 
 from PIL import Image
 
-from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.machine import check_machine
 from cspd.engines.words import setting, speaking
@@ -27,7 +26,7 @@ from cspd.runtime.pipeline import GeneratedImage, ImageId
 from cspd.runtime.progress import RunProgress, working
 from cspd.runtime.result import Images
 from cspd.runtime.sessions import Sessions
-from cspd.runtime.settings import configure, shipped_bundle
+from cspd.runtime.settings import configure, shipped_bundle, usable_bundle
 from cspd.runtime.stats import Statistics, Tally
 
 MAX_THREADS = 1024
@@ -51,7 +50,7 @@ def load(
 
     Raises CspdError if the folder is no bundle, or the backend or device is not available here.
     """
-    opened = open_bundle(shipped_bundle() if bundle is None else Path(bundle))
+    opened = usable_bundle(shipped_bundle() if bundle is None else Path(bundle))
     name = configure(opened, None, {"backend": backend}).backend
     check_machine(opened, name, device)
     if not 0 <= threads <= MAX_THREADS:

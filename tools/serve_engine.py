@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from cspd.engines.bundle import open_bundle
 from cspd.engines.cpus import limit_torch_threads
 from cspd.runtime.canvas import ACCEPTED, REJECTED, Canvas
 from cspd.runtime.config import RunConfig
@@ -17,6 +16,7 @@ from cspd.runtime.images import encode_png
 from cspd.runtime.outputs import image_metadata
 from cspd.runtime.pipeline import GeneratedImage, ImageId
 from cspd.runtime.sessions import Sessions
+from cspd.runtime.settings import usable_bundle
 from cspd.runtime.stats import Statistics
 from cspd.tools.serve_batch import AbandonedError, BatchQueue, Ticket, group_key
 from cspd.tools.serve_bundle import configuration, methods_of
@@ -29,7 +29,7 @@ class Engine:
 
     def __init__(self, settings: Settings) -> None:
         limit_torch_threads(settings.threads)
-        self.bundle = open_bundle(settings.bundle)
+        self.bundle = usable_bundle(settings.bundle)
         self.identity = self.bundle.sha256
         self.pipeline = CountingPipeline(
             Sessions(self.bundle, settings.backend, settings.device, settings.threads)

@@ -14,11 +14,11 @@ import numpy as np
 # Exists inside a Triton server only.
 import triton_python_backend_utils as pb_utils
 
-from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
 from cspd.runtime.config import RunConfig, asked_config
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
 from cspd.runtime.sessions import Sessions
+from cspd.runtime.settings import usable_bundle
 from cspd.tools.triton_config import SETTINGS
 
 
@@ -32,7 +32,7 @@ class TritonPythonModel:
         self._max_images = int(settings["max_images"])
         folder = Path(args["model_repository"]) / args["model_version"] / "bundle"
         device = "cuda" if args["model_instance_kind"] == "GPU" else "cpu"
-        self._bundle = open_bundle(folder)
+        self._bundle = usable_bundle(folder)
         self._pipeline = Pipeline(
             Sessions(self._bundle, settings["backend"], device, int(settings["threads"]))
         )
