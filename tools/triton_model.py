@@ -15,6 +15,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from cspd.engines.errors import CspdError
+from cspd.engines.words import speaking
 from cspd.runtime.config import RunConfig, asked_config
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
 from cspd.runtime.sessions import Sessions
@@ -43,8 +44,9 @@ class TritonPythonModel:
 
     def _respond(self, request: Any) -> Any:
         try:
-            config = self._config(request)
-            images = [image for batch, _ in self._pipeline.generate(config) for image in batch]
+            with speaking("python"):  # inputs have the names of RunConfig
+                config = self._config(request)
+                images = [image for batch, _ in self._pipeline.generate(config) for image in batch]
         except CspdError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
         return pb_utils.InferenceResponse(output_tensors=self._outputs(config, images))
