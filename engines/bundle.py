@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.manifest import FileRecord, GraphRecord, Manifest
 from cspd.engines.onnx_external import external_locations
+from cspd.engines.weights import check_weights_file
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
@@ -62,12 +63,17 @@ class Bundle:
         return set()
 
     def file(self, name: str) -> Path:
-        """Path of the file `name`; raises BundleError unless it is what the manifest says."""
+        """Path of the file `name`; raises BundleError unless it is what the manifest says.
+
+        Weights have to be finite too.
+        """
         path = self.folder / name
         if name in self._verified:
             return path
         try:
             self._verify(path, self.manifest.files[name])
+            if name in self.manifest.weights():
+                check_weights_file(path)
         except OSError as error:
             raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
         self._verified.add(name)

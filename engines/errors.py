@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cspd.engines.words import setting
+
 MAX_LINE = 1000  # characters of a message; longer ones come from a value that is no sane value
 
 
@@ -44,3 +46,15 @@ class BundleError(CspdError):
 
 class NonFiniteError(CspdError):
     """A network returned NaN or infinity."""
+
+
+def overflow_advice() -> str:
+    """What to do about a NonFiniteError, the likely cause first.
+
+    Weights that are not finite are no cause: they are refused when they are opened.
+    """
+    return (
+        f"Lower {setting('cfg')} or {setting('temperature')}; a model in fp16 holds larger numbers "
+        "after cspd-export build --precision bf16 or fp32; if it is the same in fp32, its weights "
+        "are too large: repeat cspd-export build with another checkpoint"
+    )

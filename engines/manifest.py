@@ -105,8 +105,8 @@ class Manifest(Record):
     geometry: Geometry
     class_names: tuple[Annotated[str, Field(max_length=MAX_NAME)], ...]
     schedule: ScheduleSpec
-    # Guidance scale, denoising steps and so on that the model is best used with.
-    defaults: dict[str, float | int | str] = Field(default_factory=dict)
+    # Settings that the model is best used with, named as in run.json: num_iter, cfg and so on.
+    defaults: dict[str, Any] = Field(default_factory=dict)
     models: dict[Role, ModelRecord]
     decoder: GraphRecord
     # None for pixel-space models, whose decoder has no weights.
@@ -146,11 +146,14 @@ class Manifest(Record):
         }
         return {**graphs, "decoder": self.decoder}
 
+    def weights(self) -> list[str]:
+        """Every file of weights, all of them safetensors."""
+        models = self.models.values()
+        names = [name for model in models for name in (model.weights, model.first_weights)]
+        return [name for name in (*names, self.decoder_weights) if name]
+
     def referenced_files(self) -> list[str]:
         """Every file that a model, a graph or an engine names."""
         graphs = list(self.graphs().values())
-        weights = [(model.weights, model.first_weights) for model in self.models.values()]
-        names = [name for pair in weights for name in pair if name]
-        names += [self.decoder_weights] if self.decoder_weights else []
-        names += [graph.file for graph in graphs]
+        names = self.weights() + [graph.file for graph in graphs]
         return names + [engine.file for graph in graphs for engine in graph.engines.values()]

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from cspd.engines.errors import CspdError, NonFiniteError
+from cspd.engines.errors import CspdError, NonFiniteError, overflow_advice
 
 DTYPES = {"float32": torch.float32, "int32": torch.int32}
 NAME_PATTERN = r"^[a-z][a-z0-9_]*$"
@@ -159,6 +159,5 @@ class GraphSpec(Record):
             if not torch.isfinite(value).all():
                 raise NonFiniteError(
                     f"{self.name}: {name} holds NaN or infinity at {context}; nothing was saved "
-                    "of them. Try cspd-export build --precision fp32 or bf16, and cspd-export "
-                    "parity"
+                    f"of them. {overflow_advice()}"
                 )

@@ -6,11 +6,12 @@ import contextlib
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Literal
 
-Language = Literal["options", "python"]
+# Of the command line, of Python, or whatever names a setting, and its value unless that is None.
+Language = Literal["options", "python"] | Callable[[str, object], str]
 _language: ContextVar[Language] = ContextVar("language", default="options")
 
 
@@ -30,7 +31,10 @@ def setting(name: str, value: object = None) -> str:
     `setting("num_iter")` is "--num-iter" or "num_iter"; `setting("method", "cspd")` is
     "--method cspd" or 'method="cspd"'. True and False are flags: "--align", "--no-align".
     """
-    if _language.get() == "python":
+    language = _language.get()
+    if callable(language):
+        return language(name, value)
+    if language == "python":
         shown = json.dumps(value) if isinstance(value, str) else repr(value)
         return name if value is None else f"{name}={shown}"
     option = "--" + ("no-" if value is False else "") + name.replace("_", "-")

@@ -49,7 +49,7 @@ def main() -> None:
 
 
 assert isinstance(main, Commands)
-main.add_tool("inspect", "cspd.export.inspect_bundle", "Show what BUNDLE holds, and check it.")
+main.add_tool("inspect", "cspd.tools.inspect_bundle", "Show what BUNDLE holds, and check it.")
 main.add_tool("parity", "cspd.tools.parity", "Compare every graph of BUNDLE with PyTorch.")
 main.add_tool("triton", "cspd.tools.triton", "Write BUNDLE as a Triton model repository.")
 
@@ -177,7 +177,7 @@ def make(plan: BundlePlan, out: Path, overwrite: bool, as_json: bool) -> None:
     from cspd.engines.bundle import MANIFEST, open_bundle
     from cspd.export.build import build_bundle
     from cspd.export.build_table import cost_table
-    from cspd.export.inspect_bundle import contents, engines_of, next_step
+    from cspd.export.bundle_words import contents, engines_of, next_step
 
     # In a log, the width of a terminal would cut the names of the graphs.
     console = Console(stderr=True, width=None if sys.stderr.isatty() else TABLE_WIDTH)

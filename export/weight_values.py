@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cspd.engines.errors import CspdError
+from cspd.engines.weights import not_finite
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 QUANTISED = ("float8", "float4", "int4", "uint4", "int8", "uint8")
@@ -42,8 +43,8 @@ def check_values(
     for name, tensor in state.items():
         if problem := _format_problem(tensor):
             raise CspdError(f"{owner}: {name} is {problem}")
-        if not _is_finite(tensor):
-            raise CspdError(f"{owner}: {name} {_first_bad_row(tensor)}; {advice}")
+        if problem := not_finite(tensor):
+            raise CspdError(f"{owner}: {name} {problem}; {advice}")
 
 
 def _unusual_kind(tensor: Tensor) -> str:
@@ -69,29 +70,3 @@ def _format_problem(tensor: Tensor) -> str:
         f"{dtype}{reason}, expected float32, bfloat16, float16 or float64; use the weights as they "
         "were before the conversion"
     )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether every number of `tensor` is finite in float32."""
-    values = _stored(tensor)
-    # A finite sum has finite terms and takes a tenth of the time; an infinite one proves nothing.
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
-
-
-def _stored(tensor: Tensor) -> Tensor:
-    """`tensor` without the repetitions that a stride of 0 makes, in float32 if it has more."""
-    for axis, (stride, size) in enumerate(zip(tensor.stride(), tensor.shape, strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(axis, 0, 1)
-    return tensor.float() if tensor.dtype == torch.float64 else tensor
-
-
-def _first_bad_row(tensor: Tensor) -> str:
-    """Where `tensor` is not finite: the value, and its index on the first axis."""
-    rows = tensor.detach().float().reshape(tensor.shape[0] if tensor.ndim else 1, -1)
-    bad = (~rows.isfinite()).any(1).nonzero()[:, 0]
-    row = rows[bad[0]]
-    value = float(row[~row.isfinite()][0])
-    more = f" and in {len(bad) - 1} more" if len(bad) > 1 else ""
-    place = f"{list(tensor.shape)} holds {value} in row {int(bad[0])}{more} of {len(rows)}"
-    return place + (", where float16 ends at 65,504" if tensor.dtype == torch.float16 else "")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.machine import check_machine
-from cspd.engines.words import setting, speaking
-from cspd.runtime import pipeline
+from cspd.engines.words import speaking
+from cspd.runtime import arguments, pipeline
 from cspd.runtime.batches import timed, timed_batches
 from cspd.runtime.canvas import Canvas
 from cspd.runtime.config import Method, RunConfig, check_config, check_padding, make_config
@@ -27,7 +24,7 @@ from cspd.runtime.pipeline import GeneratedImage, ImageId
 from cspd.runtime.progress import RunProgress, working
 from cspd.runtime.result import Images
 from cspd.runtime.sessions import Sessions
-from cspd.runtime.settings import configure, shipped_bundle
+from cspd.runtime.settings import configure, shipped_bundle, usable_bundle
 from cspd.runtime.stats import Statistics, Tally
 
 MAX_THREADS = 1024
@@ -51,11 +48,12 @@ def load(
 
     Raises CspdError if the folder is no bundle, or the backend or device is not available here.
     """
-    opened = open_bundle(shipped_bundle() if bundle is None else Path(bundle))
+    folder = shipped_bundle() if bundle is None else arguments.path("bundle", bundle)
+    device, quiet = arguments.device(device), arguments.switch("quiet", quiet)
+    threads = arguments.whole("threads", threads, range(MAX_THREADS + 1))
+    opened = usable_bundle(folder)
     name = configure(opened, None, {"backend": backend}).backend
     check_machine(opened, name, device)
-    if not 0 <= threads <= MAX_THREADS:
-        raise CspdError(f"{setting('threads')} is {threads}, expected 0..{MAX_THREADS}")
     return Pipeline(pipeline.Pipeline(Sessions(opened, name, device, threads)), quiet)
 
 
@@ -93,12 +91,12 @@ class Pipeline:
     ) -> Images:
         """Images of the classes `labels`, one per label: those of `cspd-run generate`, to the byte.
 
-        `labels` are numbers or names. With one `seed`, 0..2^64-1, image k is number k of that seed;
-        a list gives each image a seed of its own, and each is number 0 of it, whatever it is made
-        with. One label serves for a whole list of seeds. `options` are the other fields of
-        `RunConfig` (num_iter, cfg, gamma, num_images, ...); what is left out is the bundle's
-        default. `method` is "target", "draft", "cspd" (Wang et al. 2024, arXiv 2411.11925),
-        "lossless" or "auto"; see docs/explanation/methods.md.
+        `labels` are numbers or names, in a list or an array. With one `seed`, 0..2^64-1, image k is
+        number k of that seed; a list gives each image a seed of its own, and each is number 0 of
+        it, whatever it is made with. One label serves for a whole list of seeds. `options` are the
+        other fields of `RunConfig` (num_iter, cfg, gamma, num_images, ...); what is left out is the
+        bundle's default. `method` is "target", "draft", "cspd" (Wang et al. 2024, arXiv
+        2411.11925), "lossless" or "auto"; see docs/explanation/methods.md.
 
         `callback_on_step(canvas, statistics)` is called after every autoregressive step of a batch:
         row b of the canvas knows `canvas.known[b]` of its L tokens [B, L, C]; rows beyond the
@@ -106,14 +104,16 @@ class Pipeline:
 
         Raises CspdError for settings that are wrong or that the bundle cannot run.
         """
-        silent = self.quiet if quiet is None else quiet
+        silent = self.quiet if quiet is None else arguments.switch("quiet", quiet)
+        takes = "two arguments, canvas and statistics"
+        callback = arguments.function("callback_on_step", callback_on_step, takes)
         self.networks.working = partial(working, quiet=silent)
         config, reasons = self.networks.resolve(
             self.settings(labels, seed=seed, method=method, **options)
         )
         self.networks.open(config)
         seeds = _seeds(seed)
-        made, tally = self._make(config, seeds, callback_on_step, silent)
+        made, tally = self._make(config, seeds, callback, silent)
         notes = [f"{role} head: {explained.reason}" for role, explained in reasons.items()]
         return self._images(config, seeds, made, tally, [*notes, *self.networks.sessions.notes])
 
@@ -129,13 +129,11 @@ class Pipeline:
         """What a call with these arguments would do, checked; of a list of seeds, the first one."""
         if "backend" in options:
             raise CspdError("backend is an argument of cspd.load, not of a call")
-        one = isinstance(labels, str) or not isinstance(labels, Iterable)
-        classes: list[Any] = [labels] if one else list(labels)  # type: ignore[arg-type]
-        seeds = _seeds(seed)
+        classes, seeds = arguments.classes(labels), _seeds(seed)
         if seeds and len(classes) == 1:
             options = {"num_images": len(seeds), **options}
-        first, backend = seeds[0] if seeds else _number(seed), self.networks.backend
-        asked = {**options, "seed": first, "method": method, "backend": backend}
+        first = seeds[0] if seeds else arguments.seeds(seed)
+        asked = {**options, "seed": first, "method": method, "backend": self.networks.backend}
         config = configure(self.networks.bundle, classes, asked)
         check_config(config, self.networks.bundle.manifest)
         check_padding(config)
@@ -148,6 +146,9 @@ class Pipeline:
     @speaking("python")
     def preview(self, canvas: Canvas, row: int = 0) -> Image.Image:
         """Row `row` of a canvas as an image, finished or not; unknown tokens are zero."""
+        if not isinstance(canvas, Canvas):
+            raise arguments.refusal("canvas", canvas, "what a callback_on_step is called with")
+        row = arguments.whole("row", row, range(len(canvas.known)))
         return to_pillow(self.networks.preview(canvas, row))
 
     def _make(
@@ -213,13 +214,7 @@ class Pipeline:
 
 def _seeds(seed: int | Sequence[int]) -> list[int] | None:
     """The seeds of a list, checked; None if there is one for all images."""
-    if not isinstance(seed, Sequence):
+    found = arguments.seeds(seed)
+    if isinstance(found, int):
         return None
-    if not seed:
-        raise CspdError("seed is an empty list, expected one per image")
-    return [make_config(labels=(0,), num_images=1, seed=_number(each)).seed for each in seed]
-
-
-def _number(value: Any) -> Any:
-    """NumPy's whole numbers as Python's; anything else as it is."""
-    return int(value) if isinstance(value, numbers.Integral) else value
+    return [make_config(labels=(0,), num_images=1, seed=each).seed for each in found]

@@ -30,7 +30,7 @@ def expected(model: type[BaseModel], name: str, value: object) -> str:
     if not bounds:
         return kind
     numeric = isinstance(value, int if part["type"] == "integer" else int | float)
-    return bounds if numeric else f"{kind}, {bounds}"
+    return bounds if numeric and not isinstance(value, bool) else f"{kind}, {bounds}"
 
 
 def _bounds(part: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from typing import Any, get_args
 import click
 
 from cspd.engines.backends import BACKENDS
-from cspd.engines.bundle import open_bundle
 from cspd.engines.commands import (
     OUTPUT,
     SPEED,
@@ -33,7 +32,7 @@ from cspd.runtime.options import FOLDER, LABELS, machine_options, sampling_optio
 from cspd.runtime.outputs import image_metadata
 from cspd.runtime.preflight import make_plan, require
 from cspd.runtime.replay import replay as make_again
-from cspd.runtime.settings import configure, shipped_bundle
+from cspd.runtime.settings import configure, shipped_bundle, usable_bundle
 from cspd.runtime.tables import doctor_tables, fixes, outcome_table
 
 
@@ -124,7 +123,7 @@ def generate(
     That pair is small, trained and inside the package. A run that was stopped, killed or ran out of
     disk is resumed by the same command with its --out.
     """
-    opened = open_bundle(bundle or shipped_bundle())
+    opened = usable_bundle(bundle or shipped_bundle())
     config = configure(opened, ",".join(labels) if labels else None, sampling)
     if address is None:
         refuse_idle(["workers"], "changes nothing without --ray: leave it out, or add --ray")
@@ -191,7 +190,7 @@ def replay(
     image: Path, bundle: Path | None, device: str, threads: int, out: Path | None, as_json: bool
 ) -> None:
     """Make IMAGE again from the settings inside it, and compare."""
-    opened = open_bundle(bundle or shipped_bundle())
+    opened = usable_bundle(bundle or shipped_bundle())
     made, config, same = make_again(opened, image, device=device, threads=threads)
     written = [out] if out is not None else []
     for path in written:

@@ -204,8 +204,13 @@ def about(name: str) -> About | None:
 
 def make_config(**values: object) -> RunConfig:
     """A RunConfig from the values of settings; SettingError names the first that is wrong."""
+    return valid_config(values)
+
+
+def valid_config(values: Mapping[str, object], *, strict: bool = False) -> RunConfig:
+    """As `make_config`; with `strict`, text is no number."""
     try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate(values, strict=strict)
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:
@@ -258,8 +263,13 @@ def _switch(name: str, value: object) -> bool:
 
 
 def check_config(config: RunConfig, manifest: Manifest) -> None:
-    """Raise SettingError unless the bundle can run `config`."""
+    """Raise SettingError unless the bundle can run `config`, BundleError if it can run nothing."""
     check_graphs(manifest)
+    check_settings(config, manifest)
+
+
+def check_settings(config: RunConfig, manifest: Manifest) -> None:
+    """Raise SettingError unless `config` is within the bounds of the bundle."""
     geometry = manifest.geometry
     for label in config.labels:
         if not 0 <= label < geometry.num_classes:

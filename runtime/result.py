@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 from PIL import Image
 
 from cspd.engines.errors import CspdError
+from cspd.engines.words import speaking
+from cspd.runtime import arguments
 from cspd.runtime.config import Method, RunConfig
 from cspd.runtime.distribution import is_exact
 from cspd.runtime.images import grid, write_png
@@ -62,13 +65,14 @@ class Images:
         """Whether they are samples of the target model; `distribution` says it in full."""
         return is_exact(self.config)
 
-    def save(self, folder: str | Path) -> list[Path]:
+    @speaking("python")
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write 00000.png and so on, each with the settings that `cspd-run replay` reads.
 
         The files are those of `cspd-run generate`, to the byte. Returns their paths. Raises
         CspdError if one of them is there already, or cannot be written.
         """
-        folder = Path(folder)
+        folder = arguments.path("folder", folder)
         paths = [folder / f"{index:05d}.png" for index in range(len(self))]
         for path in paths:
             if path.exists():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cspd.engines.errors import NonFiniteError
+from cspd.engines.errors import NonFiniteError, overflow_advice
 from cspd.engines.schedule import Schedule
 from cspd.runtime.canvas import Batch, Canvas, Span
 from cspd.runtime.head_base import HeadSample, Rows
@@ -154,6 +154,5 @@ def check_finite(member: Member, sampled: HeadSample, batch: Batch, span: Span) 
     raise NonFiniteError(
         f"{member.name} denoiser: NaN or infinity in image {int(batch.images[row])} at the "
         f"autoregressive step that starts with {span.start[row]} known tokens; no image of "
-        "this batch was saved. Try cspd-export build --precision fp32 or bf16, and cspd-export "
-        "parity"
+        f"this batch was saved. {overflow_advice()}"
     )

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cspd.engines.bundle import Bundle
-from cspd.engines.errors import SettingError
-from cspd.engines.words import setting
+from cspd.engines.bundle import MANIFEST, Bundle, open_bundle
+from cspd.engines.errors import BundleError, SettingError
+from cspd.engines.manifest import Manifest
+from cspd.engines.words import setting, speaking
 from cspd.runtime.config import RunConfig, asked_config, parse_labels
+from cspd.runtime.defaults import check_defaults
 
 USUAL_BATCH = 8
 
@@ -19,6 +21,23 @@ USUAL_BATCH = 8
 def shipped_bundle() -> Path:
     """The trained pair inside the package."""
     return Path(str(importlib.resources.files("cspd.demo_pair") / "bundle"))
+
+
+def usable_bundle(folder: Path) -> Bundle:
+    """The bundle in `folder`, its defaults checked: what every entry begins with.
+
+    Files are checked when they are used. BundleError names the manifest, and the default that this
+    bundle cannot run.
+    """
+    bundle = open_bundle(folder)
+    try:
+        with speaking("python"):  # the keys of the manifest
+            check_defaults(bundle.manifest, _usual(bundle.manifest))
+    except SettingError as error:
+        raise BundleError(
+            f"{folder / MANIFEST}: defaults: {error}; rebuild the bundle with cspd-export build"
+        ) from None
+    return bundle
 
 
 def configure(
@@ -29,18 +48,18 @@ def configure(
     `labels` are classes, numbers or names, or text such as "207,360" or "sneaker,bag"; None means
     every class. A setting in `sampling` that is None was not given.
     """
-    manifest = bundle.manifest
     chosen = {name: value for name, value in sampling.items() if value is not None}
     chosen["labels"] = _classes(labels, bundle)
-    usual = {
-        "num_images": len(chosen["labels"]),
-        "method": "cspd" if "draft" in manifest.models else "target",
-        **manifest.defaults,
-    }
+    usual = {"num_images": len(chosen["labels"]), **_usual(bundle.manifest)}
     config = asked_config(chosen, usual)
     if "batch_size" in {**usual, **chosen}:
         return config
     return config.model_copy(update={"batch_size": even_batch(config.num_images)})
+
+
+def _usual(manifest: Manifest) -> dict[str, Any]:
+    """The settings of a run that asks for nothing, but for its images."""
+    return {"method": "cspd" if "draft" in manifest.models else "target", **manifest.defaults}
 
 
 def even_batch(num_images: int) -> int:

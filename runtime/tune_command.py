@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from cspd.engines.bundle import open_bundle
 from cspd.engines.commands import Verb, finish, json_option
 from cspd.engines.machine import check_machine
 from cspd.engines.table import Table
@@ -20,7 +19,7 @@ from cspd.runtime.options import FOLDER, machine_options, setting_option
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.progress import working
 from cspd.runtime.sessions import Sessions
-from cspd.runtime.settings import configure, shipped_bundle
+from cspd.runtime.settings import configure, shipped_bundle, usable_bundle
 from cspd.runtime.tuning import HeadCosts, measure, save
 from cspd.runtime.window import WHOLE_WINDOWS, CostRecord, Forecast, cost_at
 
@@ -86,7 +85,7 @@ def command(bundle: Path | None, device: str, threads: int, as_json: bool, **sam
     Costs are kept beside the bundle, or in the user's cache folder where that is not possible, and
     hold for this bundle, backend, machine and these versions only.
     """
-    opened = open_bundle(bundle or shipped_bundle())
+    opened = usable_bundle(bundle or shipped_bundle())
     config = configure(opened, None, sampling)
     check_config(config, opened.manifest)
     check_machine(opened, config.backend, device)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from cspd.engines.bundle import Bundle, open_bundle
+from cspd.engines.bundle import Bundle
 from cspd.engines.commands import (
     METHOD,
     OUTPUT,
@@ -120,7 +120,7 @@ def command(
     quiet: bool,
 ) -> None:  # fmt: skip
     """Measure speed, acceptance and quality of BUNDLE, by default the shipped pair."""
-    from cspd.runtime.cli import shipped_bundle
+    from cspd.runtime.settings import shipped_bundle, usable_bundle
 
     if readme:
         refuse_idle(other_options("readme", "out"), "not used with --readme; leave it out")
@@ -130,7 +130,7 @@ def command(
         return
     if quick:
         refuse_idle(["no_compile"], "--quick leaves torch.compile out already")
-    opened = open_bundle(bundle or shipped_bundle())
+    opened = usable_bundle(bundle or shipped_bundle())
     scale = make_scale(quick, images, repeats, batch_sizes, no_compile)
     if not scale.quality_images:
         scores = ["inception", "reference"]

@@ -20,7 +20,7 @@ import click
 import numpy as np
 import torch
 
-from cspd.engines.bundle import Bundle, open_bundle
+from cspd.engines.bundle import Bundle
 from cspd.engines.commands import (
     METHOD,
     OUTPUT,
@@ -276,9 +276,9 @@ def command(
     quiet: bool,
 ) -> None:  # fmt: skip
     """Score the images of BUNDLE, by default the shipped pair; resumes where it was interrupted."""
-    from cspd.runtime.cli import shipped_bundle
+    from cspd.runtime.settings import shipped_bundle, usable_bundle
 
-    opened = open_bundle(bundle or shipped_bundle())
+    opened = usable_bundle(bundle or shipped_bundle())
     given = {"num_iter": num_iter, "head_steps": head_steps}
     base: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     base |= {"batch_size": batch_size, "backend": backend}

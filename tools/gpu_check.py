@@ -25,19 +25,19 @@ import torch
 from torch import Tensor
 
 from cspd.engines.backends import open_session
-from cspd.engines.bundle import Bundle, open_bundle
+from cspd.engines.bundle import Bundle
 from cspd.engines.cuda_graph import CapturedLoop, Run, relative_error
 from cspd.engines.doctor import diagnose
 from cspd.engines.errors import CspdError
 from cspd.engines.session import Session
 from cspd.engines.trt_options import BuildOptions
 from cspd.engines.trt_session import TrtSession
-from cspd.runtime.cli import shipped_bundle
 from cspd.runtime.config import HeadChoice, make_config
 from cspd.runtime.heads import DEFAULT_WINDOW
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.run import measure
 from cspd.runtime.sessions import Opener, Sessions
+from cspd.runtime.settings import shipped_bundle, usable_bundle
 from cspd.runtime.stopping import StopWish
 from cspd.tools import gpu_torch, parity
 from cspd.tools.engine_bundle import with_engines
@@ -84,7 +84,7 @@ def main(bundle: Path | None, backend: str, seconds: int, out: Path) -> None:
     if not (doctor.gpus and doctor.runs(backend)):
         raise click.ClickException(f"{backend} cannot run on a GPU here; see cspd-run doctor")
     try:
-        opened = open_bundle(bundle or shipped_bundle())
+        opened = usable_bundle(bundle or shipped_bundle())
     except CspdError as error:
         raise click.ClickException(str(error)) from None
 

@@ -14,13 +14,14 @@ import aiohttp
 import click
 import numpy as np
 
-from cspd.engines.bundle import Bundle, open_bundle
+from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
-from cspd.runtime.cli import FOLDER, shipped_bundle
+from cspd.runtime.cli import FOLDER
 from cspd.runtime.images import encode_png
 from cspd.runtime.outputs import image_metadata
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions
+from cspd.runtime.settings import shipped_bundle, usable_bundle
 from cspd.tools.serve_bundle import configuration
 from cspd.tools.serve_models import ImageRequest, Settings
 
@@ -172,7 +173,7 @@ def main(
 ) -> None:  # fmt: skip
     """Ask the server at URL for images of BUNDLE and compare every byte; exit 1 on a wrong one."""
     try:
-        made = make_cases(open_bundle(bundle or shipped_bundle()), cases, num_iter, head_steps)
+        made = make_cases(usable_bundle(bundle or shipped_bundle()), cases, num_iter, head_steps)
     except CspdError as error:
         raise click.ClickException(str(error)) from None
     figures = asyncio.run(load(url.rstrip("/"), made, clients, seconds, server_pid))

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from cspd.engines.atomic import check_writable
 from cspd.engines.backends import BACKENDS
-from cspd.engines.bundle import Bundle, open_bundle
+from cspd.engines.bundle import Bundle
 from cspd.engines.commands import (
     OUTPUT,
     SPEED,
@@ -53,11 +53,11 @@ def make_ladder(
     # PyTorch's convolutions use it by default, the exported graphs do not.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     manifest = bundle.manifest
-    values: dict[str, Any] = {**manifest.defaults}
+    values: dict[str, Any] = {**manifest.defaults, "num_images": images, "batch_size": images}
     values["num_iter"] = min(num_iter, manifest.geometry.num_tokens)
     values |= {"head_steps": head_steps} if head_steps else {}
     labels = tuple(range(manifest.geometry.num_classes))
-    config = make_config(**values, labels=labels, num_images=images, batch_size=images)
+    config = make_config(**values, labels=labels)
     return Ladder(bundle, config, candidates(backends), seeds, budget, device)
 
 
@@ -218,7 +218,7 @@ def command(
     with_bisect: bool, polygraphy: bool, as_json: bool, out: Path | None,
 ) -> None:  # fmt: skip
     """Compare every network of BUNDLE with PyTorch; exit code 1 if one differs too much."""
-    from cspd.runtime.cli import shipped_bundle
+    from cspd.runtime.settings import shipped_bundle, usable_bundle
 
     if polygraphy:
         kept = ("bundle", "backends", "polygraphy", "as_json", "out")
@@ -228,7 +228,7 @@ def command(
             refuse_idle(names, f"not used by these rungs; leave it out, or add --rung {users[-1]}")
     if out is not None:
         check_writable(out)
-    opened = open_bundle(bundle or shipped_bundle())
+    opened = usable_bundle(bundle or shipped_bundle())
     if polygraphy:
         _polygraphy(opened, backends or ("tensorrt",), as_json, out)
         return

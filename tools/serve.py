@@ -15,14 +15,13 @@ from typing import Any
 
 import click
 
-from cspd.engines.bundle import open_bundle
 from cspd.engines.commands import OUTPUT, SPEED, Verb, finish, json_option, option
 from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError, MissingExtraError, SettingError
 from cspd.engines.machine import check_machine
 from cspd.runtime.local_ray import local_ray, quietly
 from cspd.runtime.options import FOLDER, backend_option, machine_options
-from cspd.runtime.settings import shipped_bundle
+from cspd.runtime.settings import shipped_bundle, usable_bundle
 from cspd.runtime.stopping import StopWish
 from cspd.tools.serve_models import MAX_IMAGES, Settings
 
@@ -202,7 +201,7 @@ def command(
     logs: Path | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Answer requests for images of BUNDLE, by default the pair inside the package."""
-    opened = open_bundle(bundle or shipped_bundle())
+    opened = usable_bundle(bundle or shipped_bundle())
     for name in opened.manifest.files:
         opened.file(name)  # a damaged bundle is refused here, not by every replica
     folder = opened.folder.resolve()

@@ -6,6 +6,7 @@ from typing import Any
 
 from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.errors import CspdError
+from cspd.engines.words import setting, speaking
 from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.heads import DEFAULT_WINDOW
 from cspd.runtime.settings import configure, shipped_bundle
@@ -17,7 +18,7 @@ from cspd.tools.serve_models import (
     Served,
     Settings,
 )  # fmt: skip
-from cspd.tools.serve_words import near
+from cspd.tools.serve_words import in_request, near
 
 # Fields of a request that are no sampling option of `RunConfig`.
 NOT_SAMPLING = {"label", "n"}
@@ -83,16 +84,21 @@ def describe(bundle: Bundle, settings: Settings) -> ModelAnswer:
     )
 
 
+@speaking(in_request)
 def configuration(request: ImageRequest, bundle: Bundle, settings: Settings) -> RunConfig:
-    """The run that `cspd-run generate` would do for `request`; CspdError if the bundle cannot."""
+    """The run that `cspd-run generate` would do for `request`; CspdError if the bundle cannot.
+
+    Errors are in the words of the request.
+    """
     methods, limits, label = methods_of(bundle), bounds(bundle), _label(request, bundle)
     if request.method is not None and request.method not in methods:
-        raise CspdError(f"--method is {request.method!r}, expected one of {', '.join(methods)}")
+        raise CspdError(
+            f"{setting('method')} is {request.method!r}, expected one of {', '.join(methods)}"
+        )
     for name, bound in limits.items():
         value = label if name == "label" else getattr(request, name)
         if value is not None and not bound.holds(value):
-            option = name.replace("_", "-")
-            raise CspdError(f"--{option} is {value}, expected {bound} for this bundle")
+            raise CspdError(f"{setting(name)} is {value}, expected {bound} for this bundle")
     sampling = request.model_dump(exclude=NOT_SAMPLING, exclude_none=True)
     sampling |= {
         "num_images": request.n,
@@ -115,4 +121,4 @@ def _label(request: ImageRequest, bundle: Bundle) -> int:
     if request.label in names:
         return names.index(request.label)
     hint = near(request.label, names) or "; GET /v1/models lists the classes"
-    raise CspdError(f"--label: no class {request.label!r:.60}{hint}")
+    raise CspdError(f"{setting('labels')}: no class {request.label!r:.60}{hint}")

@@ -9,19 +9,21 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from cspd.engines.bundle import open_bundle
 from cspd.engines.cpus import limit_torch_threads
+from cspd.engines.words import speaking
 from cspd.runtime.canvas import ACCEPTED, REJECTED, Canvas
 from cspd.runtime.config import RunConfig
 from cspd.runtime.images import encode_png
 from cspd.runtime.outputs import image_metadata
 from cspd.runtime.pipeline import GeneratedImage, ImageId
 from cspd.runtime.sessions import Sessions
+from cspd.runtime.settings import usable_bundle
 from cspd.runtime.stats import Statistics
 from cspd.tools.serve_batch import AbandonedError, BatchQueue, Ticket, group_key
 from cspd.tools.serve_bundle import configuration, methods_of
 from cspd.tools.serve_heads import CountingPipeline
 from cspd.tools.serve_models import ImageAnswer, ImageRequest, Settings
+from cspd.tools.serve_words import in_request
 
 
 class Engine:
@@ -29,7 +31,7 @@ class Engine:
 
     def __init__(self, settings: Settings) -> None:
         limit_torch_threads(settings.threads)
-        self.bundle = open_bundle(settings.bundle)
+        self.bundle = usable_bundle(settings.bundle)
         self.identity = self.bundle.sha256
         self.pipeline = CountingPipeline(
             Sessions(self.bundle, settings.backend, settings.device, settings.threads)
@@ -97,7 +99,8 @@ class RunningBatch:
             self.tell(ticket, "started", {"batch": len(self.tickets), "waited": waited})
         self.pipeline.head_calls.clear()
         config, rows = self.tickets[0].config, [ticket.image for ticket in self.tickets]
-        made, statistics = self.pipeline.generate_rows(config, rows, self.on_step)
+        with speaking(in_request):
+            made, statistics = self.pipeline.generate_rows(config, rows, self.on_step)
         seconds = time.monotonic() - self.start - self.watching
         for ticket, image in zip(self.tickets, made, strict=True):
             self.tell(ticket, "done", self.answer(ticket, image, statistics, seconds))

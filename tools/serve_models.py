@@ -123,7 +123,7 @@ class ModelAnswer(Record):
     grid: int
     image_size: int
     image_channels: int
-    defaults: dict[str, float | int | str]
+    defaults: dict[str, bool | float | int | str]
     bounds: dict[str, Bound]
     synthetic: bool
     shipped: bool

@@ -12,10 +12,10 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import BundleError, CspdError, MissingExtraError
 from cspd.runtime.config import RunConfig
 from cspd.runtime.outputs import distribution
+from cspd.runtime.settings import usable_bundle
 from cspd.tools.serve_bundle import configuration, describe
 from cspd.tools.serve_limits import INTERNAL, Admission, Refusal
 from cspd.tools.serve_metrics import Metrics
@@ -32,7 +32,7 @@ class Service:
 
     def __init__(self, settings: Settings, engine: DeploymentHandle) -> None:
         self.settings, self.engine = settings, engine
-        self.bundle = open_bundle(settings.bundle)
+        self.bundle = usable_bundle(settings.bundle)
         self.model = describe(self.bundle, settings)
         self.admission = Admission(settings.max_queue)
         self.metrics = Metrics(lambda: self.admission.images)

@@ -10,10 +10,12 @@ from typing import Any, Literal, get_args, get_origin
 from cspd.engines.errors import CspdError
 from cspd.engines.spec import Record
 from cspd.engines.words import nearest
-from cspd.tools.serve_models import Bound, ImageRequest
+from cspd.tools.serve_models import Bound, ImageRequest, Served
 
-# Options of the command that have another name in a request.
+# Settings that have another name in a request.
 RENAMED = {"labels": "label", "num_images": "n"}
+OPTION = re.compile(r"--([a-z]+(?:-[a-z]+)*)")
+COMMAND = re.compile(r"--[a-z]|\bcspd-(run|export)\b")
 
 
 class FieldProblem(Record):
@@ -70,20 +72,36 @@ def near(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {found!r}?" if found else ""
 
 
+def in_request(name: str, value: object = None) -> str:
+    """The setting `name` as a request has it, with JSON of its value: `method "cspd"`.
+
+    What no request holds comes from the bundle.
+    """
+    if name == "head" and value in get_args(Served):
+        name = "method"  # which is how a request asks for it
+    field = RENAMED.get(name, name)
+    owner = "" if field in ImageRequest.model_fields else "the bundle's "
+    return f"{owner}{field}" if value is None else f"{owner}{field} {json.dumps(value)}"
+
+
 def of_request(error: CspdError) -> FieldProblem:
-    """A message of the command line in the words of the API: `num_iter` for `--num-iter`."""
-    named: list[str] = []
+    """A message in the words of the API, whoever it was written for.
+
+    Options that are fields are named as these; what advises other options, or commands, is for
+    those who run the server and left out.
+    """
 
     def field(match: re.Match[str]) -> str:
         name = match[1].replace("-", "_")
         name = RENAMED.get(name, name)
-        if name not in ImageRequest.model_fields:
-            return match[0]
-        named.append(name)
-        return name
+        return name if name in ImageRequest.model_fields else match[0]
 
-    message = re.sub(r"--([a-z]+(?:-[a-z]+)*)", field, str(error))
-    return FieldProblem(field=named[0] if named else None, message=message)
+    parts = re.split(r"(?<=[;.]) ", OPTION.sub(field, str(error)))
+    kept = " ".join(part for part in parts if not COMMAND.search(part))
+    message = kept.rstrip(";") or "this server cannot do what the request asks for"
+    begin = re.match(r"[a-z_]+", message)
+    named = begin[0] if begin and begin[0] in ImageRequest.model_fields else None
+    return FieldProblem(field=named, message=message)
 
 
 def _kinds(field: str) -> set[Any]:

@@ -22,6 +22,7 @@ from cspd.engines.commands import OUTPUT, SPEED, Choice, Verb, finish, json_opti
 from cspd.engines.errors import CspdError
 from cspd.engines.idle_options import refuse_idle
 from cspd.engines.manifest import GraphRecord
+from cspd.runtime.settings import usable_bundle
 from cspd.tools.triton_config import KINDS, graph_config, loop_config
 
 LOOP = "cspd"
@@ -165,7 +166,7 @@ def command(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Write BUNDLE as a model repository of NVIDIA Triton Inference Server."""
-    opened = open_bundle(bundle)
+    opened = usable_bundle(bundle)
     if backend in ENGINES:
         if device == "cpu":
             refuse_idle(["backend"], f"{backend} runs on GPUs only; add --device cuda")

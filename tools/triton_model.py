@@ -14,11 +14,12 @@ import numpy as np
 # Exists inside a Triton server only.
 import triton_python_backend_utils as pb_utils
 
-from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
+from cspd.engines.words import speaking
 from cspd.runtime.config import RunConfig, asked_config
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
 from cspd.runtime.sessions import Sessions
+from cspd.runtime.settings import usable_bundle
 from cspd.tools.triton_config import SETTINGS
 
 
@@ -32,7 +33,7 @@ class TritonPythonModel:
         self._max_images = int(settings["max_images"])
         folder = Path(args["model_repository"]) / args["model_version"] / "bundle"
         device = "cuda" if args["model_instance_kind"] == "GPU" else "cpu"
-        self._bundle = open_bundle(folder)
+        self._bundle = usable_bundle(folder)
         self._pipeline = Pipeline(
             Sessions(self._bundle, settings["backend"], device, int(settings["threads"]))
         )
@@ -43,8 +44,9 @@ class TritonPythonModel:
 
     def _respond(self, request: Any) -> Any:
         try:
-            config = self._config(request)
-            images = [image for batch, _ in self._pipeline.generate(config) for image in batch]
+            with speaking("python"):  # inputs have the names of RunConfig
+                config = self._config(request)
+                images = [image for batch, _ in self._pipeline.generate(config) for image in batch]
         except CspdError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
         return pb_utils.InferenceResponse(output_tensors=self._outputs(config, images))

@@ -7,8 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import (
@@ -32,7 +34,7 @@ SPEC = GraphSpec(
     axes={"rows": Axis(min=1, opt=2, max=4)},
 )
 FILES = {
-    "target/weights.safetensors": b"weights of the target",
+    "target/weights.safetensors": save({"w": torch.ones(2, 3)}),
     "target/backbone.onnx": b"\x08\x0a",
     "decoder/decoder.onnx": b"\x08\x0b",
 }

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from cspd.engines.errors import CspdError, NonFiniteError
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
+from cspd.engines.words import speaking
 
 SPEC = GraphSpec(
     name="network",
@@ -118,3 +119,16 @@ def test_non_finite_output_names_graph_output_and_context(value):
     outputs["y"][1, 2] = value
     with pytest.raises(NonFiniteError, match=r"network: y holds NaN .* at image 3, step 4"):
         SPEC.check_finite(outputs, "image 3, step 4")
+
+
+@pytest.mark.parametrize(
+    ("language", "words"), [("options", "--cfg or --temperature"), ("python", "cfg or temperature")]
+)
+def test_advice_covers_every_cause_that_is_left(language, words):
+    """Settings, number format, finite weights that are too large."""
+    with speaking(language), pytest.raises(NonFiniteError) as caught:
+        SPEC.check_finite({"y": torch.tensor(float("nan"))}, "image 3")
+    message = str(caught.value)
+    assert f"Lower {words}; " in message and "parity" not in message
+    assert "--precision bf16 or fp32; if it is the same in fp32, its weights" in message
+    assert "another checkpoint" in message

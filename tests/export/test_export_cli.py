@@ -225,10 +225,11 @@ def test_inspect_ends_with_its_findings(hoisted_bundle, tiny_bundle):
         lines = result.stdout.splitlines()
         assert lines[-1] == f"next: cspd-run generate {bundle.folder}"
         assert re.fullmatch(
-            rf"{len(bundle.manifest.files)} files, [\d.]+ MB, all hashes match; engines: {engines}",
+            rf"{len(bundle.manifest.files)} files, [\d.]+ MB, all hashes match, all weights are "
+            rf"finite; engines: {engines}",
             lines[-2],
         )
-        assert "hashes not checked" in cspd_export("inspect", bundle.folder, "--no-verify").stdout
+        assert "files not checked" in cspd_export("inspect", bundle.folder, "--no-verify").stdout
 
 
 def test_lint_ends_with_a_verdict(tiny_bundle):

@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 import cspd
 from cspd.engines.bundle import open_bundle
+from cspd.engines.errors import SettingError
 from cspd.runtime.cli import main
 from cspd.runtime.config import make_config
 from cspd.runtime.distribution import is_exact
@@ -204,6 +206,93 @@ def test_load_refuses(arguments, message):
     with pytest.raises(cspd.CspdError) as caught:
         cspd.load(**arguments)
     assert message in str(caught.value)
+
+
+# Values of a wrong kind, as of whole arguments that were mistaken for another.
+STRANGE = {
+    "bundle is 5, expected the path of a folder": {"bundle": 5},
+    "bundle is b'x', expected the path of a folder": {"bundle": b"x"},
+    "backend is 5, expected": {"backend": 5},
+    "device is 0, expected cpu or cuda": {"device": 0},
+    "device is None, expected cpu or cuda": {"device": None},
+    "device is 'cpu:0', expected cpu or cuda": {"device": "cpu:0"},
+    "device is 'mps', expected cpu or cuda": {"device": "mps"},
+    "device is 'meta', expected cpu or cuda": {"device": torch.device("meta")},
+    "device is array([1, 2]), expected cpu or cuda": {"device": np.array([1, 2])},
+    "threads is 'all', expected a whole number, 0..1024": {"threads": "all"},
+    "threads is 1.5, expected a whole number, 0..1024": {"threads": 1.5},
+    "threads is True, expected a whole number, 0..1024": {"threads": True},
+    "threads is None, expected a whole number, 0..1024": {"threads": None},
+    "quiet is 'no', expected True or False": {"quiet": "no"},
+}
+
+
+@pytest.mark.parametrize("message", STRANGE)
+def test_load_names_what_is_of_a_wrong_kind(message):
+    with pytest.raises(SettingError) as caught:
+        cspd.load(**STRANGE[message])
+    assert message in str(caught.value)
+
+
+CALLS = {
+    "callback_on_step is 5, expected a function of two arguments": {"callback_on_step": 5},
+    "quiet is 0, expected True or False": {"quiet": 0},
+    "seed is '12', expected a whole number, or a list of one per image": {"seed": "12"},
+    "seed is True, expected a whole number": {"seed": True},
+    "seed is None, expected a whole number": {"seed": None},
+    "seed is 1.0, expected a whole number": {"seed": np.array([1, 1.5])},
+    "seed is {1}, expected a whole number": {"seed": {1}},
+    "labels is b'7', expected numbers or names of classes": {"labels": b"7"},
+    "labels is {7: 1}, expected numbers or names of classes": {"labels": {7: 1}},
+    "labels: 7.0 is neither the number nor the name": {"labels": torch.tensor([7.0])},
+    "labels: [7] is neither the number nor the name": {"labels": np.array([[7]])},
+    "labels: True is neither the number nor the name": {"labels": np.array([True])},
+}
+
+
+@pytest.mark.parametrize("message", CALLS)
+def test_a_call_names_what_is_of_a_wrong_kind(pipe, message):
+    with pytest.raises(SettingError) as caught:
+        pipe(**{"labels": 7, **QUICK, **CALLS[message]})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe, made, canvas: pipe.preview(made), "canvas is <1 images by"),
+        (lambda pipe, made, canvas: pipe.preview(canvas, 2), "row is 2, expected 0..1"),
+        (lambda pipe, made, canvas: pipe.preview(canvas, -1), "row is -1, expected 0..1"),
+        (lambda pipe, made, canvas: pipe.preview(canvas, 0.0), "row is 0.0, expected a whole"),
+        (lambda pipe, made, canvas: made.save(5), "folder is 5, expected the path of a folder"),
+    ],
+)
+def test_what_follows_a_call_names_it_too(pipe, call, message):
+    seen = []
+    made = pipe("sneaker", callback_on_step=lambda canvas, _: seen.append(canvas), **QUICK)
+    with pytest.raises(SettingError) as caught:
+        call(pipe, made, seen[0])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [np.array([7, 8]), np.array([7, 8], dtype=np.uint8), torch.tensor([7, 8]),
+     torch.tensor([7, 8], dtype=torch.int32), [torch.tensor(7), np.int16(8)], range(7, 9),
+     np.array(["sneaker", "bag"]), (label for label in (7, "bag"))],
+)  # fmt: skip
+def test_labels_of_any_kind_of_list(pipe, labels):
+    assert pipe.settings(labels).labels == (7, 8)
+
+
+def test_one_label_and_seeds_from_arrays(pipe):
+    for label in (np.array(7), torch.tensor(7), np.int64(7)):
+        assert pipe.settings(label).labels == (7,)
+    for seeds in (np.array([3, 4]), torch.tensor([3, 4]), range(3, 5)):
+        config = pipe.settings(7, seed=seeds)
+        assert (config.seed, config.num_images) == (3, 2)
+    assert pipe.settings(7, seed=np.array(5)).seed == pipe.settings(7, seed=torch.tensor(5)).seed
+    assert cspd.load(device=torch.device("cpu"), threads=np.int64(1)).networks.device == "cpu"
 
 
 def test_load_takes_the_path_of_a_bundle():

@@ -180,9 +180,11 @@ def test_options_of_cspd_are_those_of_the_command_line(configured):
 @pytest.mark.parametrize(
     ("fields", "fragment"),
     [
-        ({"method": "target", "gamma": 4}, "--gamma 4 changes nothing"),
-        ({"method": "draft", "as_released": True}, "--as-released means --method cspd"),
-        ({"residual_temperature": 1.0}, "add --on-reject residual"),
+        ({"method": "target", "gamma": 4}, 'gamma 4 changes nothing with method "target"'),
+        ({"method": "draft", "as_released": True}, 'as_released true means method "cspd"'),
+        ({"residual_temperature": 1.0}, 'add on_reject "residual"'),
+        ({"method": "target", "window": 4}, 'leave it out, or add method "lossless"'),
+        ({"cfg": 1.0, "cfg_schedule": "constant"}, 'cfg_schedule "constant" changes nothing'),
     ],
 )
 def test_request_with_an_option_that_changes_nothing_is_refused(configured, fields, fragment):

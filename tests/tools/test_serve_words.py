@@ -1,12 +1,15 @@
 """What is said about a wrong request: the field, what it got, what it expected, the nearest."""
 
+import itertools
+import re
+
 import pytest
 from pydantic import ValidationError
 
 pytest.importorskip("ray.serve", reason="needs the extra scale")
 
 from cspd.engines.bundle import open_bundle
-from cspd.engines.errors import BundleError, CspdError, NonFiniteError
+from cspd.engines.errors import BundleError, CspdError, NonFiniteError, overflow_advice
 from cspd.runtime.cli import shipped_bundle
 from cspd.tools.serve_bundle import bounds, configuration, describe
 from cspd.tools.serve_limits import Admission, Refusal
@@ -61,6 +64,27 @@ def test_wrong_value(bundle, field):
     assert fragment in problem.message
 
 
+ODD = (True, "x" * 200, "", 1.5, -1, 10**30, float("nan"), float("inf"), [], [1], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_every_field_with_every_kind_of_value(bundle, field):
+    """Refused in words that begin with the field, or taken."""
+    for value in ODD:
+        try:
+            request = ImageRequest.model_validate({"label": 1, field: value})
+            configuration(request, bundle, Settings(bundle=bundle.folder))
+        except ValidationError as error:
+            problem = explain(error.errors()[0], bounds(bundle))
+        except CspdError as error:
+            problem = of_request(error)
+        else:
+            continue
+        assert problem.field == field
+        assert re.match(rf"{field}(:| is | \S+ changes )", problem.message)
+        assert "--" not in problem.message and len(problem.message) < 300
+
+
 def test_a_deep_value_is_not_repeated(bundle):
     deep = []
     for _ in range(10**5):
@@ -106,10 +130,53 @@ def test_nothing_is_suggested_for_what_is_like_nothing():
     assert near("", ["cspd"]) == near("/etc/passwd", ["cspd", "target"]) == ""
 
 
-def test_options_become_fields():
-    problem = of_request(CspdError("--num-images is 0; use --method target or --max-batch 8"))
-    assert problem.field == "n"
-    assert problem.message == "n is 0; use method target or --max-batch 8"
+@pytest.mark.parametrize(
+    ("words", "field", "message"),
+    [
+        ("--num-images is 0; use --method target or --max-batch 8", "n", "n is 0"),
+        ("--window is 64, expected 1..32", "window", "window is 64, expected 1..32"),
+        ("draft: NaN in image 3. Lower --cfg; cspd-export build helps", None,
+         "draft: NaN in image 3. Lower cfg"),
+        ("--backend torch: PyTorch sees no GPU", None,
+         "this server cannot do what the request asks for"),
+    ],
+)  # fmt: skip
+def test_options_become_fields_and_commands_are_left_out(words, field, message):
+    problem = of_request(CspdError(words))
+    assert (problem.field, problem.message) == (field, message)
+
+
+# Valid by themselves: every value of a choice, the ends of every bound and beyond, names.
+VALUES = {
+    "label": (0, 9, 10, 10**6, "bag", "bags"), "n": (1, 16), "seed": (0, 2**64 - 1),
+    "method": ("target", "cspd", "lossless", "draft"), "num_iter": (1, 49, 50, 4096),
+    "head_steps": (2, 951, 952, 1000), "cfg": (0.0, 1.0, 100.0),
+    "cfg_schedule": ("linear", "constant"), "temperature": (0.1, 10.0),
+    "gamma": (1, 49, 50, 4096), "prefill": (0.0, 1.0), "accept_temperature": (0.1, 1000.0),
+    "verify": ("parallel", "prefix"), "align": (True, False),
+    "on_reject": ("target", "residual"), "residual_temperature": (0.1, 1000.0),
+    "count_in": ("tokens", "steps"), "as_released": (True, False), "window": (1, 32, 33, 64),
+}  # fmt: skip
+
+
+def test_every_field_is_tried():
+    assert set(VALUES) == set(ImageRequest.model_fields)
+
+
+@pytest.mark.parametrize("field", VALUES)
+def test_what_a_bundle_refuses_is_said_in_fields(bundle, field):
+    """With every method, and beside what contradicts it: no option, no command, the field first."""
+    settings = Settings(bundle=bundle.folder)
+    others = [{}, {"as_released": True}, {"cfg": 1.0}, *({"method": m} for m in VALUES["method"])]
+    for value, other in itertools.product(VALUES[field], others):
+        body = {"label": 1, **other, field: value}
+        try:
+            configuration(ImageRequest(**body), bundle, settings)
+        except CspdError as error:
+            problem = of_request(error)
+            assert problem.message == str(error)  # nothing had to be left out
+            assert problem.field in body and problem.message.startswith(problem.field)
+            assert "--" not in problem.message and "cspd-" not in problem.message
 
 
 class Wrapped(Exception):
@@ -121,10 +188,17 @@ class Wrapped(Exception):
 
 @pytest.mark.parametrize("wrap", [lambda error: error, Wrapped])
 def test_what_an_engine_says_of_a_request_is_its_answer(wrap):
-    for error in (CspdError("--window is 64, expected 1..32"), NonFiniteError("NaN in image 0")):
+    broken = NonFiniteError(f"NaN in image 0. {overflow_advice()}")
+    for error in (CspdError("--window is 64, expected 1..32"), broken):
         with pytest.raises(Refusal) as caught:
             refuse(wrap(error))
-        assert caught.value.status == 422 and "--" not in caught.value.message
+        message = caught.value.message
+        assert caught.value.status == 422 and "--" not in message and "cspd-" not in message
+
+
+def test_a_client_is_told_what_it_can_do_about_nan():
+    problem = of_request(NonFiniteError(f"NaN in image 0; nothing was saved. {overflow_advice()}"))
+    assert problem.message == "NaN in image 0; nothing was saved. Lower cfg or temperature"
 
 
 def test_a_broken_bundle_stays_our_fault():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-from collections import Counter
 from pathlib import Path
 
 import click
@@ -13,10 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.commands import OUTPUT, Verb, human_bytes, option
 from cspd.engines.errors import printable
 from cspd.engines.manifest import Manifest
+from cspd.export.bundle_words import contents, engines_of, next_step
+from cspd.runtime.settings import usable_bundle
 
 
 @click.command(
@@ -24,11 +23,11 @@ from cspd.engines.manifest import Manifest
     context_settings={"show_default": True},
 )  # fmt: skip
 @click.argument("bundle", type=click.Path(path_type=Path))
-@option("--no-verify", is_flag=True, help="Do not hash the files.")
+@option("--no-verify", is_flag=True, help="Do not read the files.")
 @option("--json", "as_json", is_flag=True, group=OUTPUT, help="Print the manifest.")
 def command(bundle: Path, as_json: bool, no_verify: bool) -> None:
-    """Show what BUNDLE holds, and check every file against its hash; loads no engine."""
-    opened = open_bundle(bundle)
+    """Show what BUNDLE holds, check hashes, weights and defaults; loads no engine."""
+    opened = usable_bundle(bundle)
     if not no_verify:
         for name in opened.manifest.files:
             opened.file(name)
@@ -39,28 +38,10 @@ def command(bundle: Path, as_json: bool, no_verify: bool) -> None:
     for line in summary(opened.manifest, opened.sha256):
         console.print(printable(line), highlight=False, markup=False)
     console.print(graph_table(opened.manifest))
-    hashes = "hashes not checked" if no_verify else "all hashes match"
+    hashes = "files not checked" if no_verify else "all hashes match, all weights are finite"
     engines = engines_of(opened.manifest)
     click.echo(f"{contents(opened.manifest)}, {hashes}; engines: {engines}")
     click.echo(next_step(opened))
-
-
-def contents(manifest: Manifest) -> str:
-    """Number and size of the files of a bundle."""
-    size = sum(record.bytes for record in manifest.files.values())
-    return f"{len(manifest.files)} files, {human_bytes(size)}"
-
-
-def engines_of(manifest: Manifest) -> str:
-    """Flavours of the engines, each with its number of graphs."""
-    graphs = manifest.graphs().values()
-    found = Counter(flavour for graph in graphs for flavour in graph.engines)
-    return ", ".join(f"{flavour} for {n} graphs" for flavour, n in sorted(found.items())) or "none"
-
-
-def next_step(bundle: Bundle) -> str:
-    """The command that uses a bundle."""
-    return f"next: cspd-run generate {shlex.quote(click.format_filename(bundle.folder))}"
 
 
 def summary(manifest: Manifest, sha256: str) -> list[str]:
