@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cspd.engines.build_report import BuildReport
 from cspd.engines.schedule import ScheduleSpec
 from cspd.engines.spec import NAME_PATTERN, GraphSpec, Record
-from cspd.engines.trt_options import BuildReport
 
 SCHEMA_VERSION: Literal[1] = 1
 SHA256 = r"^[0-9a-f]{64}$"

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import onnxruntime
 
+from cspd.engines.build_report import profile_shapes
 from cspd.engines.spec import GraphSpec, TensorSpec
-from cspd.engines.trt_options import profile_shapes
 
 
 class Graph(Protocol):

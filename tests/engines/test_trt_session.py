@@ -16,12 +16,13 @@ from tiny_graphs import GetGraph, narrowed
 
 from cspd.engines import trt_load, trt_session
 from cspd.engines.backends import open_session
+from cspd.engines.build_report import profile_shapes
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.manifest import EngineRecord, FileRecord, GraphRecord
 from cspd.engines.trt_build import build_engine
 from cspd.engines.trt_load import EngineFile, LoadedEngine, Placement, load_engine
-from cspd.engines.trt_options import BuildOptions, profile_shapes
+from cspd.engines.trt_options import BuildOptions
 from cspd.engines.trt_session import TrtSession
 
 CPU = torch.device("cpu")
