@@ -26,11 +26,11 @@ from cspd.engines.terminal import print_table
 from cspd.engines.words import counted
 from cspd.runtime import run
 from cspd.runtime.config import check_config
-from cspd.runtime.folder import GRID
 from cspd.runtime.formats import SHARDED, Format, Layout
 from cspd.runtime.images import numbered, write_png
 from cspd.runtime.options import FOLDER, LABELS, machine_options, sampling_options
 from cspd.runtime.outputs import image_metadata
+from cspd.runtime.ownership import GRID
 from cspd.runtime.preflight import make_plan, require
 from cspd.runtime.replay import replay as make_again
 from cspd.runtime.settings import configure, shipped_bundle

@@ -16,9 +16,9 @@ from cspd.engines.preflight import Check, check_disk, check_memory, problems
 from cspd.engines.spec import Record
 from cspd.runtime.config import RunConfig
 from cspd.runtime.estimate import image_seconds
-from cspd.runtime.folder import IMAGES
 from cspd.runtime.formats import Layout
 from cspd.runtime.local_ray import import_ray
+from cspd.runtime.ownership import IMAGES
 
 WIDTH = 80  # of lines for people
 COMPRESSED = 0.6  # size of a photograph's PNG against its pixels
