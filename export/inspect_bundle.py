@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.commands import OUTPUT, Verb, human_bytes, option
 from cspd.engines.errors import printable
 from cspd.engines.manifest import Manifest
+from cspd.engines.words import shell
 
 
 @click.command(
@@ -60,7 +60,7 @@ def engines_of(manifest: Manifest) -> str:
 
 def next_step(bundle: Bundle) -> str:
     """The command that uses a bundle."""
-    return f"next: cspd-run generate {shlex.quote(click.format_filename(bundle.folder))}"
+    return f"next: cspd-run generate {shell(bundle.folder)}"
 
 
 def summary(manifest: Manifest, sha256: str) -> list[str]:
