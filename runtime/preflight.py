@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from textwrap import wrap
 
-from cspd.engines.atomic import free_disk
+from cspd.engines.atomic import check_folder, free_disk
 from cspd.engines.bundle import Bundle
 from cspd.engines.commands import human_bytes, human_seconds
 from cspd.engines.errors import CspdError
@@ -86,6 +86,7 @@ def make_plan(
     fewer = "choose another --out or fewer --num-images"
     other = "end other programs, or run on a larger machine"
     checks: list[Check] = [
+        partial(check_folder, out),
         layout.check,
         # With Ray, the device and the libraries are on its nodes.
         *((import_ray,) if on_ray else machine_checks(bundle, config.backend, device)),

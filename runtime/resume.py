@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cspd.engines.atomic import check_folder
 from cspd.engines.bundle import Bundle, hash_file
 from cspd.engines.errors import CspdError
 from cspd.runtime import journal
@@ -188,6 +189,7 @@ def _refuse_links(folder: Path) -> None:
 
 
 def _check_writable(folder: Path) -> None:
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".cspd-probe"
     probe.touch()
