@@ -147,8 +147,9 @@ def open_bundle(folder: Path) -> Bundle:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        wrong = first.get("ctx", {}).get("error") or first["msg"]
         raise BundleError(
-            f"{path}: {where}: {first['msg']}; rebuild the bundle with this version of cspd-export"
+            f"{path}: {where}: {wrong}; rebuild the bundle with this version of cspd-export"
         ) from None
 
 

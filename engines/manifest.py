@@ -114,6 +114,14 @@ class Manifest(Record):
     decoder_precision: Precision = "fp32"
     files: dict[str, FileRecord]
 
+    @field_validator("defaults", mode="before")
+    @classmethod
+    def _plain(cls, defaults: object) -> object:
+        for name, value in defaults.items() if isinstance(defaults, dict) else ():
+            if not isinstance(value, int | float | str):
+                raise ValueError(f"{name} is {value!r:.60}, expected a number or a text")
+        return defaults
+
     @field_validator("files")
     @classmethod
     def _inside(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cspd.engines.bundle import Bundle
-from cspd.engines.errors import SettingError
+from cspd.engines.bundle import MANIFEST, Bundle
+from cspd.engines.errors import BundleError, SettingError
 from cspd.engines.words import setting
-from cspd.runtime.config import RunConfig, asked_config, parse_labels
+from cspd.runtime.config import RunConfig, asked_config, make_config, parse_labels
 
 USUAL_BATCH = 8
 
@@ -30,6 +30,7 @@ def configure(
     every class. A setting in `sampling` that is None was not given.
     """
     manifest = bundle.manifest
+    _check_defaults(bundle)
     chosen = {name: value for name, value in sampling.items() if value is not None}
     chosen["labels"] = _classes(labels, bundle)
     usual = {
@@ -41,6 +42,17 @@ def configure(
     if "batch_size" in {**usual, **chosen}:
         return config
     return config.model_copy(update={"batch_size": even_batch(config.num_images)})
+
+
+def _check_defaults(bundle: Bundle) -> None:
+    """Raise BundleError for a default of the bundle that is wrong: nobody typed that option."""
+    try:
+        make_config(**{"labels": (0,), "num_images": 1, **bundle.manifest.defaults})
+    except SettingError as error:
+        raise BundleError(
+            f"{bundle.folder / MANIFEST}: defaults: {error}; rebuild the bundle with this version "
+            "of cspd-export"
+        ) from None
 
 
 def even_batch(num_images: int) -> int:

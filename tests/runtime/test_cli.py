@@ -337,3 +337,41 @@ def test_a_reason_in_a_file_is_text(tiny_bundle, tmp_path):
     settings.write_text(json.dumps(written | {"choices": {"target": "[/x]"}}))
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0 and "target head: [/x]" in result.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",), ("--dry-run",)])
+def test_out_that_is_no_folder(tiny_bundle, tmp_path, options):
+    """A file, a device, and places below them."""
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "x", "/dev/full", "/dev/full/x"):
+        arguments = ["generate", str(tiny_bundle.folder), *FAST, *options, "--out", str(out)]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 1, result.output
+        there = str(out).removesuffix("/x")
+        assert f"{there}: is not a folder" in " ".join(result.output.split())
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+WRONG_DEFAULTS = {
+    "head_steps": ("many", "--head-steps is 'many', expected a number such as 100"),
+    "num_iter": ("many", "--num-iter is 'many', expected a whole number, 1 or more"),
+    "cfg": ([1], "cfg is [1], expected a number or a text"),
+    "temperature": (None, "temperature is None, expected a number or a text"),
+    "steps": (5, "--steps: there is no such setting; did you mean --head-steps?"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_DEFAULTS)
+def test_wrong_default_of_a_bundle(tiny_bundle, tmp_path, name):
+    """Named with the file it stands in: nobody typed that option."""
+    value, words = WRONG_DEFAULTS[name]
+    shutil.copytree(tiny_bundle.folder, tmp_path / "bundle")
+    path = tmp_path / "bundle" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["defaults"][name] = value
+    path.write_text(json.dumps(manifest))
+    arguments = ["generate", str(path.parent), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert f"{path}: defaults: {words}" in result.stderr
+    assert "rebuild the bundle" in result.stderr
