@@ -46,6 +46,13 @@ def check_writable(out: Path) -> None:
         raise CspdError(f"{out.parent}: cannot be written to; choose another place")
 
 
+def check_folder(out: Path) -> None:
+    """Raise CspdError if something that is no folder stands at `out` or above it."""
+    there = out if os.path.lexists(out) else standing_parent(out)
+    if not there.is_dir():
+        raise CspdError(f"{there}: is not a folder; choose another --out")
+
+
 def standing_parent(out: Path) -> Path:
     """The nearest thing above `out` that is there already; a folder, if `out` can be made."""
     return next(parent for parent in out.absolute().parents if os.path.exists(parent))

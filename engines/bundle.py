@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import importlib.resources
-import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.manifest import FileRecord, GraphRecord, Manifest
 from cspd.engines.onnx_external import external_locations
 from cspd.engines.weights import check_weights_file
+from cspd.engines.words import shell
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
@@ -104,7 +104,7 @@ class Bundle:
         """
         places = (graph.parent.resolve(), graph.resolve().parent)
         if not any(weights.resolve().is_relative_to(place) for place in places):
-            copy = shlex.join(["cp", "-rL", str(self.folder), f"{self.folder.resolve().name}-copy"])
+            copy = shell("cp", "-rL", self.folder, f"{self.folder.resolve().name}-copy")
             raise BundleError(
                 f"{weights}: is a link out of the folder of {graph.name}, which ONNX Runtime does "
                 f"not follow; use a copy of the bundle without links: {copy}"
@@ -153,8 +153,9 @@ def open_bundle(folder: Path) -> Bundle:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        wrong = first.get("ctx", {}).get("error") or first["msg"]
         raise BundleError(
-            f"{path}: {where}: {first['msg']}; rebuild the bundle with this version of cspd-export"
+            f"{path}: {where}: {wrong}; rebuild the bundle with this version of cspd-export"
         ) from None
 
 

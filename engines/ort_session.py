@@ -63,6 +63,10 @@ def ort_session(path: str, spec: GraphSpec, device: str = "cpu", threads: int = 
             "install the GPU build in its place: pip uninstall --yes onnxruntime && "
             "pip install 'cspd[gpu]'"
         )
+    if not _is_text(path):
+        raise CspdError(
+            f"{path}: onnxruntime opens only paths in UTF-8; rename the folder, or copy the bundle"
+        )
     try:
         session = ort.InferenceSession(path, options, providers=[provider])
     except Exception as error:  # the library raises its own, undocumented types
@@ -70,6 +74,14 @@ def ort_session(path: str, spec: GraphSpec, device: str = "cpu", threads: int = 
     if torch_device(device).type == "cuda":
         return OrtBoundSession(session, spec, torch_device(device))
     return OrtCpuSession(session, spec)
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def thread_options(ort: ModuleType, threads: int = 0) -> Any:

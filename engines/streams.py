@@ -71,4 +71,7 @@ def _stream(number: int, old: TextIO | None, *, closed: bool) -> TextIO:
     buffer = io.BufferedWriter(_Descriptor(number, closed=closed))
     encoding, errors = ("utf-8", "replace") if old is None else (old.encoding, old.errors)
     interactive = number == 2 or buffer.isatty()
+    # Half a character of a file's name must not end a command, nor bytes that are no text leave it.
+    if errors in ("strict", "surrogateescape"):
+        errors = "backslashreplace"
     return io.TextIOWrapper(buffer, encoding, errors, line_buffering=interactive)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Literal
@@ -23,6 +25,19 @@ def speaking(language: Language) -> Iterator[None]:
         yield
     finally:
         _language.reset(token)
+
+
+def shell(*words: object) -> str:
+    r"""A command as it can be typed; bytes of names that are no text as $'\xff'."""
+    return " ".join(_word(str(word)) for word in words)
+
+
+def _word(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    shown = (chr(b) if b in range(32, 127) and b not in b"\\'" else f"\\x{b:02x}"
+             for b in os.fsencode(word))  # fmt: skip
+    return f"$'{''.join(shown)}'"
 
 
 def setting(name: str, value: object = None) -> str:

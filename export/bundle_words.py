@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
-
-import click
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.commands import human_bytes
 from cspd.engines.manifest import Manifest
+from cspd.engines.words import shell
 
 
 def contents(manifest: Manifest) -> str:
@@ -27,4 +25,4 @@ def engines_of(manifest: Manifest) -> str:
 
 def next_step(bundle: Bundle) -> str:
     """The command that uses a bundle."""
-    return f"next: cspd-run generate {shlex.quote(click.format_filename(bundle.folder))}"
+    return f"next: cspd-run generate {shell(bundle.folder)}"

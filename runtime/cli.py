@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,14 +21,14 @@ from cspd.engines.commands import (
 from cspd.engines.doctor import diagnose
 from cspd.engines.idle_options import refuse_idle
 from cspd.engines.terminal import print_table
-from cspd.engines.words import counted
+from cspd.engines.words import counted, shell
 from cspd.runtime import run
 from cspd.runtime.config import check_config
-from cspd.runtime.folder import GRID
 from cspd.runtime.formats import SHARDED, Format, Layout
 from cspd.runtime.images import numbered, write_png
 from cspd.runtime.options import FOLDER, LABELS, machine_options, sampling_options
 from cspd.runtime.outputs import image_metadata
+from cspd.runtime.ownership import GRID
 from cspd.runtime.preflight import make_plan, require
 from cspd.runtime.replay import replay as make_again
 from cspd.runtime.settings import configure, shipped_bundle, usable_bundle
@@ -176,7 +175,7 @@ def replay_command(image: Path, bundle: Path | None, device: str) -> str:
     """What makes `image` again, as it is typed."""
     words = [str(image), *([str(bundle)] if bundle else [])]
     words += ["--device", device] if device != "cpu" else []
-    return shlex.join(["cspd-run", "replay", *map(click.format_filename, words)])
+    return shell("cspd-run", "replay", *words)
 
 
 @main.command(example="cspd-run replay out/generate-001/00000.png")
@@ -203,7 +202,8 @@ def replay(
         )  # fmt: skip
     if not same:
         raise click.ClickException(
-            f"{image}: the pixels differ; same bundle and settings, another machine or library"
+            f"{click.format_filename(image)}: the pixels differ; same bundle and settings, another "
+            "machine or library"
         )
 
 

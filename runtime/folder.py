@@ -27,16 +27,11 @@ from cspd.runtime.batches import FinishedBatch, ImageFile
 from cspd.runtime.config import RunConfig
 from cspd.runtime.formats import Layout, Member, Shard, pack
 from cspd.runtime.outputs import RUN_SCHEMA, tool_version
+from cspd.runtime.ownership import GRID, IMAGES, JOURNAL, PENDING, PREVIEW, RUN, SETTINGS, SHARDS
+from cspd.runtime.seal import CHECK, key_of, seal
 from cspd.runtime.stats import TALLY, Tally, Verdicts
 
 GRID_LIMIT = 64
-SETTINGS, RUN, IMAGES, SHARDS = "settings.json", "run.json", "images.jsonl", "shards.jsonl"
-# Apart from the images, so that whoever reads all PNGs of the folder reads these and nothing else.
-PREVIEW = "preview"
-GRID = f"{PREVIEW}/grid.png"
-# The run at work: its counts, and the images that wait for their shard.
-JOURNAL, PENDING = "unfinished.jsonl", "pending"
-CHECK = "check"  # key of a line's checksum
 
 
 @dataclass
@@ -82,12 +77,11 @@ class RunFolder:
 
     @cached_property
     def _key(self) -> bytes:
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).digest()
+        return key_of(self.identity)
 
     def sealed(self, line: journal.Line) -> journal.Line:
         """`line` with its checksum, which is good for this run only."""
-        content = json.dumps(line, sort_keys=True).encode()
-        return line | {CHECK: hashlib.sha256(self._key + content).hexdigest()[:16]}
+        return seal(self._key, line)
 
     def image_line(self, index: int, sha256: str, verdicts: Verdicts) -> journal.Line:
         """The line of an image: all but hash and verdicts follows from the settings."""
@@ -197,7 +191,7 @@ class RunFolder:
             if self.packed:
                 lines = [self.packed[shard.name] for shard in self.finished_shards]
                 journal.rewrite(self.folder / SHARDS, lines)
-            record = record | {"files": self.line_hashes()}
+            record = self.sealed(record | {"files": self.line_hashes()})
             self._write_json(RUN, record)
             for path in (self.folder / PENDING).glob("*"):
                 path.unlink()

@@ -41,18 +41,25 @@ def append(path: Path, lines: Iterable[Line]) -> None:
             raise
 
 
+def read(path: Path) -> list[Line]:
+    """The whole lines of `path`, which stays as it is."""
+    return [line for line in _lines(path) if line is not None]
+
+
 def repair(path: Path) -> list[Line]:
     """The whole lines of `path`; anything else (a torn line, bytes never written) is cut out."""
-    if not path.exists():
-        return []
-    lines, torn = [], False
-    for raw in path.read_bytes().splitlines(keepends=True):
-        line = _parse(raw)
-        torn |= line is None
-        lines += [] if line is None else [line]
-    if torn:
+    found = _lines(path)
+    lines = [line for line in found if line is not None]
+    if len(lines) < len(found):
         rewrite(path, lines)
     return lines
+
+
+def _lines(path: Path) -> list[Line | None]:
+    """The objects in the lines of `path`; None for a line that is not whole."""
+    if not path.exists():
+        return []
+    return [_parse(raw) for raw in path.read_bytes().splitlines(keepends=True)]
 
 
 def _parse(raw: bytes) -> Line | None:

@@ -28,13 +28,17 @@ IMAGE_SCHEMA = 2
 
 
 def image_metadata(config: RunConfig, bundle: Bundle, image: GeneratedImage) -> dict[str, Any]:
-    """What a PNG says about itself: enough to make it again."""
+    """What a PNG says about itself: enough to make it again.
+
+    Of the labels of its run it has its own alone: all of them would be longer than the pixels.
+    """
+    own = config.model_copy(update={"labels": (image.label,)})
     return {
         "schema": IMAGE_SCHEMA,
         "image": image.index,
         "label": image.label,
         "class": bundle.manifest.class_names[image.label],
-        "config": config.model_dump(mode="json"),
+        "config": own.model_dump(mode="json"),
         "bundle": bundle.sha256,
         "tool": tool_version(),
         **({"synthetic": True} if bundle.manifest.synthetic else {}),

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from textwrap import wrap
 
-from cspd.engines.atomic import free_disk
+from cspd.engines.atomic import check_folder, free_disk
 from cspd.engines.bundle import Bundle
 from cspd.engines.commands import human_bytes, human_seconds
 from cspd.engines.errors import CspdError
@@ -16,9 +16,9 @@ from cspd.engines.preflight import Check, check_disk, check_memory, problems
 from cspd.engines.spec import Record
 from cspd.runtime.config import RunConfig, check_padding, computed_images
 from cspd.runtime.estimate import image_seconds
-from cspd.runtime.folder import IMAGES
 from cspd.runtime.formats import Layout
 from cspd.runtime.local_ray import import_ray
+from cspd.runtime.ownership import IMAGES
 
 WIDTH = 80  # of lines for people
 COMPRESSED = 0.6  # size of a photograph's PNG against its pixels
@@ -86,6 +86,7 @@ def make_plan(
     fewer = "choose another --out or fewer --num-images"
     other = "end other programs, or run on a larger machine"
     checks: list[Check] = [
+        partial(check_folder, out),
         layout.check,
         partial(check_padding, config),
         # With Ray, the device and the libraries are on its nodes.

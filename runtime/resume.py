@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import stat
@@ -12,14 +11,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cspd.engines.atomic import check_folder
 from cspd.engines.bundle import Bundle, hash_file
 from cspd.engines.errors import CspdError
 from cspd.runtime import journal
 from cspd.runtime.config import RunConfig
-from cspd.runtime.folder import (
-    CHECK,
+from cspd.runtime.folder import GRID_LIMIT, RunFolder
+from cspd.runtime.formats import Layout
+from cspd.runtime.outputs import RUN_SCHEMA
+from cspd.runtime.ownership import (
     GRID,
-    GRID_LIMIT,
     IMAGES,
     JOURNAL,
     PENDING,
@@ -27,13 +28,16 @@ from cspd.runtime.folder import (
     RUN,
     SETTINGS,
     SHARDS,
-    RunFolder,
+    is_run,
+    listed,
+    read_object,
+    refuse_foreign,
+    run_files,
 )
-from cspd.runtime.formats import Layout
-from cspd.runtime.outputs import RUN_SCHEMA, tally_of
+from cspd.runtime.record import is_believable
+from cspd.runtime.seal import CHECK, identity_of
 from cspd.runtime.stats import Tally, read_tally
 
-# A grid at the top was written before version 2 of the schema.
 OURS = (
     r"((settings|run)\.json|(images|shards|unfinished)\.jsonl|grid\.png|samples\.npz"
     r"|[0-9]{5,}\.(png|tar|parquet))"
@@ -87,7 +91,7 @@ def recorded(
     They differ from `config` in the heads that measured costs chose: costs that were measured since
     must not stop a run that began with others. None if the folder holds nothing of the kind.
     """
-    for there in (_read_json(folder / SETTINGS), _identity_of(_read_json(folder / RUN))):
+    for there in (read_object(folder / SETTINGS), _begun(read_object(folder / RUN))):
         try:
             old = RunConfig.model_validate((there or {}).get("config"))
         except ValidationError:
@@ -99,30 +103,46 @@ def recorded(
 
 
 def _open(run: RunFolder, overwrite: bool) -> None:
-    _refuse_links(run.folder)
-    _remove_temporary(run.folder)
-    found = [path for path in run.folder.iterdir() if not re.fullmatch(CLUTTER, path.name)]
-    record = _read_json(run.folder / RUN)
+    folder = run.folder
+    _refuse_links(folder)
+    record = read_object(folder / RUN)
     there = _there(run, record)
-    if found and (overwrite or there is None):
-        _clear(run.folder, found, overwrite, known=there is not None)
-        there = record = None
+    found = _found(folder)
+    if found and there is None:
+        raise CspdError(
+            f"{folder}: is not empty: it holds files that are not a run "
+            f"({listed(folder, found)}); choose another --out"
+        )
     if there is not None:
-        _check_same(run, there, finished=record is not None)
+        if not overwrite:
+            _check_same(run, there, finished=record is not None)
+        owned = run_files(folder, there)
+        refuse_foreign(folder, owned, run.identity)
+        if overwrite:
+            _clear(folder, owned)
+            there = record = None
+    _remove_temporary(folder)
+    if there is not None:
         run.choices = _choices(there)
         _load(run)
     if record is not None and _whole(run, record):
         run.record = record
-    if there is None or _read_json(run.folder / SETTINGS) != there:
+    if there is None or read_object(folder / SETTINGS) != there:
         run.begin()
     if run.record is None:
         run.pack_full()
 
 
+def _found(folder: Path) -> list[Path]:
+    """What is in the folder, but for what systems and killed runs leave in one that is empty."""
+    passing = f"{CLUTTER}|{TEMPORARY}"
+    return [path for path in folder.iterdir() if not re.fullmatch(passing, path.name)]
+
+
 def _there(run: RunFolder, record: dict[str, Any] | None) -> dict[str, Any] | None:
     """Which run the folder holds: this one if any of its records says so; None if it holds none."""
-    settings, head = _read_json(run.folder / SETTINGS), _old_head(run.folder)
-    found = [there for there in (settings, _identity_of(record), head) if there and _is_run(there)]
+    settings, head = read_object(run.folder / SETTINGS), _old_head(run.folder)
+    found = [there for there in (settings, _begun(record), head) if there and is_run(there)]
     same = (there for there in found if not _difference(there, run.identity))
     return next(same, found[0] if found else None)
 
@@ -145,11 +165,11 @@ def _check_same(run: RunFolder, there: dict[str, Any], *, finished: bool) -> Non
 
 def _whole(run: RunFolder, record: dict[str, Any]) -> bool:
     """Whether `record` is that of `run`, nothing is missing, and nothing changed since."""
-    if run.missing or _difference(_identity_of(record) or {}, run.identity):
+    if run.missing or _difference(identity_of(record), run.identity):
         return False
     if (run.folder / JOURNAL).exists() or not (run.folder / GRID).exists():
         return False
-    if not isinstance(record.get("notes", []), list) or tally_of(record) is None:
+    if not is_believable(record, run.config, run.bundle):
         return False
     return record.get("files") == run.line_hashes()
 
@@ -169,6 +189,7 @@ def _refuse_links(folder: Path) -> None:
 
 
 def _check_writable(folder: Path) -> None:
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".cspd-probe"
     probe.touch()
@@ -199,17 +220,8 @@ def _remove_temporary(folder: Path) -> None:
 
 def _old_head(folder: Path) -> dict[str, Any] | None:
     """The identity at the head of a journal, where it stood before version 2; None elsewhere."""
-    lines = journal.repair(folder / JOURNAL)
+    lines = journal.read(folder / JOURNAL)
     return lines[0] if lines and "config" in lines[0] else None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None if there is none."""
-    try:
-        content = json.loads(path.read_bytes()) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _choices(there: dict[str, Any]) -> dict[str, str]:
@@ -219,42 +231,21 @@ def _choices(there: dict[str, Any]) -> dict[str, str]:
     return {role: reason for role, reason in found.items() if isinstance(reason, str)}
 
 
-def _is_run(there: dict[str, Any]) -> bool:
-    """Whether this is what a run says of itself, of any version: not a file of that name alone."""
-    kinds = {"tool": str, "bundle": str, "config": dict}
-    return all(isinstance(there.get(name), kind) for name, kind in kinds.items())
-
-
-def _clear(folder: Path, found: list[Path], overwrite: bool, *, known: bool) -> None:
-    """Remove the files of an earlier run; CspdError if that was not asked for, or is no run."""
-    if not known:
-        raise CspdError(
-            f"{folder}: is not empty: it holds files that are not a run; choose another --out"
-        )
-    if not overwrite:
-        raise CspdError(f"{folder}: is not empty; choose another --out or add --overwrite")
-    # What makes it a run goes last, so that a kill in between leaves one that can be overwritten.
-    inner = [folder / PENDING, folder / PREVIEW]
-    files = [*found, *(path for part in inner for path in part.glob("*.png"))]
-    for path in sorted(files, key=lambda path: path.name in (JOURNAL, RUN, SETTINGS)):
-        if re.fullmatch(OURS, path.name):
-            path.unlink()
-    for part in inner:
+def _clear(folder: Path, owned: list[Path]) -> None:
+    """Remove the files of an earlier run, and its folders if nothing else is in them."""
+    # What makes it a run goes last, and its lines before that, which say what else is its own: so a
+    # kill in between leaves one that can be overwritten.
+    last = (IMAGES, SHARDS, JOURNAL, RUN, SETTINGS)
+    for path in sorted(owned, key=lambda path: last.index(path.name) if path.name in last else -1):
+        path.unlink()
+    for part in (folder / PENDING, folder / PREVIEW):
         if part.is_dir() and not any(part.iterdir()):
             part.rmdir()
 
 
-def _identity_of(record: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The identity of a finished run and its choices, from its run.json."""
-    if record is None:
-        return None
-    bundle = record.get("bundle")
-    sha256 = bundle.get("sha256") if isinstance(bundle, dict) else None
-    names = ("schema", "tool", "config", "layout")
-    return {name: record.get(name) for name in names} | {
-        "bundle": sha256,
-        "choices": _choices(record),
-    }
+def _begun(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The settings of a finished run and its choices, from its run.json."""
+    return None if record is None else identity_of(record) | {"choices": _choices(record)}
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:

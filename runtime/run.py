@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
+from cspd.engines.errors import CspdError
 from cspd.engines.words import counted
 from cspd.runtime.batches import FinishedBatch, encode, timed_batches
 from cspd.runtime.config import RunConfig, check_config
@@ -59,8 +60,9 @@ def generate(
 ) -> tuple[dict[str, Any], list[Outcome]]:
     """Generate the images that `out` lacks; returns `run.json` and the measured outcomes.
 
-    A run that is finished already returns what its folder says and makes nothing. A run that was
-    begun keeps the choices it began with. Raises Interrupted when a signal asked to stop; images in
+    A run that is finished already returns what its folder says and makes nothing; CspdError if that
+    is no baseline, where one is asked for. A run that was begun keeps the choices it began with.
+    Raises Interrupted when a signal asked to stop; images in
     flight were finished and written.
     """
     check_config(config, bundle.manifest)
@@ -84,6 +86,8 @@ def generate(
     opened = open_run(out, config, bundle, job.layout, choices=choices, overwrite=job.overwrite)
     with opened as folder, StopWish() as stop:
         if folder.record is not None:
+            if job.baseline:
+                _check_baseline(folder, folder.record)
             return folder.record, _finished(folder, folder.record, job.quiet)
         pipeline.open(config)
         if job.baseline and folder.missing:
@@ -134,6 +138,15 @@ def _generate_on_ray(
             session = _write(folder, workers.batches(stop), stop, progress)
         record = folder.finish(_record(folder, session | {"workers": count}))
     return record, [Outcome(config, folder.tally)]
+
+
+def _check_baseline(folder: RunFolder, record: dict[str, Any]) -> None:
+    """Raise CspdError if a finished run was not compared with the target alone."""
+    if folder.config.method != "target" and "baseline" not in record:
+        raise CspdError(
+            f"{folder.folder}: the run was finished without --baseline, which compares times while "
+            "images are made; choose another --out, or add --overwrite to make them again"
+        )
 
 
 def _finished(folder: RunFolder, record: dict[str, Any], quiet: bool) -> list[Outcome]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from cspd.engines.commands import Verb, finish, json_option
 from cspd.engines.machine import check_machine
 from cspd.engines.table import Table
 from cspd.engines.terminal import print_table
-from cspd.engines.words import counted
+from cspd.engines.words import counted, shell
 from cspd.runtime.choose import Explained, choose, choose_table
 from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.options import FOLDER, machine_options, setting_option
@@ -97,5 +96,5 @@ def command(bundle: Path | None, device: str, threads: int, as_json: bool, **sam
     finish(
         as_json, {"heads": [record.model_dump(mode="json") for record in found.values()]},
         list(found), f"costs of {counted(len(found), 'head')} in {', '.join(places)}",
-        f"next: {shlex.join(again)}",
+        f"next: {shell(*again)}",
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import click
@@ -23,6 +22,7 @@ from cspd.engines.errors import CspdError
 from cspd.engines.idle_options import other_options, refuse_idle
 from cspd.engines.machine import check_machine
 from cspd.engines.terminal import print_table
+from cspd.engines.words import shell
 from cspd.runtime.config import check_config
 from cspd.runtime.options import backend_option, machine_options
 from cspd.tools.bench_plan import Point, Scale, make_plan, titles
@@ -256,7 +256,7 @@ def show(results: Results, out: Path, as_json: bool) -> None:
         "header": results.header,
         "tables": {n: vars(t) for n, t in filled.items()},
     }
-    name = shlex.quote(click.format_filename(out))
+    name = shell(out)
     finish(
         as_json, record, [out / JOURNAL, out / TABLES_FILE],
         f"{len(results.points)} settings in {name}; next: cspd-run report {name}",

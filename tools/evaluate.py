@@ -7,7 +7,6 @@ other seeds), and image-by-image differences between methods that start from the
 from __future__ import annotations
 
 import json
-import shlex
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from cspd.engines.commands import (
 from cspd.engines.errors import CspdError
 from cspd.engines.machine import check_machine
 from cspd.engines.terminal import print_table
+from cspd.engines.words import shell
 from cspd.runtime.config import asked_config, check_config, make_config
 from cspd.runtime.options import backend_option, machine_options
 from cspd.runtime.outputs import distribution, environment, tool_version
@@ -305,7 +305,7 @@ def command(
     if not as_json:
         for table in tables(record):
             print_table(table)
-    name = shlex.quote(click.format_filename(out))
+    name = shell(out)
     finish(
         as_json, record, [out / RESULT, *(out / variant.name for variant in variants)],
         f"{len(variants) * count} images scored in {name}; next: cspd-run report {name}",

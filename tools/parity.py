@@ -6,7 +6,6 @@ A ladder of comparisons, from one call of one graph up to whole images and accep
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +31,7 @@ from cspd.engines.commands import (
 from cspd.engines.idle_options import other_options, refuse_idle
 from cspd.engines.table import Table
 from cspd.engines.terminal import fits, print_table
+from cspd.engines.words import shell
 from cspd.runtime.config import make_config
 from cspd.runtime.outputs import environment, tool_version
 from cspd.tools.parity_bisect import Suspect, bisect
@@ -273,13 +273,13 @@ def ending(rows: list[Row], skipped: list[Skipped]) -> str:
 
 def next_step(bundle: Bundle, out: Path | None, failed: bool, bisected: bool) -> str:
     """What to do after the ladder: find the nodes of a failure, show or use a success."""
-    name = shlex.quote(click.format_filename(bundle.folder))
+    name = shell(bundle.folder)
     if failed and not bisected:
         return f"next: cspd-export parity {name} --bisect, which names the worst nodes"
     if failed:
         return f"next: rebuild {name}, its graphs do not compute what PyTorch computes"
     if out is not None:
-        return f"next: cspd-run report {shlex.quote(click.format_filename(out))}"
+        return f"next: cspd-run report {shell(out)}"
     return f"next: cspd-run generate {name}"
 
 

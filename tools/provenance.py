@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 from pathlib import Path
 
 import click
 from click.core import ParameterSource
+
+from cspd.engines.words import shell
 
 
 def command_line() -> str:
@@ -21,7 +22,7 @@ def command_line() -> str:
         value = context.params[name]
         for item in value if isinstance(value, tuple) else (value,):
             words += _words(parameter, item)
-    return shlex.join(words)
+    return shell(*words)
 
 
 def _words(parameter: click.Parameter, value: object) -> list[str]:

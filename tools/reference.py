@@ -52,6 +52,7 @@ RUN_PARTS = {
     "notes": "what could be faster, or was done otherwise than asked for",
     "baseline": "the target alone, with `--baseline` only",
     "files": "SHA-256 of the lists of images and shards",
+    "check": "checksum of all the rest, good for this run alone",
     "choices": "why the heads sample as they do, where measured costs chose",
 }
 # What explains itself elsewhere, or has names of its own in every run.

@@ -13,8 +13,8 @@ import numpy as np
 
 from cspd.engines.table import Table
 from cspd.engines.words import counted
-from cspd.runtime.folder import GRID
 from cspd.runtime.images import encode_png, numbered
+from cspd.runtime.ownership import GRID, RUN
 from cspd.tools import scores
 from cspd.tools.bench_cells import name_of, percent, ratio
 from cspd.tools.bench_results import Results
@@ -270,15 +270,23 @@ def images_section(sources: list[Source]) -> Section:
     """The pictures of runs of `generate`, a caption each."""
     section = Section("Images", "images")
     for source in sources:
-        config, count = source.record["config"], source.record["images"]
         # At the top in runs of before version 2 of their schema.
         grids = (source.folder / name for name in (GRID, "grid.png"))
         if grid := next((path for path in grids if path.is_file()), None):
-            caption = f"{config['method']}, seed {config['seed']}, {count} images"
-            # Version 1 of the schema called it law.
-            caption += f": {source.record.get('distribution') or source.record['law']}"
+            caption = caption_of(source.record)
             section.pictures.append(Picture(caption, data_uri(grid.read_bytes(), "image/png")))
     return section
+
+
+def caption_of(record: dict[str, Any]) -> str:
+    """What a run.json says about its pictures; TypeError if it has values of another kind."""
+    config, count = record["config"], record["images"]
+    # Version 1 of the schema called it law.
+    words = record.get("distribution") or record["law"]
+    for value, kind in ((config["method"], str), (config["seed"], int), (count, int), (words, str)):
+        if type(value) is not kind:
+            raise TypeError(f"{value!r:.40} in {RUN}")
+    return f"{config['method']}, seed {config['seed']}, {count} images: {words}"
 
 
 def provenance_section(sources: list[Source]) -> Section:

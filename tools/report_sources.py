@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cspd.engines.errors import CspdError
+from cspd.runtime.seal import CHECK, is_sealed
 from cspd.tools.bench_run import JOURNAL, read_lines
 from cspd.tools.evaluate import RESULT
 
@@ -48,7 +49,19 @@ def _sources_in(path: Path) -> Iterable[Source]:
         yield Source("bench", path, {"lines": read_lines(path / JOURNAL)})
     for name, kind in ((RESULT, "evaluate"), (PARITY, "parity"), (RUN, "run")):
         if (path / name).is_file():
-            yield Source(kind, path, _read_json(path / name))
+            record = _read_json(path / name)
+            if kind == "run":
+                _check_sum(path, record)
+            yield Source(kind, path, record)
+
+
+def _check_sum(folder: Path, record: dict[str, Any]) -> None:
+    """Raise CspdError for a run.json that was changed; those of before had no checksum."""
+    if CHECK in record and not is_sealed(record):
+        raise CspdError(
+            f"{folder / RUN}: was changed since the run wrote it (its checksum is wrong); the "
+            f"cspd-run generate command of the run with --out {folder} writes it again"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.resources
 import os
-import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,6 +21,7 @@ from cspd.engines.commands import OUTPUT, SPEED, Choice, Verb, finish, json_opti
 from cspd.engines.errors import CspdError
 from cspd.engines.idle_options import refuse_idle
 from cspd.engines.manifest import GraphRecord
+from cspd.engines.words import shell
 from cspd.runtime.settings import usable_bundle
 from cspd.tools.triton_config import KINDS, graph_config, loop_config
 
@@ -176,7 +176,7 @@ def command(
     files = sorted(path for path in out.rglob("*") if path.is_file())
     models = sum(1 for path in out.iterdir())
     record = {"schema": 1, "kind": "triton", "models": models}
-    name = shlex.quote(click.format_filename(out))
+    name = shell(out)
     finish(
         as_json, record, files,
         f"{models} models, {len(files)} files in {name}; "

@@ -337,3 +337,16 @@ def test_a_reason_in_a_file_is_text(tiny_bundle, tmp_path):
     settings.write_text(json.dumps(written | {"choices": {"target": "[/x]"}}))
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0 and "target head: [/x]" in result.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",), ("--dry-run",)])
+def test_out_that_is_no_folder(tiny_bundle, tmp_path, options):
+    """A file, a device, and places below them."""
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "x", "/dev/full", "/dev/full/x"):
+        arguments = ["generate", str(tiny_bundle.folder), *FAST, *options, "--out", str(out)]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 1, result.output
+        there = str(out).removesuffix("/x")
+        assert f"{there}: is not a folder" in " ".join(result.output.split())
+    assert (tmp_path / "file").read_text() == "mine"

@@ -150,7 +150,8 @@ def test_metadata_of_an_image(finished, tiny_bundle):
         metadata = read_metadata(out / line["file"])
         assert metadata["schema"] == 2 and metadata["image"] == line["image"]
         assert (metadata["label"], metadata["class"]) == (line["label"], line["class"])
-        assert metadata["config"] == record["config"]
+        # Its own label alone: those of the run would be in every image.
+        assert metadata["config"] == record["config"] | {"labels": [line["label"]]}
         assert metadata["bundle"] == tiny_bundle.sha256
         assert "synthetic" not in metadata
         with Image.open(out / line["file"]) as image:
@@ -177,6 +178,26 @@ def test_replay_is_identical(finished, tiny_bundle, tmp_path, index):
     assert result.exit_code == 0, result.output
     assert "identical" in result.stdout
     assert again.read_bytes() == image.read_bytes()
+
+
+def test_an_image_with_all_labels_of_its_run_is_made_again(finished, tiny_bundle, tmp_path):
+    """As versions wrote it that had them all in every image."""
+    metadata = read_metadata(finished[0] / "00001.png")
+    metadata["config"]["labels"] = finished[1]["config"]["labels"]
+    with Image.open(finished[0] / "00001.png") as image:
+        write_png(tmp_path / "x.png", np.asarray(image)[..., None], metadata)
+    result = cspd_run("replay", tmp_path / "x.png", tiny_bundle.folder, "--threads", "1")
+    assert result.exit_code == 0 and "identical" in result.stdout, result.output
+
+
+def test_labels_in_blocks_are_made_again(tiny_bundle, tmp_path):
+    options = (*OPTIONS, "--num-images", "4", "--class-balanced", "--out", tmp_path / "out")
+    assert cspd_run("generate", tiny_bundle.folder, *options).exit_code == 0
+    for index, label in enumerate((1, 1, 417, 417)):
+        path = tmp_path / "out" / f"{index:05d}.png"
+        assert read_metadata(path)["config"]["labels"] == [label]
+    result = cspd_run("replay", path, tiny_bundle.folder, "--threads", "1")
+    assert result.exit_code == 0 and "identical" in result.stdout, result.output
 
 
 def test_replay_notices_a_changed_pixel(finished, tiny_bundle, tmp_path):

@@ -181,6 +181,21 @@ def test_other_files_are_refused(tmp_path):
         report.load_sources([tmp_path / "y.json"])
 
 
+@pytest.mark.parametrize("odd", [{"distribution": 7}, {"images": "many"}, {"config": {"seed": 1}}])
+def test_odd_values_of_a_run_without_checksum_are_not_printed(odd, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "grid.png")
+    record = {
+        "distribution": "exact", "config": {"method": "cspd", "seed": 1}, "images": 2, "host": {},
+        "bundle": {"sha256": "0" * 64, "synthetic": False}, "tool": "0.1",
+    }  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    page = report.build_report(report.load_sources([tmp_path]), None).html()
+    assert "cspd, seed 1, 2 images: exact" in page
+    (tmp_path / "run.json").write_text(json.dumps(record | odd))
+    with pytest.raises(CspdError, match="not as this version writes them"):
+        report.build_report(report.load_sources([tmp_path]), None)
+
+
 @pytest.fixture(scope="module")
 def scored(runs, tmp_path_factory):
     """The report on a benchmark with scores and kept images, beside everything else."""
