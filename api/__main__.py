@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-PROGRAMS = {"run": "cspd.runtime.cli", "export": "cspd.export.cli"}
+PROGRAMS = {"run": "cspd.runtime.commands.cli", "export": "cspd.export.cli"}
 HELP = """Usage: python -m cspd run|export [OPTIONS] COMMAND [ARGS]...
 
   Continuous speculative decoding of autoregressive image models.

@@ -14,18 +14,18 @@ from cspd.engines.errors import CspdError
 from cspd.engines.machine import check_machine
 from cspd.engines.words import speaking
 from cspd.runtime import arguments, pipeline
-from cspd.runtime.batches import timed, timed_batches
-from cspd.runtime.canvas import Canvas
 from cspd.runtime.config import Method, RunConfig, check_config, check_padding, make_config
-from cspd.runtime.distribution import distribution
-from cspd.runtime.images import to_pillow
-from cspd.runtime.outputs import image_metadata
+from cspd.runtime.decode.canvas import Canvas
+from cspd.runtime.decode.stats import Statistics, Tally
 from cspd.runtime.pipeline import GeneratedImage, ImageId
 from cspd.runtime.progress import RunProgress, working
 from cspd.runtime.result import Images
 from cspd.runtime.sessions import Sessions
 from cspd.runtime.settings import configure, shipped_bundle, usable_bundle
-from cspd.runtime.stats import Statistics, Tally
+from cspd.runtime.store.batches import timed, timed_batches
+from cspd.runtime.store.distribution import distribution
+from cspd.runtime.store.images import to_pillow
+from cspd.runtime.store.outputs import image_metadata
 
 MAX_THREADS = 1024
 OnStep = Callable[[Canvas, Statistics], None]

@@ -18,8 +18,8 @@ from cspd.engines.words import nearest, setting
 from cspd.runtime.about import GUIDED, OF_CSPD, OF_RESIDUAL, SPECULATIVE, About, idle
 from cspd.runtime.bounds import expected
 from cspd.runtime.contract import check_graphs
-from cspd.runtime.relax import total_variation
-from cspd.runtime.steps import HeadSteps
+from cspd.runtime.heads.relax import total_variation
+from cspd.runtime.heads.steps import HeadSteps
 
 Method = Literal["target", "draft", "cspd", "lossless", "auto"]
 HeadMode = Literal["plain", "lossless", "auto"]

@@ -14,23 +14,23 @@ import torch
 from cspd.engines.bundle import Bundle
 from cspd.engines.cuda_graph import Graphs
 from cspd.engines.manifest import Role
-from cspd.runtime.alone import Alone
-from cspd.runtime.canvas import Batch, Canvas
-from cspd.runtime.choose import Explained
 from cspd.runtime.config import RunConfig, check_config
-from cspd.runtime.cspd import Speculative
-from cspd.runtime.cspd_options import CspdOptions
-from cspd.runtime.decoder import Decoder, OnRound, decode, ignore_progress
-from cspd.runtime.head_base import Head
-from cspd.runtime.member import Member
+from cspd.runtime.costs.choose import Explained
+from cspd.runtime.costs.run_heads import RunHeads
+from cspd.runtime.decode.alone import Alone
+from cspd.runtime.decode.canvas import Batch, Canvas
+from cspd.runtime.decode.cspd import Speculative
+from cspd.runtime.decode.decoder import Decoder, OnRound, decode, ignore_progress
+from cspd.runtime.decode.member import Member
+from cspd.runtime.decode.options import CspdOptions
+from cspd.runtime.decode.sampler import Sampler
+from cspd.runtime.decode.setup import make_batch, make_sampler, padded
+from cspd.runtime.decode.stats import Statistics, Verdicts
+from cspd.runtime.heads.base import Head
+from cspd.runtime.heads.open_heads import OpenHeads
 from cspd.runtime.noise import RowNoise
 from cspd.runtime.noise_table import TabledNoise
-from cspd.runtime.open_heads import OpenHeads
-from cspd.runtime.run_heads import RunHeads
-from cspd.runtime.sampler import Sampler
 from cspd.runtime.sessions import Sessions
-from cspd.runtime.setup import make_batch, make_sampler, padded
-from cspd.runtime.stats import Statistics, Verdicts
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cspd.runtime.canvas import Canvas
-from cspd.runtime.stats import Statistics
+from cspd.runtime.decode.canvas import Canvas
+from cspd.runtime.decode.stats import Statistics
 
 PLAIN_SECONDS = 10.0
 

@@ -15,9 +15,9 @@ from cspd.engines.errors import CspdError
 from cspd.engines.words import speaking
 from cspd.runtime import arguments
 from cspd.runtime.config import Method, RunConfig
-from cspd.runtime.distribution import is_exact
-from cspd.runtime.images import grid, write_png
-from cspd.runtime.stats import Statistics
+from cspd.runtime.decode.stats import Statistics
+from cspd.runtime.store.distribution import is_exact
+from cspd.runtime.store.images import grid, write_png
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from documents import PAGES, PROGRAMS, ROOT, Command, commands, prose
 
 from cspd.export.cli import main as export_main
-from cspd.runtime.cli import main as run_main
+from cspd.runtime.commands.cli import main as run_main
 
 GROUPS = dict(zip(PROGRAMS, (run_main, export_main), strict=True))
 README = (ROOT / "README.md").read_text()

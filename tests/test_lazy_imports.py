@@ -31,7 +31,7 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_runtime_imports_nothing_heavy():
-    modules = loaded_by("import cspd.runtime, cspd.runtime.cli, cspd.runtime.pipeline")
+    modules = loaded_by("import cspd.runtime, cspd.runtime.commands.cli, cspd.runtime.pipeline")
     assert "cspd.runtime.pipeline" in modules and "torch" in modules
     assert modules.isdisjoint(HEAVY)
 
@@ -43,7 +43,7 @@ def test_import_of_the_package_imports_nothing_of_weight():
     assert modules.isdisjoint((*HEAVY, "torch", "numpy", "PIL", "pydantic", "click", "rich"))
     modules = loaded_by("import cspd; cspd.load, cspd.Pipeline, cspd.Images")
     assert {"torch", "cspd.runtime.api"} <= modules
-    assert modules.isdisjoint((*HEAVY, "cspd.runtime.cli"))
+    assert modules.isdisjoint((*HEAVY, "cspd.runtime.commands.cli"))
 
 
 def test_exporter_s_command_line_imports_nothing_heavy():

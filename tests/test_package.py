@@ -27,9 +27,17 @@ def test_exports():
 def test_every_part_is_packed():
     """With its types: the marker stands at the root."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert set(setuptools["packages"]) == set(setuptools["package-dir"])
-    for name, folder in setuptools["package-dir"].items():
-        assert Path(importlib.import_module(name).__file__) == ROOT / folder / "__init__.py"
+    folders = setuptools["package-dir"]
+    expected = {
+        ".".join((part, *path.relative_to(ROOT / folder).parent.parts))
+        for part, folder in folders.items()
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert sorted(setuptools["packages"]) == sorted(expected)
+    for name in expected:
+        part, *inside = name.removeprefix("cspd").lstrip(".").split(".") if name != "cspd" else [""]
+        home = ROOT / folders[f"cspd.{part}" if part else "cspd"]
+        assert Path(importlib.import_module(name).__file__) == home.joinpath(*inside, "__init__.py")
     assert "py.typed" in setuptools["package-data"]["cspd"]
     assert (ROOT / setuptools["package-dir"]["cspd"] / "py.typed").is_file()
 

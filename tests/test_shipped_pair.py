@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cspd.engines.bundle import open_bundle
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import shipped_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions

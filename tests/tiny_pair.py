@@ -17,10 +17,10 @@ from cspd.export.assemble import assemble_mar
 from cspd.export.build import BuildOptions, BundlePlan, Source, build_bundle
 from cspd.export.networks import model_graphs
 from cspd.export.pairs import imagenet_classes
-from cspd.runtime.canvas import Batch
-from cspd.runtime.head_base import Head
-from cspd.runtime.member import Member
-from cspd.runtime.plain_head import LoopHead, StepHead
+from cspd.runtime.decode.canvas import Batch
+from cspd.runtime.decode.member import Member
+from cspd.runtime.heads.base import Head
+from cspd.runtime.heads.plain import LoopHead, StepHead
 
 # The tiny weights diverge on the official first step t = 999; clipped, tokens stay near unit size.
 CLIPPED = ScheduleSpec(clip_timesteps=950)

@@ -23,8 +23,8 @@ from cspd.engines.idle_options import other_options, refuse_idle
 from cspd.engines.machine import check_machine
 from cspd.engines.terminal import print_table
 from cspd.engines.words import shell
+from cspd.runtime.commands.options import backend_option, machine_options
 from cspd.runtime.config import check_config
-from cspd.runtime.options import backend_option, machine_options
 from cspd.tools.bench_plan import Point, Scale, make_plan, titles
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_run import JOURNAL, PIXELS, Bench, Journal, make_header, read_lines

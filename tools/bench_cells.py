@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from cspd.engines.table import DASH
 from cspd.engines.words import counted
+from cspd.runtime.commands.tables import ratio_text
 from cspd.runtime.config import RunConfig
-from cspd.runtime.tables import ratio_text
 from cspd.tools.bench_plan import Point
 from cspd.tools.bench_results import Results, Summary, neutral
 from cspd.tools.bootstrap import METHOD

@@ -14,9 +14,9 @@ from typing import Any
 from cspd.engines.manifest import Manifest
 from cspd.engines.spec import Record
 from cspd.runtime.config import AS_RELEASED, RunConfig, make_config
-from cspd.runtime.cspd_options import CspdOptions
-from cspd.runtime.heads import DEFAULT_WINDOW
-from cspd.runtime.plan import MaskPlan
+from cspd.runtime.costs.sizes import DEFAULT_WINDOW
+from cspd.runtime.decode.options import CspdOptions
+from cspd.runtime.decode.plan import MaskPlan
 from cspd.tools.settings import setting_name
 
 GAMMAS = (4, 8, 16, 32)

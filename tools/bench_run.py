@@ -21,10 +21,10 @@ from cspd.engines.session import CallStats, Session, TorchSession
 from cspd.export.loop_graph import DenoiserLoopGraph
 from cspd.export.torch_session import decoder_module, graph_module
 from cspd.runtime.config import RunConfig
-from cspd.runtime.outputs import environment, tool_version
+from cspd.runtime.decode.stats import Statistics
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions
-from cspd.runtime.stats import Statistics
+from cspd.runtime.store.outputs import environment, tool_version
 from cspd.tools.bench_plan import COMPILED, TRIES, Point, plan_hash, titles
 from cspd.tools.bench_results import SCHEMA
 from cspd.tools.probe import unchanged, verdicts, wrapping

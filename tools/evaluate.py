@@ -35,12 +35,12 @@ from cspd.engines.errors import CspdError
 from cspd.engines.machine import check_machine
 from cspd.engines.terminal import print_table
 from cspd.engines.words import shell
+from cspd.runtime.commands.options import backend_option, machine_options
 from cspd.runtime.config import asked_config, check_config, make_config
-from cspd.runtime.options import backend_option, machine_options
-from cspd.runtime.outputs import distribution, environment, tool_version
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.progress import working
 from cspd.runtime.sessions import Sessions
+from cspd.runtime.store.outputs import distribution, environment, tool_version
 from cspd.tools import bootstrap
 from cspd.tools.bootstrap import Judged, interval
 from cspd.tools.evaluate_judges import (

@@ -19,10 +19,10 @@ from PIL import Image
 
 from cspd.engines.errors import CspdError
 from cspd.engines.spec import Record
-from cspd.runtime import journal
 from cspd.runtime.config import RunConfig
-from cspd.runtime.images import numbered, write_png
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.store import journal
+from cspd.runtime.store.images import numbered, write_png
 
 IMAGES = "images.jsonl"
 SCHEMA = 1

@@ -32,13 +32,13 @@ from cspd.engines.errors import CspdError
 from cspd.engines.session import Session
 from cspd.engines.trt_options import BuildOptions
 from cspd.engines.trt_session import TrtSession
+from cspd.runtime.commands.run import measure
 from cspd.runtime.config import HeadChoice, make_config
-from cspd.runtime.heads import DEFAULT_WINDOW
+from cspd.runtime.costs.sizes import DEFAULT_WINDOW
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.run import measure
+from cspd.runtime.scale.stopping import StopWish
 from cspd.runtime.sessions import Opener, Sessions
 from cspd.runtime.settings import shipped_bundle, usable_bundle
-from cspd.runtime.stopping import StopWish
 from cspd.tools import gpu_torch, parity
 from cspd.tools.engine_bundle import with_engines
 from cspd.tools.parity_measure import Row, Skipped

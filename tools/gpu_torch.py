@@ -24,20 +24,20 @@ from cspd.engines.bundle import Bundle
 from cspd.engines.cuda_graph import Graphs, relative_error
 from cspd.engines.errors import CspdError
 from cspd.engines.schedule import make_schedule
-from cspd.runtime.alone import Alone
-from cspd.runtime.canvas import Batch
-from cspd.runtime.chain_numbers import ChainNumbers
 from cspd.runtime.config import RunConfig, make_config
-from cspd.runtime.head_base import Head
-from cspd.runtime.member import Member
+from cspd.runtime.costs.measure import Examples
+from cspd.runtime.decode.alone import Alone
+from cspd.runtime.decode.canvas import Batch
+from cspd.runtime.decode.member import Member
+from cspd.runtime.decode.setup import make_batch, make_sampler
+from cspd.runtime.heads.base import Head
+from cspd.runtime.heads.numbers import ChainNumbers
+from cspd.runtime.heads.open_heads import OpenHeads
+from cspd.runtime.heads.speculation import SpeculationOptions, SpeculativeSample
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.noise_table import TabledNoise
-from cspd.runtime.open_heads import OpenHeads
 from cspd.runtime.pipeline import Pipeline, own_stream
 from cspd.runtime.sessions import Sessions
-from cspd.runtime.setup import make_batch, make_sampler
-from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample
-from cspd.runtime.tuning import Examples
 from cspd.tools.bench_run import peak_memory, reset_peak_memory
 from cspd.tools.replay_numbers import ReplayNumbers
 from cspd.tools.synthetic_pair import SyntheticPair

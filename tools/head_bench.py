@@ -25,17 +25,17 @@ from cspd.engines.schedule import Schedule, make_schedule
 from cspd.engines.table import Table
 from cspd.engines.terminal import print_table
 from cspd.export.presets import PRESETS
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import shipped_bundle
 from cspd.runtime.config import RunConfig, make_config
-from cspd.runtime.head_base import Head, Rows
-from cspd.runtime.heads import DEFAULT_WINDOW
-from cspd.runtime.lossless_loop import SpeculativeLoopHead
+from cspd.runtime.costs.measure import Examples
+from cspd.runtime.costs.sizes import DEFAULT_WINDOW
+from cspd.runtime.heads.base import Head, Rows
+from cspd.runtime.heads.plain import LoopHead, StepHead
+from cspd.runtime.heads.speculation import SpeculationOptions, SpeculativeSample
+from cspd.runtime.heads.speculative_loop import SpeculativeLoopHead
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.plain_head import LoopHead, StepHead
 from cspd.runtime.sessions import Sessions
-from cspd.runtime.speculation import SpeculationOptions, SpeculativeSample
-from cspd.runtime.tuning import Examples
 from cspd.tools.replay_numbers import ReplayNumbers
 from cspd.tools.synthetic_head import SyntheticHead
 

@@ -33,7 +33,7 @@ from cspd.engines.table import Table
 from cspd.engines.terminal import fits, print_table
 from cspd.engines.words import shell
 from cspd.runtime.config import make_config
-from cspd.runtime.outputs import environment, tool_version
+from cspd.runtime.store.outputs import environment, tool_version
 from cspd.tools.parity_bisect import Suspect, bisect
 from cspd.tools.parity_ladder import EVERY_RUNG, Ladder, candidates
 from cspd.tools.parity_measure import ErrorStats, Row, Skipped, finite, worst

@@ -25,15 +25,15 @@ from cspd.export.networks import FIRST, HOISTED, HOISTED_ROUND, MODULATION, ROUN
 from cspd.export.presets import MarConfig
 from cspd.export.verify import realistic_inputs
 from cspd.runtime.config import RunConfig
-from cspd.runtime.head_base import Rows
-from cspd.runtime.heads import DEFAULT_WINDOW
-from cspd.runtime.lossless import SpeculativeHead
+from cspd.runtime.costs.sizes import DEFAULT_WINDOW
+from cspd.runtime.heads.base import Rows
+from cspd.runtime.heads.open_heads import OpenHeads
+from cspd.runtime.heads.speculation import SpeculationOptions
+from cspd.runtime.heads.speculative import SpeculativeHead
+from cspd.runtime.heads.steps import HeadSteps
 from cspd.runtime.noise import Noise, Purpose
-from cspd.runtime.open_heads import OpenHeads
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions
-from cspd.runtime.speculation import SpeculationOptions
-from cspd.runtime.steps import HeadSteps
 from cspd.tools.parity_hoisted import few_rows, on_table
 from cspd.tools.parity_measure import Skipped
 from cspd.tools.probe import Recorder, call, record_inputs, wrapping

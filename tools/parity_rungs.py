@@ -15,11 +15,11 @@ from cspd.engines.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
 from cspd.export.graphs import TOLERANCES
 from cspd.export.verify import agreement
-from cspd.runtime.canvas import Canvas
 from cspd.runtime.config import RunConfig
-from cspd.runtime.judge import weigh
+from cspd.runtime.decode.canvas import Canvas
+from cspd.runtime.decode.judge import weigh
+from cspd.runtime.decode.stats import Statistics
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.stats import Statistics
 from cspd.tools.parity_ladder import Case, Inputs, Ladder, walk
 from cspd.tools.parity_measure import (
     IMAGE_FACTOR,

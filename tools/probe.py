@@ -17,14 +17,14 @@ from cspd.engines.bundle import Bundle
 from cspd.engines.errors import BundleError
 from cspd.engines.ort_session import OrtCpuSession, import_onnxruntime, thread_options
 from cspd.engines.session import Session
-from cspd.runtime.canvas import Batch, Canvas
 from cspd.runtime.config import RunConfig
-from cspd.runtime.cspd import Speculative
-from cspd.runtime.decoder import Round
-from cspd.runtime.draft_window import Judged, Window
+from cspd.runtime.decode.canvas import Batch, Canvas
+from cspd.runtime.decode.cspd import Speculative
+from cspd.runtime.decode.decoder import Round
+from cspd.runtime.decode.setup import padded
+from cspd.runtime.decode.window import Judged, Window
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Opener, Sessions
-from cspd.runtime.setup import padded
 
 MAX_RECORDED = 256  # calls kept per graph; later ones are counted, not kept
 

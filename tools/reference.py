@@ -14,11 +14,11 @@ import cspd
 from cspd.engines.bundle import open_bundle
 from cspd.engines.manifest import Manifest
 from cspd.export.cli import main as export_main
-from cspd.runtime.cli import main as run_main
+from cspd.runtime.commands.cli import main as run_main
+from cspd.runtime.commands.run import Job, Machine, generate
 from cspd.runtime.config import RunConfig
-from cspd.runtime.run import Job, Machine, generate
+from cspd.runtime.decode.stats import Statistics, Verdicts
 from cspd.runtime.settings import configure, shipped_bundle
-from cspd.runtime.stats import Statistics, Verdicts
 from cspd.tools.reference_parts import (
     comments,
     docstring,

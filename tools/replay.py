@@ -13,15 +13,15 @@ import torch
 
 from cspd.engines.errors import CspdError
 from cspd.engines.spec import Record
-from cspd.runtime.canvas import Batch, Canvas
 from cspd.runtime.config import RunConfig
-from cspd.runtime.cspd import Speculative
-from cspd.runtime.decoder import Decoder
-from cspd.runtime.draft_window import Window
-from cspd.runtime.head_base import HeadSample
+from cspd.runtime.decode.canvas import Batch, Canvas
+from cspd.runtime.decode.cspd import Speculative
+from cspd.runtime.decode.decoder import Decoder
+from cspd.runtime.decode.sampler import Sampler
+from cspd.runtime.decode.window import Window
+from cspd.runtime.heads.base import HeadSample
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.sampler import Sampler
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_tables import acceptance_by_known
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cspd.runtime.chain_numbers import ChainNumbers
+from cspd.runtime.heads.numbers import ChainNumbers
 
 CERTAIN = 1e20
 

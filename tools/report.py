@@ -12,7 +12,7 @@ from cspd.engines.commands import OUTPUT, Verb, finish, human_bytes, json_option
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.engines.table import Table
 from cspd.engines.terminal import print_table
-from cspd.runtime.outputs import tool_version
+from cspd.runtime.store.outputs import tool_version
 from cspd.tools.report_markdown import markdown
 from cspd.tools.report_parts import Card, Section
 from cspd.tools.report_sources import Source, load_sources

@@ -13,8 +13,8 @@ import numpy as np
 
 from cspd.engines.table import Table
 from cspd.engines.words import counted
-from cspd.runtime.images import encode_png, numbered
-from cspd.runtime.ownership import GRID, RUN
+from cspd.runtime.store.images import encode_png, numbered
+from cspd.runtime.store.ownership import GRID, RUN
 from cspd.tools import scores
 from cspd.tools.bench_cells import name_of, percent, ratio
 from cspd.tools.bench_results import Results

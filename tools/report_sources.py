@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cspd.engines.errors import CspdError
-from cspd.runtime.seal import CHECK, is_sealed
+from cspd.runtime.store.seal import CHECK, is_sealed
 from cspd.tools.bench_run import JOURNAL, read_lines
 from cspd.tools.evaluate import RESULT
 

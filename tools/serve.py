@@ -19,10 +19,10 @@ from cspd.engines.commands import OUTPUT, SPEED, Verb, finish, json_option, opti
 from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError, MissingExtraError, SettingError
 from cspd.engines.machine import check_machine
-from cspd.runtime.local_ray import local_ray, quietly
-from cspd.runtime.options import FOLDER, backend_option, machine_options
+from cspd.runtime.commands.options import FOLDER, backend_option, machine_options
+from cspd.runtime.scale.local_ray import local_ray, quietly
+from cspd.runtime.scale.stopping import StopWish
 from cspd.runtime.settings import shipped_bundle, usable_bundle
-from cspd.runtime.stopping import StopWish
 from cspd.tools.serve_models import MAX_IMAGES, Settings
 
 HTTP = "HTTP"  # heading of the help

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
-from cspd.runtime.outputs import distribution, tool_version
+from cspd.runtime.store.outputs import distribution, tool_version
 from cspd.tools.serve_limits import PAGE_FILES, Guard, Refusal, error_response
 from cspd.tools.serve_models import (
     ErrorAnswer,

@@ -8,7 +8,7 @@ from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.words import setting, speaking
 from cspd.runtime.config import RunConfig, check_config
-from cspd.runtime.heads import DEFAULT_WINDOW
+from cspd.runtime.costs.sizes import DEFAULT_WINDOW
 from cspd.runtime.settings import configure, shipped_bundle
 from cspd.tools.serve_models import (
     MAX_IMAGES,

@@ -11,14 +11,14 @@ from typing import Any
 
 from cspd.engines.cpus import limit_torch_threads
 from cspd.engines.words import speaking
-from cspd.runtime.canvas import ACCEPTED, REJECTED, Canvas
 from cspd.runtime.config import RunConfig
-from cspd.runtime.images import encode_png
-from cspd.runtime.outputs import image_metadata
+from cspd.runtime.decode.canvas import ACCEPTED, REJECTED, Canvas
+from cspd.runtime.decode.stats import Statistics
 from cspd.runtime.pipeline import GeneratedImage, ImageId
 from cspd.runtime.sessions import Sessions
 from cspd.runtime.settings import usable_bundle
-from cspd.runtime.stats import Statistics
+from cspd.runtime.store.images import encode_png
+from cspd.runtime.store.outputs import image_metadata
 from cspd.tools.serve_batch import AbandonedError, BatchQueue, Ticket, group_key
 from cspd.tools.serve_bundle import configuration, methods_of
 from cspd.tools.serve_heads import CountingPipeline

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from cspd.engines.manifest import Role
 from cspd.engines.schedule import Schedule
 from cspd.runtime.config import RunConfig
-from cspd.runtime.head_base import Head, HeadSample, Rows
+from cspd.runtime.heads.base import Head, HeadSample, Rows
+from cspd.runtime.heads.speculation import SpeculativeSample
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.speculation import SpeculativeSample
 
 
 @dataclass

@@ -14,8 +14,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cspd.engines.errors import BundleError, CspdError, MissingExtraError
 from cspd.runtime.config import RunConfig
-from cspd.runtime.outputs import distribution
 from cspd.runtime.settings import usable_bundle
+from cspd.runtime.store.outputs import distribution
 from cspd.tools.serve_bundle import configuration, describe
 from cspd.tools.serve_limits import INTERNAL, Admission, Refusal
 from cspd.tools.serve_metrics import Metrics

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cspd.engines.errors import CspdError
-from cspd.runtime.images import grid, read_metadata
+from cspd.runtime.store.images import grid, read_metadata
 
 COLUMNS = 8
 MARGIN = 110  # pixels for the caption of a row

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cspd.engines.commands import Commands
 from cspd.engines.errors import CspdError
-from cspd.runtime.images import read_metadata
+from cspd.runtime.store.images import read_metadata
 from cspd.tools.classifier import embed
 from cspd.tools.evaluate_judges import check_count
 from cspd.tools.evaluate_run import IMAGES, load_images

@@ -128,7 +128,7 @@ os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import torch
 from cspd.engines.bundle import open_bundle
 from cspd.engines.ort_session import ort_session
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import shipped_bundle
 bundle = open_bundle(shipped_bundle())
 path, spec = str(bundle.graph_file("decoder")), bundle.graph("decoder").spec
 count = lambda: len(list(Path("/proc/self/task").iterdir()))

@@ -7,7 +7,7 @@ from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.machine import check_engines, check_machine, machine_checks
 from cspd.engines.preflight import problems
-from cspd.runtime.cli import main
+from cspd.runtime.commands.cli import main
 from cspd.runtime.settings import shipped_bundle
 
 RTX = "tensorrt-rtx"

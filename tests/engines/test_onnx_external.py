@@ -11,7 +11,7 @@ from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.onnx_external import external_locations
 from cspd.engines.ort_session import thread_options
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import shipped_bundle
 
 
 def tensor(location: str | None) -> onnx.TensorProto:

@@ -20,7 +20,7 @@ from cspd.export.assemble import assemble_mar
 from cspd.export.networks import EXACT, model_graphs
 from cspd.export.onnx_export import export_graph, save_graph
 from cspd.export.presets import MarConfig
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import shipped_bundle
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 BUNDLE = open_bundle(shipped_bundle())

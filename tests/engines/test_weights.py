@@ -12,7 +12,7 @@ from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import BundleError
 from cspd.engines.weights import check_weights_file, not_finite
 from cspd.export.cli import main as export
-from cspd.runtime.cli import main as run
+from cspd.runtime.commands.cli import main as run
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

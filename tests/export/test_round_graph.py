@@ -16,10 +16,10 @@ from cspd.export.onnx_export import export_graph
 from cspd.export.presets import MarConfig
 from cspd.export.round_graph import SpeculativeRoundGraph, round_spec
 from cspd.export.round_parts import CANDIDATES
-from cspd.runtime.head_base import Rows
-from cspd.runtime.lossless import SpeculativeHead
+from cspd.runtime.heads.base import Rows
+from cspd.runtime.heads.speculation import SpeculationOptions
+from cspd.runtime.heads.speculative import SpeculativeHead
 from cspd.runtime.noise import Noise
-from cspd.runtime.speculation import SpeculationOptions
 
 CONFIG = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2)
 SCHEDULE = make_schedule(ScheduleSpec(clip_timesteps=950), 20)

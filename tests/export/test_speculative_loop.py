@@ -10,10 +10,10 @@ from cspd.engines.ort_session import ort_session
 from cspd.engines.session import TorchSession
 from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
 from cspd.export.while_loop import export_speculative_loop
-from cspd.runtime import lossless_loop
-from cspd.runtime.lossless_loop import SpeculativeLoopHead
+from cspd.runtime.heads import speculative_loop as lossless_loop
+from cspd.runtime.heads.speculation import SpeculationOptions
+from cspd.runtime.heads.speculative_loop import SpeculativeLoopHead
 from cspd.runtime.noise import Noise
-from cspd.runtime.speculation import SpeculationOptions
 
 SPEC = speculative_loop_spec(CONFIG, 512)
 INTEGERS = ("next_step", "moved", "drawn")

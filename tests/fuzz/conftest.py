@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cspd.engines.bundle import open_bundle
 from cspd.export.cli import main
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import shipped_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions

@@ -18,7 +18,7 @@ from mutations import damaged
 
 from cspd.engines.bundle import MANIFEST, hash_file, open_bundle
 from cspd.engines.ort_session import open_session
-from cspd.runtime.cli import main, shipped_bundle
+from cspd.runtime.commands.cli import main, shipped_bundle
 
 SHIPPED = open_bundle(shipped_bundle())
 FILES = sorted(SHIPPED.manifest.files)

@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cspd.export.cli import main as export_main
-from cspd.runtime.cli import main, shipped_bundle
-from cspd.runtime.options import SAMPLING
+from cspd.runtime.commands.cli import main, shipped_bundle
+from cspd.runtime.commands.options import SAMPLING
 
 # What a shell can hand over: no NUL, bytes that are no UTF-8 as surrogates.
 TEXT = st.one_of(

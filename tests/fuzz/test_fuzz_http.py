@@ -15,7 +15,7 @@ from harness import budget
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import shipped_bundle
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs the extra test")
 pytest.importorskip("ray", reason="the server needs the extra scale")

@@ -15,13 +15,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from cspd.engines.bundle import open_bundle
-from cspd.runtime.cli import main, shipped_bundle
+from cspd.runtime.commands.cli import main, shipped_bundle
 from cspd.runtime.config import make_config
-from cspd.runtime.images import KEY, read_metadata
-from cspd.runtime.outputs import image_metadata
+from cspd.runtime.decode.stats import Verdicts
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
 from cspd.runtime.sessions import Sessions
-from cspd.runtime.stats import Verdicts
+from cspd.runtime.store.images import KEY, read_metadata
+from cspd.runtime.store.outputs import image_metadata
 
 BUNDLE = open_bundle(shipped_bundle())
 CONFIG = make_config(
@@ -132,7 +132,7 @@ def test_replay_of_other_text(arena, text):
 
 def test_the_untouched_image_is_read_and_replayed(arena):
     """The case above is sound: an image really made with these settings comes out the same."""
-    from cspd.runtime.images import write_png
+    from cspd.runtime.store.images import write_png
 
     path = arena.fresh() / "image.png"
     images, _ = next(Pipeline(Sessions(BUNDLE, threads=1)).generate(CONFIG, [1]))

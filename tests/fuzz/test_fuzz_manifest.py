@@ -9,8 +9,8 @@ from mutations import Edit, apply, damaged, edits
 
 from cspd.engines.bundle import MANIFEST, open_bundle
 from cspd.export.cli import main as export_main
-from cspd.runtime.cli import main as run_main
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import main as run_main
+from cspd.runtime.commands.cli import shipped_bundle
 
 TEXT = (shipped_bundle() / MANIFEST).read_bytes()
 DOCUMENT = json.loads(TEXT)

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import Edit, apply, damaged, edits
 
-from cspd.runtime.cli import main
+from cspd.runtime.commands.cli import main
 
 ARGUMENTS = ["generate", "--labels", "1,2", "--method", "cspd", "--num-iter", "3", "--head-steps",
              "3", "--batch-size", "1", "--threads", "1", "--quiet"]  # fmt: skip

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from cspd.runtime.cli import main
+from cspd.runtime.commands.cli import main
 
 
 def start(arguments: list, errors: Path) -> int:

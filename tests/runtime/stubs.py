@@ -11,12 +11,12 @@ from torch import Tensor
 
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.runtime.canvas import Batch
-from cspd.runtime.head_base import HeadSample, Rows
-from cspd.runtime.member import Member
+from cspd.runtime.decode.canvas import Batch
+from cspd.runtime.decode.member import Member
+from cspd.runtime.decode.plan import MaskPlan
+from cspd.runtime.decode.sampler import Sampler
+from cspd.runtime.heads.base import HeadSample, Rows
 from cspd.runtime.noise import Noise, Purpose
-from cspd.runtime.plan import MaskPlan
-from cspd.runtime.sampler import Sampler
 
 LENGTH, CHANNELS = 16, 4
 SPEC = GraphSpec(

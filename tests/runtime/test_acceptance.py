@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from cspd.runtime.acceptance import accept, accept_log_ratio, log_density, resample
-from cspd.runtime.head_base import HeadSample
+from cspd.runtime.decode.acceptance import accept, accept_log_ratio, log_density, resample
+from cspd.runtime.heads.base import HeadSample
 from cspd.runtime.noise import Noise, Purpose
 
 TEMPERATURES = [1.0, 42.0, 0.3]

@@ -10,10 +10,10 @@ from click.testing import CliRunner
 import cspd
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import SettingError
-from cspd.runtime.cli import main
+from cspd.runtime.commands.cli import main
 from cspd.runtime.config import make_config
-from cspd.runtime.distribution import is_exact
 from cspd.runtime.settings import shipped_bundle
+from cspd.runtime.store.distribution import is_exact
 
 QUICK = {"num_iter": 4, "head_steps": 4, "batch_size": 2}
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]

@@ -13,7 +13,7 @@ from broken_graphs import KINDS, larger, remade
 from click.testing import CliRunner
 
 from cspd.engines.bundle import MANIFEST, hash_file
-from cspd.runtime.cli import main, shipped_bundle
+from cspd.runtime.commands.cli import main, shipped_bundle
 
 GRAPHS = {
     "decoder": ("decoder/decoder.onnx", "images", "target"),

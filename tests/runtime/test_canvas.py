@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_pair import make_batch
 
-from cspd.runtime.canvas import Canvas
+from cspd.runtime.decode.canvas import Canvas
 from cspd.runtime.noise import Noise
 
 LENGTH = 16

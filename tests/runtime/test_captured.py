@@ -20,15 +20,15 @@ from cspd.engines.schedule import make_schedule
 from cspd.engines.spec import Axis, GraphSpec
 from cspd.engines.trt_load import LoadedEngine
 from cspd.engines.trt_session import TrtSession
-from cspd.runtime import captured as captured_module
-from cspd.runtime import run
-from cspd.runtime.captured import bucket
-from cspd.runtime.cli import main
+from cspd.runtime.commands import run
+from cspd.runtime.commands.cli import main
 from cspd.runtime.config import make_config
-from cspd.runtime.head_base import Rows
+from cspd.runtime.heads import captured as captured_module
+from cspd.runtime.heads.base import Rows
+from cspd.runtime.heads.captured import bucket
+from cspd.runtime.heads.plain import LoopHead, StepHead
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.plain_head import LoopHead, StepHead
 from cspd.runtime.sessions import Sessions
 
 SETTINGS = {

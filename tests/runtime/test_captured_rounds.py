@@ -9,18 +9,18 @@ from fake_gpu import FakeGraphs
 
 from cspd.engines.bundle import open_bundle
 from cspd.engines.schedule import make_schedule
-from cspd.runtime.captured_rounds import CapturedRounds
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import shipped_bundle
 from cspd.runtime.config import make_config
-from cspd.runtime.head_base import Rows
-from cspd.runtime.lossless import SpeculativeHead
-from cspd.runtime.lossless_loop import SpeculativeLoopHead
+from cspd.runtime.heads.base import Rows
+from cspd.runtime.heads.captured_rounds import CapturedRounds
+from cspd.runtime.heads.plain import LoopHead
+from cspd.runtime.heads.speculation import SpeculationOptions
+from cspd.runtime.heads.speculative import SpeculativeHead
+from cspd.runtime.heads.speculative_loop import SpeculativeLoopHead
 from cspd.runtime.noise import Noise, Purpose, RowNoise
 from cspd.runtime.noise_table import TabledNoise
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.plain_head import LoopHead
 from cspd.runtime.sessions import Sessions
-from cspd.runtime.speculation import SpeculationOptions
 
 METHODS = {
     "target": {"method": "target"},
@@ -127,7 +127,7 @@ def test_a_first_step_of_its_own_goes_before_the_rounds(shipped):
 
 def test_candidates_that_run_out_are_drawn_again(heads, monkeypatch):
     plain, recorded, schedule = heads
-    monkeypatch.setattr("cspd.runtime.lossless_loop.POOL", 9)
+    monkeypatch.setattr("cspd.runtime.heads.speculative_loop.POOL", 9)
     rows = rows_of(4, 192)
     for seed in range(2):
         expected, found = plain(rows, schedule, Noise(seed)), recorded(rows, schedule, Noise(seed))

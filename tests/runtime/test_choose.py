@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from cspd.runtime.choose import choose, tokens_together
 from cspd.runtime.config import make_config
-from cspd.runtime.window import CostRecord, Forecast, predict
+from cspd.runtime.costs.choose import choose, tokens_together
+from cspd.runtime.costs.predict import CostRecord, Forecast, predict
 
 STEPS = 40
 TYPICAL = np.r_[0, 0.05, 0.2, 0.4, 0.6, np.full(STEPS - 5, 0.9)]

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from narrow import check_narrow
 
 from cspd.engines.errors import CspdError
-from cspd.runtime.cli import main
+from cspd.runtime.commands.cli import main
 from cspd.runtime.config import make_config, parse_labels
 
 FAST = ("--num-images", "1", "--num-iter", "2", "--head-steps", "2", "--batch-size", "1")
@@ -284,7 +284,7 @@ def test_a_beginning_is_preferred_to_similar_letters(text, near):
 
 
 @pytest.mark.parametrize(
-    ("program", "verb"), [("cspd.runtime.cli", "generate"), ("cspd.export.cli", "inspect")]
+    ("program", "verb"), [("cspd.runtime.commands.cli", "generate"), ("cspd.export.cli", "inspect")]
 )
 def test_the_modules_are_the_commands(program, verb):
     command = [sys.executable, "-m", program, verb, "--help"]

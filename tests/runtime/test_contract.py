@@ -7,7 +7,7 @@ import pytest
 from cspd.engines.bundle import MANIFEST
 from cspd.engines.errors import BundleError
 from cspd.engines.manifest import Manifest
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import shipped_bundle
 from cspd.runtime.contract import check_graphs
 
 OUTPUTS = [

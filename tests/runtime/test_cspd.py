@@ -19,20 +19,20 @@ from tiny_pair import CLIPPED, make_batch, torch_member
 
 from cspd.engines.errors import NonFiniteError
 from cspd.engines.schedule import make_schedule
-from cspd.runtime.alone import Alone
-from cspd.runtime.canvas import Canvas
-from cspd.runtime.cspd import Speculative, commit
-from cspd.runtime.cspd_options import CspdOptions
-from cspd.runtime.decoder import decode as run_all
-from cspd.runtime.decoder import ignore_progress
-from cspd.runtime.draft_window import Window
-from cspd.runtime.head_base import HeadSample
-from cspd.runtime.judge import judge, weigh
+from cspd.runtime.decode.alone import Alone
+from cspd.runtime.decode.canvas import Canvas
+from cspd.runtime.decode.cspd import Speculative, commit
+from cspd.runtime.decode.decoder import decode as run_all
+from cspd.runtime.decode.decoder import ignore_progress
+from cspd.runtime.decode.judge import judge, weigh
+from cspd.runtime.decode.options import CspdOptions
+from cspd.runtime.decode.plan import MaskPlan
+from cspd.runtime.decode.sampler import Sampler
+from cspd.runtime.decode.stats import Statistics, Verdicts
+from cspd.runtime.decode.verify import prefix_conditions
+from cspd.runtime.decode.window import Window
+from cspd.runtime.heads.base import HeadSample
 from cspd.runtime.noise import Noise, Purpose
-from cspd.runtime.plan import MaskPlan
-from cspd.runtime.sampler import Sampler
-from cspd.runtime.stats import Statistics, Verdicts
-from cspd.runtime.verify import prefix_conditions
 
 MODES = ["parallel", "prefix"]
 FAR = 1e3  # a shift of the target that no draft survives

@@ -6,11 +6,11 @@ from tiny_pair import make_batch, make_head, torch_member
 
 from cspd.engines.backends import open_session
 from cspd.engines.schedule import ScheduleSpec, make_schedule
-from cspd.runtime.alone import Alone
-from cspd.runtime.decoder import decode
-from cspd.runtime.member import Member
-from cspd.runtime.plan import MaskPlan
-from cspd.runtime.sampler import Sampler
+from cspd.runtime.decode.alone import Alone
+from cspd.runtime.decode.decoder import decode
+from cspd.runtime.decode.member import Member
+from cspd.runtime.decode.plan import MaskPlan
+from cspd.runtime.decode.sampler import Sampler
 
 TOLERANCE = {"torch": 5e-5, "onnxruntime": 1e-4}
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from cspd.engines.words import shell
 from cspd.export.cli import main as export_main
-from cspd.runtime.cli import main
+from cspd.runtime.commands.cli import main
 
 QUICK = ("--labels", "1", "--num-iter", 2, "--head-steps", 2, "--batch-size", 1, "--threads", 1)
 CODE = "import sys; from cspd.{}.cli import main; main(sys.argv[1:])"

@@ -13,8 +13,8 @@ import webdataset
 from PIL import Image
 
 from cspd.engines.errors import CspdError
-from cspd.runtime.formats import COUNTS, ROW_GROUP, Layout, Member, pack
-from cspd.runtime.images import encode_png
+from cspd.runtime.store.formats import COUNTS, ROW_GROUP, Layout, Member, pack
+from cspd.runtime.store.images import encode_png
 
 COUNT, SIDE = 150, 8
 ABOUT = {"tool": "1", "config": {"seed": 3}}

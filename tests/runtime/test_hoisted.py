@@ -18,13 +18,13 @@ from cspd.export.modulation import (
 )
 from cspd.export.presets import MarConfig
 from cspd.export.round_graph import SpeculativeRoundGraph, round_spec
-from cspd.runtime.captured import bucket
-from cspd.runtime.head_base import Rows
-from cspd.runtime.lossless import SpeculativeHead
+from cspd.runtime.heads.base import Rows
+from cspd.runtime.heads.captured import bucket
+from cspd.runtime.heads.plain import StepHead
+from cspd.runtime.heads.speculation import SpeculationOptions
+from cspd.runtime.heads.speculative import SpeculativeHead
+from cspd.runtime.heads.switch import Room, Switch
 from cspd.runtime.noise import Noise, Purpose
-from cspd.runtime.plain_head import StepHead
-from cspd.runtime.speculation import SpeculationOptions
-from cspd.runtime.switch import Room, Switch
 
 CONFIG = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2)
 SCHEDULE = make_schedule(ScheduleSpec(clip_timesteps=950), 12)

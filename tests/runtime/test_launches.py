@@ -13,7 +13,7 @@ from fake_gpu import FakeGraphs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cspd.engines.bundle import open_bundle
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import shipped_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.noise_table import TabledNoise
 from cspd.runtime.pipeline import Pipeline

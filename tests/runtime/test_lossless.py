@@ -24,12 +24,12 @@ from cspd.engines.session import TorchSession
 from cspd.export.graphs import DenoiserGraph, denoiser_spec
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig
-from cspd.runtime.chain_numbers import ChainNumbers
-from cspd.runtime.drafts import draft_tables
-from cspd.runtime.head_base import Rows
-from cspd.runtime.lossless import SpeculativeHead
+from cspd.runtime.heads.base import Rows
+from cspd.runtime.heads.drafts import draft_tables
+from cspd.runtime.heads.numbers import ChainNumbers
+from cspd.runtime.heads.speculation import SpeculationOptions
+from cspd.runtime.heads.speculative import SpeculativeHead
 from cspd.runtime.noise import Noise, Purpose
-from cspd.runtime.speculation import SpeculationOptions
 
 SCHEDULE = make_schedule(ScheduleSpec(clip_timesteps=950), 16)
 MIDDLE = 5

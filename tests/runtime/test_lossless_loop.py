@@ -10,11 +10,11 @@ from cspd.engines.session import TorchSession
 from cspd.export.graphs import DenoiserGraph, denoiser_spec
 from cspd.export.presets import MarConfig
 from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
-from cspd.runtime import lossless_loop
-from cspd.runtime.lossless import RESULTS, SpeculativeHead
-from cspd.runtime.lossless_loop import SpeculativeLoopHead
+from cspd.runtime.heads import speculative_loop as lossless_loop
+from cspd.runtime.heads.speculation import SpeculationOptions
+from cspd.runtime.heads.speculative import RESULTS, SpeculativeHead
+from cspd.runtime.heads.speculative_loop import SpeculativeLoopHead
 from cspd.runtime.noise import Noise
-from cspd.runtime.speculation import SpeculationOptions
 
 CONFIG = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2, token_dim=CHANNELS)
 CPU = torch.device("cpu")

@@ -4,11 +4,11 @@ from mixture import MixtureDenoiser
 from reference_round import ReferenceRound
 from test_lossless import CHANNELS, SCHEDULE, step_through, tokens
 
-from cspd.runtime.head_base import HeadSample
-from cspd.runtime.lossless import SpeculativeHead
+from cspd.runtime.costs.measure import Ways, measure_heads
+from cspd.runtime.heads.base import HeadSample
+from cspd.runtime.heads.speculation import SpeculationOptions
+from cspd.runtime.heads.speculative import SpeculativeHead
 from cspd.runtime.noise import Noise
-from cspd.runtime.speculation import SpeculationOptions
-from cspd.runtime.tuning import Ways, measure_heads
 
 STEPS = SCHEDULE.num_steps
 

@@ -5,9 +5,9 @@ import torch
 from cspd.engines.backends import open_session
 from cspd.engines.schedule import make_schedule
 from cspd.engines.session import TimedSession
-from cspd.runtime.head_base import Rows
+from cspd.runtime.heads.base import Rows
+from cspd.runtime.heads.plain import LoopHead
 from cspd.runtime.noise import Noise, Purpose
-from cspd.runtime.plain_head import LoopHead
 
 
 def test_loop_is_cut_to_its_memory(tiny_bundle):

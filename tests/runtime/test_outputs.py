@@ -15,15 +15,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from cspd.engines.errors import CspdError
-from cspd.runtime.cli import main
+from cspd.runtime.commands.cli import main
+from cspd.runtime.commands.replay import padded_to
 from cspd.runtime.config import AS_RELEASED, RunConfig, make_config
-from cspd.runtime.distribution import distribution
-from cspd.runtime.formats import Layout
-from cspd.runtime.images import CAPTION, grid, read_metadata, shorten, to_pillow, write_png
+from cspd.runtime.decode.stats import Verdicts
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.replay import padded_to
-from cspd.runtime.resume import open_run
-from cspd.runtime.stats import Verdicts
+from cspd.runtime.store.distribution import distribution
+from cspd.runtime.store.formats import Layout
+from cspd.runtime.store.images import CAPTION, grid, read_metadata, shorten, to_pillow, write_png
+from cspd.runtime.store.resume import open_run
 
 OPTIONS = (
     "--labels", "goldfish,417", "--num-images", "5", "--gamma", "4", "--batch-size", "4",

@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from killed import contents
 from PIL import Image
 
-from cspd.runtime import journal
-from cspd.runtime.cli import main
-from cspd.runtime.ownership import run_files
-from cspd.runtime.seal import CHECK, is_sealed
+from cspd.runtime.commands.cli import main
+from cspd.runtime.store import journal
+from cspd.runtime.store.ownership import run_files
+from cspd.runtime.store.seal import CHECK, is_sealed
 
 OPTIONS = (
     "--labels", "1,417", "--num-images", 6, "--num-iter", 2, "--head-steps", 2, "--gamma", 4,

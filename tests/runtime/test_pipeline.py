@@ -8,15 +8,15 @@ import torch
 
 from cspd.engines.backends import open_session
 from cspd.engines.errors import CspdError, NonFiniteError
-from cspd.runtime import run
-from cspd.runtime.cli import configure
+from cspd.runtime.commands import run
+from cspd.runtime.commands.cli import configure
 from cspd.runtime.config import make_config
+from cspd.runtime.decode.plan import MaskPlan
+from cspd.runtime.decode.setup import make_batch
+from cspd.runtime.decode.stats import Verdicts
 from cspd.runtime.noise import Noise
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.plan import MaskPlan
 from cspd.runtime.sessions import Sessions
-from cspd.runtime.setup import make_batch
-from cspd.runtime.stats import Verdicts
 
 METHODS = {
     "target": {"method": "target"},

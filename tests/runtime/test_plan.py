@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from recorded import vectors
 
 from cspd.engines.errors import CspdError
-from cspd.runtime.plan import MaskPlan, WindowPlan
+from cspd.runtime.decode.plan import MaskPlan, WindowPlan
 
 
 def authors_loop(length: int, num_iter: int, cfg: float) -> list[tuple[int, float]]:

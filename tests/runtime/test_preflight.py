@@ -8,8 +8,8 @@ import torch
 from click.testing import CliRunner
 
 from cspd.engines.commands import human_seconds
-from cspd.runtime.cli import main
-from cspd.runtime.preflight import COMPRESSED, SETTINGS_BYTES
+from cspd.runtime.commands.cli import main
+from cspd.runtime.commands.preflight import COMPRESSED, SETTINGS_BYTES
 
 
 @pytest.fixture
@@ -66,14 +66,14 @@ def test_what_is_there_needs_no_room(tiny_bundle, tmp_path, monkeypatch):
     command = ["generate", str(tiny_bundle.folder), "--out", str(out), "--num-images", "2"]
     command += ["--num-iter", "2", "--head-steps", "2", "--threads", "1"]
     assert CliRunner().invoke(main, command).exit_code == 0
-    monkeypatch.setattr("cspd.runtime.preflight.free_disk", lambda out: 0)
+    monkeypatch.setattr("cspd.runtime.commands.preflight.free_disk", lambda out: 0)
     again = CliRunner().invoke(main, command)
     assert again.exit_code == 0 and "2 images in" in again.stdout
     assert CliRunner().invoke(main, [*command, "--num-images", "3"]).exit_code == 1
 
 
 @pytest.mark.parametrize(
-    "place", ["runtime.preflight.free_disk", "engines.preflight.available_memory"]
+    "place", ["runtime.commands.preflight.free_disk", "engines.preflight.available_memory"]
 )
 def test_too_little_room(dry_run, monkeypatch, place):
     monkeypatch.setattr(f"cspd.{place}", lambda *out: 1000)

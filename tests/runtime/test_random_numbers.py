@@ -18,18 +18,18 @@ from test_lossless import LEVEL, MUTANT_LEVEL, SCHEDULE, tokens
 from tiny_pair import CLIPPED, make_batch, torch_member
 
 from cspd.engines.schedule import COLUMNS, make_schedule
-from cspd.runtime.alone import Alone
-from cspd.runtime.chain_numbers import ChainNumbers
-from cspd.runtime.cspd import Speculative
-from cspd.runtime.cspd_options import CspdOptions
-from cspd.runtime.decoder import decode
-from cspd.runtime.lossless import SpeculativeHead
-from cspd.runtime.lossless_loop import SpeculativeLoopHead
+from cspd.runtime.decode.alone import Alone
+from cspd.runtime.decode.cspd import Speculative
+from cspd.runtime.decode.decoder import decode
+from cspd.runtime.decode.options import CspdOptions
+from cspd.runtime.decode.plan import MaskPlan
+from cspd.runtime.decode.sampler import Sampler
+from cspd.runtime.heads.numbers import ChainNumbers
+from cspd.runtime.heads.relax import LenientNumbers
+from cspd.runtime.heads.speculation import SpeculationOptions
+from cspd.runtime.heads.speculative import SpeculativeHead
+from cspd.runtime.heads.speculative_loop import SpeculativeLoopHead
 from cspd.runtime.noise import Noise, Purpose, to_normal, to_uniform
-from cspd.runtime.plan import MaskPlan
-from cspd.runtime.relax import LenientNumbers
-from cspd.runtime.sampler import Sampler
-from cspd.runtime.speculation import SpeculationOptions
 
 FULL = 0xFFFFFFFF
 IMAGES = (0, 1)

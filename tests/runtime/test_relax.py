@@ -12,11 +12,11 @@ from reference_round import ReferenceRound
 from test_lossless import CHANNELS, SCHEDULE, tokens
 
 from cspd.engines.errors import CspdError
-from cspd.runtime.chain_numbers import ChainNumbers
-from cspd.runtime.lossless import SpeculativeHead
+from cspd.runtime.heads.numbers import ChainNumbers
+from cspd.runtime.heads.relax import LenientNumbers, total_variation
+from cspd.runtime.heads.speculation import SpeculationOptions
+from cspd.runtime.heads.speculative import SpeculativeHead
 from cspd.runtime.noise import Noise, Purpose
-from cspd.runtime.relax import LenientNumbers, total_variation
-from cspd.runtime.speculation import SpeculationOptions
 
 
 def run(numbers):

@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from killed import contents, send_after, start, wait
 
 from cspd.engines.errors import CspdError
-from cspd.runtime import journal
-from cspd.runtime.cli import main
+from cspd.runtime.commands.cli import main
 from cspd.runtime.config import make_config
-from cspd.runtime.folder import RunFolder, spans
-from cspd.runtime.formats import Layout
-from cspd.runtime.resume import open_run
+from cspd.runtime.store import journal
+from cspd.runtime.store.folder import RunFolder, spans
+from cspd.runtime.store.formats import Layout
+from cspd.runtime.store.resume import open_run
 
 NUM_IMAGES, SHARD = 24, 10
 OPTIONS = (
@@ -418,7 +418,7 @@ def test_other_configuration_is_refused(tiny_bundle, unfinished, case):
 
 
 def test_other_version_is_refused(tiny_bundle, undisturbed, unfinished, monkeypatch):
-    monkeypatch.setattr("cspd.runtime.folder.tool_version", lambda: "99")
+    monkeypatch.setattr("cspd.runtime.store.folder.tool_version", lambda: "99")
     with pytest.raises(CspdError, match=r"tool is 0.* there, 99 here"):
         open_run(unfinished, config_of(undisturbed), tiny_bundle, Layout())
 

@@ -7,16 +7,16 @@ from test_lossless import CHANNELS, SCHEDULE, tokens
 
 from cspd.engines.errors import BundleError
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.runtime.lossless import SpeculativeHead
-from cspd.runtime.lossless_loop import POOL, SpeculativeLoopHead
-from cspd.runtime.noise import Noise
-from cspd.runtime.round_check import (
+from cspd.runtime.heads.round_check import (
     MOST_DRAWN,
     MOST_DRAWN_PER_STEP,
     Counts,
     check_progress,
 )  # fmt: skip
-from cspd.runtime.speculation import SpeculationOptions
+from cspd.runtime.heads.speculation import SpeculationOptions
+from cspd.runtime.heads.speculative import SpeculativeHead
+from cspd.runtime.heads.speculative_loop import POOL, SpeculativeLoopHead
+from cspd.runtime.noise import Noise
 
 ROWS = tokens(3)
 STEPS = SCHEDULE.num_steps

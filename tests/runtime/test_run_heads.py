@@ -9,12 +9,13 @@ import pytest
 
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import open_bundle
-from cspd.runtime import run, tuning
+from cspd.runtime.commands import run
+from cspd.runtime.commands.tune import cost_table
 from cspd.runtime.config import make_config
+from cspd.runtime.costs import measure as tuning
+from cspd.runtime.costs.predict import CostRecord
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions
-from cspd.runtime.tune_command import cost_table
-from cspd.runtime.window import CostRecord
 
 STEPS = 5
 FAST, SLOW = 1e6, 1e7  # more than anything takes here, so that no clock can change a choice

@@ -17,13 +17,13 @@ from click.testing import CliRunner
 from killed import contents
 
 from cspd.engines.errors import CspdError
-from cspd.runtime import run
-from cspd.runtime.cli import main
+from cspd.runtime.commands import run
+from cspd.runtime.commands.cli import main
 from cspd.runtime.config import make_config
-from cspd.runtime.folder import RunFolder
-from cspd.runtime.local_ray import local_ray
-from cspd.runtime.scale import Cluster, Machine, split_cpus
-from cspd.runtime.shipping import Shipment, unpack
+from cspd.runtime.scale.local_ray import local_ray
+from cspd.runtime.scale.pool import Cluster, Machine, split_cpus
+from cspd.runtime.scale.shipping import Shipment, unpack
+from cspd.runtime.store.folder import RunFolder
 
 ray = pytest.importorskip("ray", reason="the extra 'scale' is not installed")
 grpc = pytest.importorskip("grpc", reason="the extra 'scale' is not installed")

@@ -6,13 +6,13 @@ from stubs import StubHead, batch_of, make_sampler, member
 from test_lossless import network_tokens
 
 from cspd.engines.schedule import ScheduleSpec, make_schedule
-from cspd.runtime.alone import Alone
-from cspd.runtime.cspd import Speculative
-from cspd.runtime.cspd_options import CspdOptions
-from cspd.runtime.decoder import decode
-from cspd.runtime.head_base import HeadSample
+from cspd.runtime.decode.alone import Alone
+from cspd.runtime.decode.cspd import Speculative
+from cspd.runtime.decode.decoder import decode
+from cspd.runtime.decode.options import CspdOptions
+from cspd.runtime.heads.base import HeadSample
+from cspd.runtime.heads.steps import Annealing, HeadSteps
 from cspd.runtime.noise import Noise, Purpose
-from cspd.runtime.steps import Annealing, HeadSteps
 
 CLIPPED = ScheduleSpec(clip_timesteps=950)
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-CODE = "from cspd.runtime.cli import main; main()"
+CODE = "from cspd.runtime.commands.cli import main; main()"
 LOST = "Error: stdout: cannot be written to: {}; the command itself ran to its end"
 
 

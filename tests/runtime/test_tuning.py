@@ -11,21 +11,22 @@ from narrow import check_narrow
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.terminal import print_table
-from cspd.runtime import run, tuning
-from cspd.runtime.cli import main, shipped_bundle
+from cspd.runtime.commands import run
+from cspd.runtime.commands.cli import main, shipped_bundle
+from cspd.runtime.commands.replay import replay
+from cspd.runtime.commands.tune import cost_table
 from cspd.runtime.config import make_config
-from cspd.runtime.distribution import certificate, distribution
-from cspd.runtime.head_base import Rows, part_of
-from cspd.runtime.lossless_loop import SpeculativeLoopHead
+from cspd.runtime.costs import measure as tuning
+from cspd.runtime.costs.predict import CostRecord
+from cspd.runtime.heads.base import Rows, part_of
+from cspd.runtime.heads.plain import LoopHead
+from cspd.runtime.heads.speculative_loop import SpeculativeLoopHead
+from cspd.runtime.heads.switch import Switch
 from cspd.runtime.noise import Noise, Purpose
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.plain_head import LoopHead
 from cspd.runtime.progress import working
-from cspd.runtime.replay import replay
 from cspd.runtime.sessions import Sessions
-from cspd.runtime.switch import Switch
-from cspd.runtime.tune_command import cost_table
-from cspd.runtime.window import CostRecord
+from cspd.runtime.store.distribution import certificate, distribution
 
 BASE = {"num_iter": 6, "head_steps": 10, "cfg": 3.0, "batch_size": 2, "labels": (3, 417)}
 

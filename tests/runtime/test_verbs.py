@@ -11,7 +11,7 @@ from narrow import check_narrow
 
 from cspd.engines.commands import OTHER, ToolCommand, Verb
 from cspd.export.cli import main as export_main
-from cspd.runtime.cli import main
+from cspd.runtime.commands.cli import main
 from cspd.runtime.config import RunConfig, about
 from cspd.runtime.settings import shipped_bundle
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cspd.engines.errors import CspdError
-from cspd.runtime.window import (
+from cspd.runtime.costs.predict import (
     CostRecord,
     Forecast,
     arrivals,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import requests
 
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import shipped_bundle
 from cspd.tools.load import tree
 
 KEY = "a-test-key-of-32-characters-0123"

@@ -10,8 +10,8 @@ from narrow import check_narrow
 
 from cspd.engines.errors import CspdError
 from cspd.runtime.config import AS_RELEASED
+from cspd.runtime.decode.plan import MaskPlan, WindowPlan
 from cspd.runtime.pipeline import Pipeline
-from cspd.runtime.plan import MaskPlan, WindowPlan
 from cspd.runtime.sessions import Sessions
 from cspd.tools import bench, bench_run
 from cspd.tools.bench_cells import output

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import shipped_bundle
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions
 from cspd.tools import evaluate

@@ -10,7 +10,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from cspd.runtime.cli import main
+from cspd.runtime.commands.cli import main
 
 TRACES = ("favicon", "401", "422")  # what the browser itself logs about refused requests
 

@@ -10,10 +10,10 @@ from cspd.engines.session import TorchSession
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import PRESETS, MarConfig
 from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
-from cspd.runtime.head_base import Rows
-from cspd.runtime.lossless_loop import SpeculativeLoopHead
+from cspd.runtime.heads.base import Rows
+from cspd.runtime.heads.speculation import SpeculationOptions
+from cspd.runtime.heads.speculative_loop import SpeculativeLoopHead
 from cspd.runtime.noise import Noise
-from cspd.runtime.speculation import SpeculationOptions
 from cspd.tools.head_bench import (
     LOOP,
     REFERENCE,

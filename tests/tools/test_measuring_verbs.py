@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from cspd.export.cli import main as export_main
-from cspd.runtime.cli import main as run_main
+from cspd.runtime.commands.cli import main as run_main
 from cspd.runtime.settings import shipped_bundle
 from cspd.tools.bench_plan import Scale, make_plan, titles
 from cspd.tools.parity import ending

@@ -14,12 +14,12 @@ import requests
 from running_server import BATCH, KEY, MAX_QUEUE
 
 from cspd.engines.bundle import open_bundle
-from cspd.runtime.cli import configure, main, shipped_bundle
-from cspd.runtime.heads import DEFAULT_WINDOW
-from cspd.runtime.images import encode_png
-from cspd.runtime.outputs import image_metadata
+from cspd.runtime.commands.cli import configure, main, shipped_bundle
+from cspd.runtime.costs.sizes import DEFAULT_WINDOW
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions
+from cspd.runtime.store.images import encode_png
+from cspd.runtime.store.outputs import image_metadata
 
 QUICK = {"num_iter": 6, "head_steps": 8}
 BATCHED = {**QUICK, "batch_size": BATCH}

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
 from cspd.runtime.about import OF_CSPD
-from cspd.runtime.canvas import ACCEPTED, REJECTED, Canvas
-from cspd.runtime.cli import main, shipped_bundle
+from cspd.runtime.commands.cli import main, shipped_bundle
 from cspd.runtime.config import AS_RELEASED, RunConfig, about, make_config
+from cspd.runtime.decode.canvas import ACCEPTED, REJECTED, Canvas
 from cspd.runtime.noise import Noise, Purpose, RowNoise
 from cspd.runtime.pipeline import ImageId
 from cspd.tools.serve import is_loopback, read_key

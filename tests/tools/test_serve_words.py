@@ -10,7 +10,7 @@ pytest.importorskip("ray.serve", reason="needs the extra scale")
 
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import BundleError, CspdError, NonFiniteError, overflow_advice
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import shipped_bundle
 from cspd.tools.serve_bundle import bounds, configuration, describe
 from cspd.tools.serve_limits import Admission, Refusal
 from cspd.tools.serve_models import ImageRequest, Settings

@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from cspd.runtime.images import write_png
+from cspd.runtime.store.images import write_png
 from cspd.tools.side_by_side import MARGIN, main
 
 

@@ -23,7 +23,7 @@ from cspd.engines.manifest import EngineRecord
 from cspd.engines.ort_session import ort_session
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
 from cspd.export.cli import main
-from cspd.runtime.cli import shipped_bundle
+from cspd.runtime.commands.cli import shipped_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions

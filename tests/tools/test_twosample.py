@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from scipy import stats
 
 from cspd.engines.errors import CspdError
-from cspd.runtime.images import write_png
+from cspd.runtime.store.images import write_png
 from cspd.tools import twosample
 from cspd.tools.evaluate_run import IMAGES
 from cspd.tools.twosample import ImageSet, compare, energy_test, equal_shares

@@ -12,7 +12,7 @@ import cspd
 from cspd.engines.bundle import MANIFEST
 from cspd.engines.errors import BundleError
 from cspd.export.cli import main as export
-from cspd.runtime.cli import main as run
+from cspd.runtime.commands.cli import main as run
 from cspd.runtime.settings import shipped_bundle, usable_bundle
 
 # A default, and what is said of it.
