@@ -18,12 +18,12 @@ from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.runtime.commands.cli import FOLDER
 from cspd.runtime.pipeline import Pipeline
+from cspd.runtime.serve.bundle import configuration
+from cspd.runtime.serve.models import ImageRequest, Settings
 from cspd.runtime.sessions import Sessions
 from cspd.runtime.settings import shipped_bundle, usable_bundle
 from cspd.runtime.store.images import encode_png
 from cspd.runtime.store.outputs import image_metadata
-from cspd.tools.serve_bundle import configuration
-from cspd.tools.serve_models import ImageRequest, Settings
 
 METHODS = ("cspd", "target")
 SAMPLE_SECONDS = 2.0

@@ -83,9 +83,9 @@ def options_page(group: click.Group, name: str) -> str:
 
 def http_page() -> str:
     """Routes, requests and answers, from the server's own OpenAPI document."""
-    from cspd.tools.serve_app import make_app
-    from cspd.tools.serve_models import Settings
-    from cspd.tools.serve_service import Service
+    from cspd.runtime.serve.app import make_app
+    from cspd.runtime.serve.models import Settings
+    from cspd.runtime.serve.service import Service
 
     settings = Settings(bundle=shipped_bundle())
     document = make_app(settings, Service(settings, cast(Any, None))).openapi()

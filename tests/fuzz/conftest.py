@@ -45,9 +45,9 @@ class Arena:
 @pytest.fixture(scope="session")
 def warm() -> None:
     """Do in the parent what libraries do once, such as imports and folders for their caches."""
-    import cspd.tools.triton
+    import cspd.runtime.triton.repository
 
-    assert cspd.tools.triton
+    assert cspd.runtime.triton.repository
     CliRunner().invoke(main, ["inspect", str(shipped_bundle())])
     config = make_config(labels=[0], num_images=1, method="cspd", num_iter=1, head_steps=2)
     for backend in ("torch", "onnxruntime"):

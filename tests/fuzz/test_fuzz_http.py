@@ -19,15 +19,15 @@ from cspd.runtime.commands.cli import shipped_bundle
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs the extra test")
 pytest.importorskip("ray", reason="the server needs the extra scale")
-pytest.importorskip("cspd.tools.serve_app", reason="the server is not in this version")
+pytest.importorskip("cspd.runtime.serve.app", reason="the server is not in this version")
 
 from schemathesis.checks import CHECKS as KNOWN  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
-from cspd.tools.serve_app import make_app  # noqa: E402
-from cspd.tools.serve_engine import Engine  # noqa: E402
-from cspd.tools.serve_models import Settings  # noqa: E402
-from cspd.tools.serve_service import Service  # noqa: E402
+from cspd.runtime.serve.app import make_app  # noqa: E402
+from cspd.runtime.serve.engine import Engine  # noqa: E402
+from cspd.runtime.serve.models import Settings  # noqa: E402
+from cspd.runtime.serve.service import Service  # noqa: E402
 
 SETTINGS = Settings(bundle=shipped_bundle(), threads=1, batch_size=1, timeout=20.0, max_queue=4)
 ENGINE = Engine(SETTINGS)

@@ -16,10 +16,10 @@ from cspd.runtime.config import AS_RELEASED, RunConfig, about, make_config
 from cspd.runtime.decode.canvas import ACCEPTED, REJECTED, Canvas
 from cspd.runtime.noise import Noise, Purpose, RowNoise
 from cspd.runtime.pipeline import ImageId
-from cspd.tools.serve import is_loopback, read_key
-from cspd.tools.serve_batch import BatchQueue, Ticket, group_key
-from cspd.tools.serve_bundle import configuration
-from cspd.tools.serve_models import ImageRequest, Settings
+from cspd.runtime.serve.batch import BatchQueue, Ticket, group_key
+from cspd.runtime.serve.bundle import configuration
+from cspd.runtime.serve.command import is_loopback, read_key
+from cspd.runtime.serve.models import ImageRequest, Settings
 
 
 def config(**values):

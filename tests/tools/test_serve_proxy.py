@@ -9,7 +9,7 @@ import uvicorn
 
 pytest.importorskip("ray.serve", reason="needs the extra scale")
 
-from cspd.tools.serve_proxy import BoundedProtocol, CleanHeaders, clean
+from cspd.runtime.serve.proxy import BoundedProtocol, CleanHeaders, clean
 
 PATIENCE = 5.0  # seconds in which what must happen happens
 

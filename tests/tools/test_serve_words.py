@@ -11,11 +11,11 @@ pytest.importorskip("ray.serve", reason="needs the extra scale")
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import BundleError, CspdError, NonFiniteError, overflow_advice
 from cspd.runtime.commands.cli import shipped_bundle
-from cspd.tools.serve_bundle import bounds, configuration, describe
-from cspd.tools.serve_limits import Admission, Refusal
-from cspd.tools.serve_models import ImageRequest, Settings
-from cspd.tools.serve_service import refuse
-from cspd.tools.serve_words import explain, near, of_request
+from cspd.runtime.serve.bundle import bounds, configuration, describe
+from cspd.runtime.serve.limits import Admission, Refusal
+from cspd.runtime.serve.models import ImageRequest, Settings
+from cspd.runtime.serve.service import refuse
+from cspd.runtime.serve.words import explain, near, of_request
 
 # By a field: a wrong value, and what must be said of it.
 WRONG = {

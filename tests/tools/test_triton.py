@@ -27,8 +27,8 @@ from cspd.runtime.commands.cli import shipped_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions
-from cspd.tools import triton
-from cspd.tools.triton_config import batch_axis
+from cspd.runtime.triton import repository as triton
+from cspd.runtime.triton.config import batch_axis
 
 PARAMETERS = {"backend": "onnxruntime", "threads": "1", "max_images": "4"}
 QUICK = {"num_iter": 4, "head_steps": 5, "cfg": 6.0}

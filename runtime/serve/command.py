@@ -22,8 +22,8 @@ from cspd.engines.machine import check_machine
 from cspd.runtime.commands.options import FOLDER, backend_option, machine_options
 from cspd.runtime.scale.local_ray import local_ray, quietly
 from cspd.runtime.scale.stopping import StopWish
+from cspd.runtime.serve.models import MAX_IMAGES, Settings
 from cspd.runtime.settings import shipped_bundle, usable_bundle
-from cspd.tools.serve_models import MAX_IMAGES, Settings
 
 HTTP = "HTTP"  # heading of the help
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -80,7 +80,7 @@ def check_port(host: str, port: int) -> None:
 @contextlib.contextmanager
 def running(settings: Settings, host: str, port: int, logs: Path | None) -> Iterator[Any]:
     """The handle of the gate of a server in a Ray of its own, ready; both end with the block."""
-    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "cspd.tools.serve_proxy.bounds"
+    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "cspd.runtime.serve.proxy.bounds"
     try:
         from ray import serve
         from ray.exceptions import RayError
@@ -115,8 +115,8 @@ def application(settings: Settings) -> Any:
     """The deployments: one gate that checks and counts, behind it the engines that compute."""
     from ray import serve
 
-    from cspd.tools.serve_engine import Engine
-    from cspd.tools.serve_gate import Gate
+    from cspd.runtime.serve.engine import Engine
+    from cspd.runtime.serve.gate import Gate
 
     gpus = 1 if settings.device == "cuda" else 0
     # The gate bounds the queue, so that nothing may be refused or held back behind it.

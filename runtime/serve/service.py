@@ -14,13 +14,13 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cspd.engines.errors import BundleError, CspdError, MissingExtraError
 from cspd.runtime.config import RunConfig
+from cspd.runtime.serve.bundle import configuration, describe
+from cspd.runtime.serve.limits import INTERNAL, Admission, Refusal
+from cspd.runtime.serve.metrics import Metrics
+from cspd.runtime.serve.models import ImageAnswer, ImageRequest, Settings
+from cspd.runtime.serve.words import of_request
 from cspd.runtime.settings import usable_bundle
 from cspd.runtime.store.outputs import distribution
-from cspd.tools.serve_bundle import configuration, describe
-from cspd.tools.serve_limits import INTERNAL, Admission, Refusal
-from cspd.tools.serve_metrics import Metrics
-from cspd.tools.serve_models import ImageAnswer, ImageRequest, Settings
-from cspd.tools.serve_words import of_request
 
 log = logging.getLogger("ray.serve")
 READY_SECONDS = 5.0

@@ -11,9 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
-from cspd.runtime.store.outputs import distribution, tool_version
-from cspd.tools.serve_limits import PAGE_FILES, Guard, Refusal, error_response
-from cspd.tools.serve_models import (
+from cspd.runtime.serve.limits import PAGE_FILES, Guard, Refusal, error_response
+from cspd.runtime.serve.models import (
     ErrorAnswer,
     HealthAnswer,
     ImageAnswer,
@@ -22,8 +21,9 @@ from cspd.tools.serve_models import (
     ModelsAnswer,
     Settings,
 )  # fmt: skip
-from cspd.tools.serve_service import Service
-from cspd.tools.serve_words import explain
+from cspd.runtime.serve.service import Service
+from cspd.runtime.serve.words import explain
+from cspd.runtime.store.outputs import distribution, tool_version
 
 Responses = dict[int | str, dict[str, Any]]
 PAGE = {"/": "index.html"} | {f"/{name}": name for name in PAGE_FILES}
@@ -133,7 +133,7 @@ def add_information(app: FastAPI, service: Service) -> None:
 
 def add_page(app: FastAPI) -> None:
     """The gallery: files read once, so that no path of a request reaches the file system."""
-    folder = importlib.resources.files("cspd.tools") / "gallery"
+    folder = importlib.resources.files("cspd.runtime.serve") / "gallery"
     for path, name in PAGE.items():
         content, kind = (folder / name).read_bytes(), TYPES[name.rpartition(".")[2]]
 

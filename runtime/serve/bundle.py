@@ -9,8 +9,7 @@ from cspd.engines.errors import CspdError
 from cspd.engines.words import setting, speaking
 from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.costs.sizes import DEFAULT_WINDOW
-from cspd.runtime.settings import configure, shipped_bundle
-from cspd.tools.serve_models import (
+from cspd.runtime.serve.models import (
     MAX_IMAGES,
     Bound,
     ImageRequest,
@@ -18,7 +17,8 @@ from cspd.tools.serve_models import (
     Served,
     Settings,
 )  # fmt: skip
-from cspd.tools.serve_words import in_request, near
+from cspd.runtime.serve.words import in_request, near
+from cspd.runtime.settings import configure, shipped_bundle
 
 # Fields of a request that are no sampling option of `RunConfig`.
 NOT_SAMPLING = {"label", "n"}

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from cspd.engines.errors import CspdError
 from cspd.engines.spec import Record
 from cspd.engines.words import nearest
-from cspd.tools.serve_models import Bound, ImageRequest, Served
+from cspd.runtime.serve.models import Bound, ImageRequest, Served
 
 # Settings that have another name in a request.
 RENAMED = {"labels": "label", "num_images": "n"}

@@ -23,7 +23,7 @@ from cspd.engines.idle_options import refuse_idle
 from cspd.engines.manifest import GraphRecord
 from cspd.engines.words import shell
 from cspd.runtime.settings import usable_bundle
-from cspd.tools.triton_config import KINDS, graph_config, loop_config
+from cspd.runtime.triton.config import KINDS, graph_config, loop_config
 
 LOOP = "cspd"
 VERSION = "1"
@@ -79,7 +79,7 @@ def _write_loop(bundle: Bundle, folder: Path, device: str, parameters: dict[str,
         raise CspdError(f"{bundle.folder}: was changed while it was copied; run it again")
     for name in copied.manifest.files:
         copied.file(name)
-    source_text = importlib.resources.files("cspd.tools").joinpath("triton_model.py").read_text()
+    source_text = importlib.resources.files("cspd.runtime.triton").joinpath("model.py").read_text()
     (folder / VERSION / "model.py").write_text(source_text)
     config = loop_config(LOOP, bundle.manifest.geometry, device, parameters)
     (folder / "config.pbtxt").write_text(config)

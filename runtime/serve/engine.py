@@ -15,15 +15,15 @@ from cspd.runtime.config import RunConfig
 from cspd.runtime.decode.canvas import ACCEPTED, REJECTED, Canvas
 from cspd.runtime.decode.stats import Statistics
 from cspd.runtime.pipeline import GeneratedImage, ImageId
+from cspd.runtime.serve.batch import AbandonedError, BatchQueue, Ticket, group_key
+from cspd.runtime.serve.bundle import configuration, methods_of
+from cspd.runtime.serve.heads import CountingPipeline
+from cspd.runtime.serve.models import ImageAnswer, ImageRequest, Settings
+from cspd.runtime.serve.words import in_request
 from cspd.runtime.sessions import Sessions
 from cspd.runtime.settings import usable_bundle
 from cspd.runtime.store.images import encode_png
 from cspd.runtime.store.outputs import image_metadata
-from cspd.tools.serve_batch import AbandonedError, BatchQueue, Ticket, group_key
-from cspd.tools.serve_bundle import configuration, methods_of
-from cspd.tools.serve_heads import CountingPipeline
-from cspd.tools.serve_models import ImageAnswer, ImageRequest, Settings
-from cspd.tools.serve_words import in_request
 
 
 class Engine:

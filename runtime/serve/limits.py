@@ -17,8 +17,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cspd.tools.serve_metrics import Metrics
-from cspd.tools.serve_models import Settings
+from cspd.runtime.serve.metrics import Metrics
+from cspd.runtime.serve.models import Settings
 
 log = logging.getLogger("ray.serve")
 PAGE_FILES = ("app.js", "api.js", "card.js", "style.css")

@@ -20,7 +20,7 @@ from cspd.runtime.config import RunConfig, asked_config
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
 from cspd.runtime.sessions import Sessions
 from cspd.runtime.settings import usable_bundle
-from cspd.tools.triton_config import SETTINGS
+from cspd.runtime.triton.config import SETTINGS
 
 
 class TritonPythonModel:

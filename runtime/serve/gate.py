@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
-from cspd.tools.serve_app import make_app
-from cspd.tools.serve_models import Settings
-from cspd.tools.serve_service import Service
+from cspd.runtime.serve.app import make_app
+from cspd.runtime.serve.models import Settings
+from cspd.runtime.serve.service import Service
 
 
 class Gate:
