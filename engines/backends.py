@@ -11,7 +11,7 @@ from typing import Protocol, cast
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
-from cspd.engines.session import Session
+from cspd.engines.sessions.session import Session
 
 
 class OpenSession(Protocol):
@@ -40,12 +40,12 @@ class Backend:
 
 # PyTorch needs the model code, which stands above this floor and is reached by name only.
 BACKENDS = {
-    "onnxruntime": Backend("cspd.engines.ort_session:open_session", loops_on=("cpu", "cuda")),
+    "onnxruntime": Backend("cspd.engines.sessions.ort:open_session", loops_on=("cpu", "cuda")),
     "torch": Backend(
         "cspd.export.torch_session:open_session", loops_on=("cpu",), makes_graphs=True
     ),
-    "tensorrt-rtx": Backend("cspd.engines.trt_session:open_rtx_session", engines=True),
-    "tensorrt": Backend("cspd.engines.trt_session:open_tensorrt_session", engines=True),
+    "tensorrt-rtx": Backend("cspd.engines.trt.session:open_rtx_session", engines=True),
+    "tensorrt": Backend("cspd.engines.trt.session:open_tensorrt_session", engines=True),
 }
 ENGINES = tuple(name for name in ("tensorrt", "tensorrt-rtx") if BACKENDS[name].engines)
 

@@ -15,7 +15,7 @@ import torch
 
 from cspd.engines.errors import CspdError
 from cspd.engines.spec import Record
-from cspd.engines.trt_api import import_trt, supported_capabilities
+from cspd.engines.trt.api import import_trt, supported_capabilities
 
 BACKENDS = ("torch", "onnxruntime", "tensorrt-rtx", "tensorrt")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")

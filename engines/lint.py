@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.engines.spec import GraphSpec, Record, TensorSpec
-from cspd.engines.trt_api import import_trt, parse_onnx, trt_log
+from cspd.engines.trt.api import import_trt, parse_onnx, trt_log
 
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 # elem_type of ONNX tensors

@@ -9,11 +9,11 @@ import torch
 
 from cspd.engines.backends import ENGINES, check_backend
 from cspd.engines.bundle import Bundle
+from cspd.engines.console.preflight import Check
 from cspd.engines.errors import BundleError
-from cspd.engines.ort_session import import_onnxruntime
-from cspd.engines.preflight import Check
-from cspd.engines.session import torch_device
-from cspd.engines.trt_api import import_trt
+from cspd.engines.sessions.ort import import_onnxruntime
+from cspd.engines.sessions.session import torch_device
+from cspd.engines.trt.api import import_trt
 
 
 def check_machine(bundle: Bundle, backend: str, device: str) -> None:

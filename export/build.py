@@ -20,8 +20,8 @@ from cspd.engines.bundle import MANIFEST, Bundle, check_target, open_bundle, pub
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Geometry, GraphRecord, Manifest, ModelRecord, Precision, Role
 from cspd.engines.schedule import ScheduleSpec, make_schedule
-from cspd.engines.trt_options import BuildOptions as EngineOptions
-from cspd.engines.trt_progress import ProgressCallback
+from cspd.engines.trt.options import BuildOptions as EngineOptions
+from cspd.engines.trt.progress import ProgressCallback
 from cspd.export.assemble import assemble_mar, assemble_vae
 from cspd.export.build_graph import FinishedGraph, GraphBuilder, ShowProgress, intact_files
 from cspd.export.graphs import PixelDecoder, decoder_spec

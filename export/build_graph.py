@@ -19,9 +19,9 @@ from cspd.engines.manifest import EngineRecord, FileRecord, GraphRecord
 from cspd.engines.memory import peak_memory, release_memory
 from cspd.engines.schedule import Schedule
 from cspd.engines.spec import GraphSpec, Record
-from cspd.engines.trt_build import build_engine
-from cspd.engines.trt_options import BuildOptions as EngineOptions
-from cspd.engines.trt_progress import ProgressCallback
+from cspd.engines.trt.build import build_engine
+from cspd.engines.trt.options import BuildOptions as EngineOptions
+from cspd.engines.trt.progress import ProgressCallback
 from cspd.export.loop_graph import DenoiserLoopGraph
 from cspd.export.onnx_export import export_graph, save_graph
 from cspd.export.scan_loop import export_loop

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from rich import box
 from rich.table import Table
 
-from cspd.engines.commands import human_bytes
+from cspd.engines.console.commands import human_bytes
 from cspd.export.build_graph import FinishedGraph
 from cspd.export.estimates import Estimate
 

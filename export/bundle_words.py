@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from cspd.engines.bundle import Bundle
-from cspd.engines.commands import human_bytes
+from cspd.engines.console.commands import human_bytes
 from cspd.engines.manifest import Manifest
 from cspd.engines.words import shell
 

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 from cspd.engines.backends import ENGINES
-from cspd.engines.commands import (
+from cspd.engines.console.commands import (
     OUTPUT,
     WHAT,
     Choice,
@@ -23,12 +23,12 @@ from cspd.engines.commands import (
     json_option,
     option,
 )
+from cspd.engines.console.idle_options import refuse_idle
 from cspd.engines.errors import CspdError, MissingExtraError
-from cspd.engines.idle_options import refuse_idle
 from cspd.engines.lint import lint_model
 from cspd.engines.manifest import Precision, Role
 from cspd.engines.schedule import ScheduleSpec
-from cspd.engines.trt_progress import ProgressCallback, rich_progress
+from cspd.engines.trt.progress import ProgressCallback, rich_progress
 from cspd.export.engine_options import engine_options, with_engine_options
 from cspd.export.presets import HEAD_STEPS, PUBLISHED
 
@@ -137,7 +137,7 @@ def build(
     if draft is None:
         refuse_idle(["draft_weights"], "there is no draft; add --draft with its size")
     require_exporter()
-    from cspd.engines.preflight import problems
+    from cspd.engines.console.preflight import problems
     from cspd.export.build import BuildOptions
     from cspd.export.estimates import estimate
     from cspd.export.pairs import mar_plan
@@ -240,7 +240,7 @@ def demo_pair(
     """
     engines = engine_options(backends, engine)
     require_exporter()
-    from cspd.engines.preflight import problems
+    from cspd.engines.console.preflight import problems
     from cspd.export.pairs import demo_plan
     from cspd.export.preflight import place_checks
 

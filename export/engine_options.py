@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import click
 
 from cspd.engines.backends import ENGINES
-from cspd.engines.commands import Choice, option
-from cspd.engines.idle_options import refuse_idle
-from cspd.engines.trt_options import BuildOptions
+from cspd.engines.console.commands import Choice, option
+from cspd.engines.console.idle_options import refuse_idle
+from cspd.engines.trt.options import BuildOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 GROUP = "Engines"

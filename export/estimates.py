@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cspd.engines.commands import human_bytes, human_seconds
+from cspd.engines.console.commands import human_bytes, human_seconds
 from cspd.engines.manifest import Precision, Role
 from cspd.export.build import BuildOptions
 from cspd.export.mar import Mar

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.manifest import ImageEffect, Manifest
-from cspd.engines.session import Session, TorchSession
+from cspd.engines.sessions.session import Session, TorchSession
 from cspd.export.assemble import assemble_mar, assemble_vae
 from cspd.export.graphs import DenoiserGraph, PixelDecoder
 from cspd.export.loop_graph import DenoiserLoopGraph

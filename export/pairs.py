@@ -15,7 +15,7 @@ from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Geometry, Precision, Role
 from cspd.engines.schedule import ScheduleSpec
-from cspd.engines.trt_options import BuildOptions as EngineOptions
+from cspd.engines.trt.options import BuildOptions as EngineOptions
 from cspd.export.build import BuildOptions, BundlePlan, Source
 from cspd.export.checkpoint import load_mar, load_vae
 from cspd.export.mar import Mar

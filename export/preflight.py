@@ -9,11 +9,11 @@ from pathlib import Path
 
 from cspd.engines.atomic import free_disk, standing_parent
 from cspd.engines.bundle import check_target
+from cspd.engines.console.preflight import Check, check_disk, check_memory
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Role
-from cspd.engines.preflight import Check, check_disk, check_memory
-from cspd.engines.trt_build import check_buildable
-from cspd.engines.trt_options import BuildOptions as EngineOptions
+from cspd.engines.trt.build import check_buildable
+from cspd.engines.trt.options import BuildOptions as EngineOptions
 from cspd.export.build import staging_of
 from cspd.export.estimates import Estimate
 from cspd.export.pairs import weights_file

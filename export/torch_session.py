@@ -17,7 +17,7 @@ from torch import nn
 from cspd.engines.bundle import Bundle
 from cspd.engines.cpus import limit_torch_threads
 from cspd.engines.errors import BundleError, CspdError
-from cspd.engines.session import Session, TorchSession, torch_device
+from cspd.engines.sessions.session import Session, TorchSession, torch_device
 from cspd.engines.spec import GraphSpec
 from cspd.export.assemble import assemble_mar, assemble_vae
 from cspd.export.diffusion_head import DiffusionHead, FinalLayer, ResBlock, TimeEmbedding

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cspd.engines.errors import CspdError
-from cspd.engines.ort_session import ort_session
 from cspd.engines.schedule import Schedule
-from cspd.engines.session import Session, TorchSession
+from cspd.engines.sessions.ort import ort_session
+from cspd.engines.sessions.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
 
 MAX_FLIPPED = 0.1  # share of tokens of a comparison, of which there are 16 at most

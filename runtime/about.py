@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cspd.engines.commands import METHOD
+from cspd.engines.console.commands import METHOD
 from cspd.engines.words import setting
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from cspd.engines.backends import BACKENDS
-from cspd.engines.commands import SPEED, WHAT
+from cspd.engines.console.commands import SPEED, WHAT
 from cspd.engines.errors import SettingError
 from cspd.engines.manifest import Manifest, Role
 from cspd.engines.spec import Record

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cspd.engines.commands import WHAT
+from cspd.engines.console.commands import WHAT
 from cspd.engines.errors import SettingError
 from cspd.engines.manifest import Manifest
 from cspd.engines.words import setting

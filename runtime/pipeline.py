@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from cspd.engines.bundle import Bundle
-from cspd.engines.cuda_graph import Graphs
 from cspd.engines.manifest import Role
+from cspd.engines.sessions.cuda_graph import Graphs
 from cspd.runtime.config import RunConfig, check_config
 from cspd.runtime.costs.choose import Explained
 from cspd.runtime.costs.run_heads import RunHeads

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
-from cspd.engines.session import CallStats, EngineSession, Session, TimedSession
+from cspd.engines.sessions.session import CallStats, EngineSession, Session, TimedSession
 
 # Opens a graph: (bundle, label, backend, device=, threads=), as `engines.backends.open_session`.
 Opener = Callable[..., Session]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tiny_pair import tiny_plan
 
-from cspd.engines.trt_options import BuildOptions
+from cspd.engines.trt.options import BuildOptions
 from cspd.export.build import build_bundle
 
 

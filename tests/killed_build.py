@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tiny_pair import tiny_plan
 
-from cspd.engines.trt_options import BuildOptions as EngineOptions
+from cspd.engines.trt.options import BuildOptions as EngineOptions
 from cspd.export.build import BundlePlan, build_bundle
 
 

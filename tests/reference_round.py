@@ -14,7 +14,7 @@ from coupling import Gaussian, pick
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from cspd.engines.session import Session
+from cspd.engines.sessions.session import Session
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cspd.engines.manifest import Geometry
 from cspd.engines.schedule import ScheduleSpec
-from cspd.engines.session import TorchSession
+from cspd.engines.sessions.session import TorchSession
 from cspd.export.assemble import assemble_mar
 from cspd.export.build import BuildOptions, BundlePlan, Source, build_bundle
 from cspd.export.networks import model_graphs

@@ -8,7 +8,7 @@ import click
 import numpy as np
 
 from cspd.engines.bundle import Bundle
-from cspd.engines.commands import (
+from cspd.engines.console.commands import (
     METHOD,
     OUTPUT,
     WHAT,
@@ -18,10 +18,10 @@ from cspd.engines.commands import (
     new_out,
     option,
 )
+from cspd.engines.console.idle_options import other_options, refuse_idle
+from cspd.engines.console.terminal import print_table
 from cspd.engines.errors import CspdError
-from cspd.engines.idle_options import other_options, refuse_idle
 from cspd.engines.machine import check_machine
-from cspd.engines.terminal import print_table
 from cspd.engines.words import shell
 from cspd.runtime.commands.options import backend_option, machine_options
 from cspd.runtime.config import check_config

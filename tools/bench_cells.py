@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cspd.engines.table import DASH
+from cspd.engines.console.table import DASH
 from cspd.engines.words import counted
 from cspd.runtime.commands.tables import ratio_text
 from cspd.runtime.config import RunConfig

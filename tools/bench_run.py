@@ -17,7 +17,7 @@ import torch
 
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
-from cspd.engines.session import CallStats, Session, TorchSession
+from cspd.engines.sessions.session import CallStats, Session, TorchSession
 from cspd.export.loop_graph import DenoiserLoopGraph
 from cspd.export.torch_session import decoder_module, graph_module
 from cspd.runtime.config import RunConfig

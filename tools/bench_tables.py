@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from cspd.engines.table import Table
+from cspd.engines.console.table import Table
 from cspd.tools.bench_cells import figure, host_note, name_of, output, percent, ratio, seconds
 from cspd.tools.bench_results import Results
 from cspd.tools.bench_times import start_table, time_table

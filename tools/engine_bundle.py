@@ -9,8 +9,8 @@ from pathlib import Path
 from cspd.engines.bundle import MANIFEST, Bundle, open_bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import EngineRecord, FileRecord, GraphRecord, Manifest
-from cspd.engines.trt_build import build_engine
-from cspd.engines.trt_options import BuildOptions
+from cspd.engines.trt.build import build_engine
+from cspd.engines.trt.options import BuildOptions
 
 
 def with_engines(

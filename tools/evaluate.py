@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from cspd.engines.bundle import Bundle
-from cspd.engines.commands import (
+from cspd.engines.console.commands import (
     METHOD,
     OUTPUT,
     SPEED,
@@ -31,9 +31,9 @@ from cspd.engines.commands import (
     new_out,
     option,
 )
+from cspd.engines.console.terminal import print_table
 from cspd.engines.errors import CspdError
 from cspd.engines.machine import check_machine
-from cspd.engines.terminal import print_table
 from cspd.engines.words import shell
 from cspd.runtime.commands.options import backend_option, machine_options
 from cspd.runtime.config import asked_config, check_config, make_config

@@ -19,7 +19,7 @@ import click
 import numpy as np
 import torch
 
-from cspd.engines.commands import WHAT, option
+from cspd.engines.console.commands import WHAT, option
 from cspd.engines.errors import CspdError, MissingExtraError, SettingError
 from cspd.engines.manifest import Manifest
 from cspd.export.pairs import FASHION_CLASSES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cspd.engines.table import DASH, Table
+from cspd.engines.console.table import DASH, Table
 from cspd.tools.scores import difference_text, text, words
 
 

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
-from cspd.engines.cuda_graph import CapturedLoop, Run, relative_error
 from cspd.engines.doctor import diagnose
 from cspd.engines.errors import CspdError
-from cspd.engines.session import Session
-from cspd.engines.trt_options import BuildOptions
-from cspd.engines.trt_session import TrtSession
+from cspd.engines.sessions.cuda_graph import CapturedLoop, Run, relative_error
+from cspd.engines.sessions.session import Session
+from cspd.engines.trt.options import BuildOptions
+from cspd.engines.trt.session import TrtSession
 from cspd.runtime.commands.run import measure
 from cspd.runtime.config import HeadChoice, make_config
 from cspd.runtime.costs.sizes import DEFAULT_WINDOW

@@ -21,9 +21,9 @@ import torch
 
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
-from cspd.engines.cuda_graph import Graphs, relative_error
 from cspd.engines.errors import CspdError
 from cspd.engines.schedule import make_schedule
+from cspd.engines.sessions.cuda_graph import Graphs, relative_error
 from cspd.runtime.config import RunConfig, make_config
 from cspd.runtime.costs.measure import Examples
 from cspd.runtime.decode.alone import Alone

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from cspd.engines.bundle import open_bundle
-from cspd.engines.ort_session import ort_session
+from cspd.engines.console.table import Table
+from cspd.engines.console.terminal import print_table
 from cspd.engines.schedule import Schedule, make_schedule
-from cspd.engines.table import Table
-from cspd.engines.terminal import print_table
+from cspd.engines.sessions.ort import ort_session
 from cspd.export.presets import PRESETS
 from cspd.runtime.commands.cli import shipped_bundle
 from cspd.runtime.config import RunConfig, make_config

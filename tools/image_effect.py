@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from cspd.engines.bundle import Bundle
 from cspd.engines.manifest import ImageEffect
 from cspd.engines.memory import release_memory
-from cspd.engines.session import Session
+from cspd.engines.sessions.session import Session
 from cspd.runtime.config import make_config
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cspd.engines.commands import OUTPUT, Verb, human_bytes, option
+from cspd.engines.console.commands import OUTPUT, Verb, human_bytes, option
 from cspd.engines.errors import printable
 from cspd.engines.manifest import Manifest
 from cspd.export.bundle_words import contents, engines_of, next_step

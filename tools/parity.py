@@ -18,7 +18,7 @@ from rich.console import Console
 from cspd.engines.atomic import check_writable
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle
-from cspd.engines.commands import (
+from cspd.engines.console.commands import (
     OUTPUT,
     SPEED,
     WHAT,
@@ -28,9 +28,9 @@ from cspd.engines.commands import (
     json_option,
     option,
 )
-from cspd.engines.idle_options import other_options, refuse_idle
-from cspd.engines.table import Table
-from cspd.engines.terminal import fits, print_table
+from cspd.engines.console.idle_options import other_options, refuse_idle
+from cspd.engines.console.table import Table
+from cspd.engines.console.terminal import fits, print_table
 from cspd.engines.words import shell
 from cspd.runtime.config import make_config
 from cspd.runtime.store.outputs import environment, tool_version

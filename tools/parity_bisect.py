@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from cspd.engines.ort_session import import_onnxruntime, thread_options
+from cspd.engines.sessions.ort import import_onnxruntime, thread_options
 from cspd.export.build_graph import export_any
 from cspd.export.torch_session import decoder_module, graph_module
 from cspd.export.verify import check_sizes, realistic_inputs

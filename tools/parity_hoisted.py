@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cspd.engines.session import Session
+from cspd.engines.sessions.session import Session
 from cspd.tools.probe import call
 
 Inputs = dict[str, Tensor]

@@ -16,7 +16,7 @@ from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Role
 from cspd.engines.schedule import Schedule, make_schedule
-from cspd.engines.session import Session, TorchSession
+from cspd.engines.sessions.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
 from cspd.export.assemble import assemble_mar
 from cspd.export.graphs import DenoiserGraph

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from cspd.engines.session import Session, TorchSession
+from cspd.engines.sessions.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
 from cspd.export.graphs import TOLERANCES
 from cspd.export.verify import agreement

@@ -15,8 +15,8 @@ from torch import Tensor
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import BundleError
-from cspd.engines.ort_session import OrtCpuSession, import_onnxruntime, thread_options
-from cspd.engines.session import Session
+from cspd.engines.sessions.ort import OrtCpuSession, import_onnxruntime, thread_options
+from cspd.engines.sessions.session import Session
 from cspd.runtime.config import RunConfig
 from cspd.runtime.decode.canvas import Batch, Canvas
 from cspd.runtime.decode.cspd import Speculative

@@ -8,10 +8,18 @@ from pathlib import Path
 import click
 
 from cspd.engines.atomic import check_writable
-from cspd.engines.commands import OUTPUT, Verb, finish, human_bytes, json_option, new_out, option
+from cspd.engines.console.commands import (
+    OUTPUT,
+    Verb,
+    finish,
+    human_bytes,
+    json_option,
+    new_out,
+    option,
+)
+from cspd.engines.console.table import Table
+from cspd.engines.console.terminal import print_table
 from cspd.engines.errors import CspdError, MissingExtraError
-from cspd.engines.table import Table
-from cspd.engines.terminal import print_table
 from cspd.runtime.store.outputs import tool_version
 from cspd.tools.report_markdown import markdown
 from cspd.tools.report_parts import Card, Section

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cspd.engines.table import Table
+from cspd.engines.console.table import Table
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cspd.engines.table import Table
+from cspd.engines.console.table import Table
 from cspd.engines.words import counted
 from cspd.runtime.store.images import encode_png, numbered
 from cspd.runtime.store.ownership import GRID, RUN

@@ -22,12 +22,12 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from cspd.engines.commands import Commands
+from cspd.engines.console.commands import Commands
+from cspd.engines.console.table import Table
+from cspd.engines.console.terminal import print_table
 from cspd.engines.errors import CspdError
-from cspd.engines.ort_session import import_onnxruntime, thread_options
 from cspd.engines.schedule import ScheduleSpec, make_schedule
-from cspd.engines.table import Table
-from cspd.engines.terminal import print_table
+from cspd.engines.sessions.ort import import_onnxruntime, thread_options
 from cspd.export.presets import PRESETS
 from cspd.tools.synthetic_head import SyntheticHead
 

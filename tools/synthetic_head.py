@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cspd.engines.ort_session import ort_session
-from cspd.engines.session import Session, TorchSession
+from cspd.engines.sessions.ort import ort_session
+from cspd.engines.sessions.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
 from cspd.export.build_graph import export_any
 from cspd.export.graphs import DenoiserGraph, denoiser_spec

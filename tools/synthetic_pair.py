@@ -15,7 +15,7 @@ from torch import nn
 from cspd.engines.bundle import Bundle
 from cspd.engines.manifest import FileRecord, Geometry, GraphRecord, Manifest, ModelRecord
 from cspd.engines.schedule import ScheduleSpec
-from cspd.engines.session import Session, TorchSession
+from cspd.engines.sessions.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
 from cspd.export.assemble import assemble_mar, assemble_vae
 from cspd.export.graphs import decoder_spec

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cspd.engines.commands import Commands
+from cspd.engines.console.commands import Commands
 from cspd.engines.errors import CspdError
 from cspd.runtime.store.images import read_metadata
 from cspd.tools.classifier import embed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cspd.engines.table import DASH, Table
+from cspd.engines.console.table import DASH, Table
 from cspd.runtime.commands.tables import ratio_text
 from cspd.tools.bench_cells import name_of, output
 from cspd.tools.bench_results import Results, Summary

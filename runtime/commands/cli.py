@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from cspd.engines.backends import BACKENDS
-from cspd.engines.commands import (
+from cspd.engines.console.commands import (
     OUTPUT,
     SPEED,
     Choice,
@@ -18,9 +18,9 @@ from cspd.engines.commands import (
     option,
     out_folder,
 )
+from cspd.engines.console.idle_options import refuse_idle
+from cspd.engines.console.terminal import print_table
 from cspd.engines.doctor import diagnose
-from cspd.engines.idle_options import refuse_idle
-from cspd.engines.terminal import print_table
 from cspd.engines.words import counted, shell
 from cspd.runtime.commands import run
 from cspd.runtime.commands.options import FOLDER, LABELS, machine_options, sampling_options

@@ -12,7 +12,7 @@ import click
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import open_bundle
-from cspd.engines.commands import METHOD, SPEED, WHAT, Choice, Option, option
+from cspd.engines.console.commands import METHOD, SPEED, WHAT, Choice, Option, option
 from cspd.engines.errors import CspdError
 from cspd.runtime.bounds import expected
 from cspd.runtime.config import RunConfig, about

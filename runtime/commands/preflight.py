@@ -9,10 +9,10 @@ from textwrap import wrap
 
 from cspd.engines.atomic import check_folder, free_disk
 from cspd.engines.bundle import Bundle
-from cspd.engines.commands import human_bytes, human_seconds
+from cspd.engines.console.commands import human_bytes, human_seconds
+from cspd.engines.console.preflight import Check, check_disk, check_memory, problems
 from cspd.engines.errors import CspdError
 from cspd.engines.machine import machine_checks
-from cspd.engines.preflight import Check, check_disk, check_memory, problems
 from cspd.engines.spec import Record
 from cspd.runtime.commands.estimate import image_seconds
 from cspd.runtime.config import RunConfig, check_padding, computed_images

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.markup import escape
 
 from cspd.engines.bundle import Bundle
+from cspd.engines.console.table import DASH, Table
 from cspd.engines.doctor import Diagnosis
-from cspd.engines.table import DASH, Table
 from cspd.runtime.commands.run import Outcome
 from cspd.runtime.decode.stats import Tally
 

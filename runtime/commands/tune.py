@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from cspd.engines.commands import Verb, finish, json_option
+from cspd.engines.console.commands import Verb, finish, json_option
+from cspd.engines.console.table import Table
+from cspd.engines.console.terminal import print_table
 from cspd.engines.machine import check_machine
-from cspd.engines.table import Table
-from cspd.engines.terminal import print_table
 from cspd.engines.words import counted, shell
 from cspd.runtime.commands.options import FOLDER, machine_options, setting_option
 from cspd.runtime.config import RunConfig, check_config

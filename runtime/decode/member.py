@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cspd.engines.session import Session
+from cspd.engines.sessions.session import Session
 from cspd.runtime.decode.canvas import Batch, Canvas, Span
 from cspd.runtime.heads.base import Head
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 from pydantic import TypeAdapter
 
-from cspd.engines.session import CallStats
+from cspd.engines.sessions.session import CallStats
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cspd.engines.cuda_graph import CapturedLoop, Graphs
-from cspd.engines.session import ForkableSession, Session, TimedSession
+from cspd.engines.sessions.cuda_graph import CapturedLoop, Graphs
+from cspd.engines.sessions.session import ForkableSession, Session, TimedSession
 from cspd.engines.spec import GraphSpec
 from cspd.runtime.heads.plain import Loop, step_limit, step_loop
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from cspd.engines.cuda_graph import Graphs, GraphStats, TorchGraphs, relative_error
 from cspd.engines.errors import CspdError
-from cspd.engines.session import ForkableSession, Session, TimedSession
+from cspd.engines.sessions.cuda_graph import Graphs, GraphStats, TorchGraphs, relative_error
+from cspd.engines.sessions.session import ForkableSession, Session, TimedSession
 from cspd.engines.spec import GraphSpec
 from cspd.runtime.heads.captured import bucket
 

@@ -9,9 +9,9 @@ import torch
 
 from cspd.engines.backends import BACKENDS
 from cspd.engines.bundle import Bundle
-from cspd.engines.cuda_graph import Graphs, GraphStats, TorchGraphs
 from cspd.engines.errors import CspdError
-from cspd.engines.session import ForkableSession, Session, TimedSession
+from cspd.engines.sessions.cuda_graph import Graphs, GraphStats, TorchGraphs
+from cspd.engines.sessions.session import ForkableSession, Session, TimedSession
 from cspd.engines.words import setting
 from cspd.runtime.heads.base import Head
 from cspd.runtime.heads.captured import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cspd.engines.schedule import Schedule
-from cspd.engines.session import Session
+from cspd.engines.sessions.session import Session
 from cspd.runtime.heads.base import HeadSample, Rows, concatenate, part_of
 from cspd.runtime.noise import Noise, Purpose
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cspd.engines.schedule import Schedule
-from cspd.engines.session import Session
+from cspd.engines.sessions.session import Session
 from cspd.runtime.heads.base import Rows, part_of
 from cspd.runtime.heads.drafts import DraftTables, depths_of
 from cspd.runtime.heads.numbers import ChainNumbers, MakeNumbers

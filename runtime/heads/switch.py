@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cspd.engines.schedule import Schedule
-from cspd.engines.session import Session
+from cspd.engines.sessions.session import Session
 from cspd.runtime.heads.base import Head, HeadSample, Rows
 from cspd.runtime.heads.plain import ahead_of_steps
 from cspd.runtime.noise import Noise, Purpose

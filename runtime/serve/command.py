@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from cspd.engines.commands import OUTPUT, SPEED, Verb, finish, json_option, option
+from cspd.engines.console.commands import OUTPUT, SPEED, Verb, finish, json_option, option
 from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError, MissingExtraError, SettingError
 from cspd.engines.machine import check_machine

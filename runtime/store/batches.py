@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cspd.engines.bundle import Bundle
-from cspd.engines.session import CallStats
+from cspd.engines.sessions.session import CallStats
 from cspd.runtime.config import RunConfig
 from cspd.runtime.decode.decoder import OnRound, ignore_progress
 from cspd.runtime.decode.stats import Statistics, Tally, Verdicts

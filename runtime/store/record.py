@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from cspd.engines.bundle import Bundle
-from cspd.engines.cuda_graph import GraphStats
+from cspd.engines.sessions.cuda_graph import GraphStats
 from cspd.engines.spec import Record
 from cspd.runtime.config import RunConfig
 from cspd.runtime.store.formats import Layout

@@ -17,9 +17,9 @@ import click
 from cspd.engines.atomic import link_file
 from cspd.engines.backends import BACKENDS, ENGINES
 from cspd.engines.bundle import MANIFEST, Bundle, open_bundle
-from cspd.engines.commands import OUTPUT, SPEED, Choice, Verb, finish, json_option, option
+from cspd.engines.console.commands import OUTPUT, SPEED, Choice, Verb, finish, json_option, option
+from cspd.engines.console.idle_options import refuse_idle
 from cspd.engines.errors import CspdError
-from cspd.engines.idle_options import refuse_idle
 from cspd.engines.manifest import GraphRecord
 from cspd.engines.words import shell
 from cspd.runtime.settings import usable_bundle

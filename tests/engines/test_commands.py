@@ -7,7 +7,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from cspd.engines.commands import (
+from cspd.engines.console.commands import (
     METHOD,
     OUTPUT,
     Choice,

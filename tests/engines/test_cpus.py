@@ -127,7 +127,7 @@ from pathlib import Path
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import torch
 from cspd.engines.bundle import open_bundle
-from cspd.engines.ort_session import ort_session
+from cspd.engines.sessions.ort import ort_session
 from cspd.runtime.commands.cli import shipped_bundle
 bundle = open_bundle(shipped_bundle())
 path, spec = str(bundle.graph_file("decoder")), bundle.graph("decoder").spec

@@ -8,10 +8,10 @@ from fake_gpu import FakeEngine, FakeGraphs, FakeStreams
 from tiny_graphs import GetGraph
 from torch import Tensor
 
-from cspd.engines.cuda_graph import CapturedLoop, TorchGraphs, relative_error
 from cspd.engines.errors import CspdError
-from cspd.engines.trt_load import LoadedEngine
-from cspd.engines.trt_session import TrtSession
+from cspd.engines.sessions.cuda_graph import CapturedLoop, TorchGraphs, relative_error
+from cspd.engines.trt.load import LoadedEngine
+from cspd.engines.trt.session import TrtSession
 
 STEPS = 5
 CPU = torch.device("cpu")

@@ -92,8 +92,8 @@ def test_driver_version_from_the_kernel_and_from_the_tool(monkeypatch, tmp_path)
 
 def test_no_tensorrt_is_imported_with_the_engines():
     code = (
-        "import sys, cspd.engines.doctor, cspd.engines.lint, cspd.engines.trt_build,"
-        "cspd.engines.trt_session, cspd.engines.cuda_graph;"
+        "import sys, cspd.engines.doctor, cspd.engines.lint, cspd.engines.trt.build,"
+        "cspd.engines.trt.session, cspd.engines.sessions.cuda_graph;"
         "heavy = ('tensorrt', 'tensorrt_rtx', 'onnx', 'onnxruntime');"
         "sys.exit(any(name in sys.modules for name in heavy))"
     )

@@ -9,13 +9,13 @@ from onnx import helper
 from tiny_graphs import narrowed, write_onnx, xy_spec
 
 from cspd.engines.errors import BundleError, CspdError
-from cspd.engines.interface import MAX_KNOWN, CallCheck, Declared, check_interface
-from cspd.engines.ort_session import OrtBoundSession, ort_session
-from cspd.engines.session import TorchSession
+from cspd.engines.sessions.interface import MAX_KNOWN, CallCheck, Declared, check_interface
+from cspd.engines.sessions.ort import OrtBoundSession, ort_session
+from cspd.engines.sessions.session import TorchSession
+from cspd.engines.sessions.split import SplitSession
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.engines.split_session import SplitSession
-from cspd.engines.trt_load import LoadedEngine
-from cspd.engines.trt_session import TrtSession
+from cspd.engines.trt.load import LoadedEngine
+from cspd.engines.trt.session import TrtSession
 
 CPU = torch.device("cpu")
 SPEC = xy_spec(independent="rows")

@@ -4,9 +4,9 @@ import pytest
 from click.testing import CliRunner
 
 from cspd.engines.bundle import Bundle, open_bundle
+from cspd.engines.console.preflight import problems
 from cspd.engines.errors import CspdError
 from cspd.engines.machine import check_engines, check_machine, machine_checks
-from cspd.engines.preflight import problems
 from cspd.runtime.commands.cli import main
 from cspd.runtime.settings import shipped_bundle
 

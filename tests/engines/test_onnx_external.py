@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.onnx_external import external_locations
-from cspd.engines.ort_session import thread_options
+from cspd.engines.sessions.ort import thread_options
 from cspd.runtime.commands.cli import shipped_bundle
 
 

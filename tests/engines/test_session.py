@@ -9,8 +9,8 @@ from onnx import helper
 from tiny_graphs import GetGraph, write_onnx, xy_spec
 
 from cspd.engines.errors import CspdError, MissingExtraError
-from cspd.engines.ort_session import OrtBoundSession, ort_session
-from cspd.engines.session import TimedSession, TorchSession
+from cspd.engines.sessions.ort import OrtBoundSession, ort_session
+from cspd.engines.sessions.session import TimedSession, TorchSession
 
 # "bound" is the way to CUDA, with the CPU as its device.
 BACKENDS = ["torch", "onnxruntime", "bound"]

@@ -14,8 +14,8 @@ from cspd.engines.build_report import profile_shapes
 from cspd.engines.bundle import open_bundle
 from cspd.engines.lint import lint_model, refuse_errors
 from cspd.engines.spec import GraphSpec
-from cspd.engines.trt_build import build_engine
-from cspd.engines.trt_options import BuildOptions
+from cspd.engines.trt.build import build_engine
+from cspd.engines.trt.options import BuildOptions
 from cspd.export.assemble import assemble_mar
 from cspd.export.networks import EXACT, model_graphs
 from cspd.export.onnx_export import export_graph, save_graph

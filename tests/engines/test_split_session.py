@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from cspd.engines.errors import CspdError
-from cspd.engines.session import TorchSession
+from cspd.engines.sessions.session import TorchSession
+from cspd.engines.sessions.split import SplitSession
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.engines.split_session import SplitSession
 
 SPEC = GraphSpec(
     name="scale",

@@ -8,8 +8,8 @@ from unittest import mock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cspd.engines.table import Table
-from cspd.engines.terminal import fitted, print_table
+from cspd.engines.console.table import Table
+from cspd.engines.console.terminal import fitted, print_table
 
 WORDS = st.text("abc 1.", min_size=1, max_size=30).map(str.strip).filter(bool)
 

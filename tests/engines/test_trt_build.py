@@ -15,10 +15,10 @@ from tiny_graphs import GetGraph, narrowed, write_onnx, xy_spec
 
 from cspd.engines.build_report import profile_shapes
 from cspd.engines.errors import CspdError, MissingExtraError
-from cspd.engines.trt_api import import_trt, last_words, supported_capabilities
-from cspd.engines.trt_build import build_engine
-from cspd.engines.trt_options import BuildOptions
-from cspd.engines.trt_progress import rich_progress
+from cspd.engines.trt.api import import_trt, last_words, supported_capabilities
+from cspd.engines.trt.build import build_engine
+from cspd.engines.trt.options import BuildOptions
+from cspd.engines.trt.progress import rich_progress
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 GRAPHS = ("backbone", "denoiser", "denoiser_loop", "decoder")

@@ -14,16 +14,17 @@ import torch
 from fake_gpu import FakeEngine, FakeStreams
 from tiny_graphs import GetGraph, narrowed
 
-from cspd.engines import trt_load, trt_session
 from cspd.engines.backends import open_session
 from cspd.engines.build_report import profile_shapes
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.manifest import EngineRecord, FileRecord, GraphRecord
-from cspd.engines.trt_build import build_engine
-from cspd.engines.trt_load import EngineFile, LoadedEngine, Placement, load_engine
-from cspd.engines.trt_options import BuildOptions
-from cspd.engines.trt_session import TrtSession
+from cspd.engines.trt import load as trt_load
+from cspd.engines.trt import session as trt_session
+from cspd.engines.trt.build import build_engine
+from cspd.engines.trt.load import EngineFile, LoadedEngine, Placement, load_engine
+from cspd.engines.trt.options import BuildOptions
+from cspd.engines.trt.session import TrtSession
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from tiny_pair import CLIPPED, tiny_plan
 
 from cspd.engines.bundle import open_bundle
 from cspd.engines.errors import CspdError
-from cspd.engines.ort_session import ort_session
 from cspd.engines.schedule import ScheduleSpec, make_schedule
+from cspd.engines.sessions.ort import ort_session
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
 from cspd.export import build_graph
 from cspd.export.assemble import assemble_mar

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cspd.engines.preflight import problems
-from cspd.engines.trt_options import BuildOptions as EngineOptions
+from cspd.engines.console.preflight import problems
+from cspd.engines.trt.options import BuildOptions as EngineOptions
 from cspd.export.build import BuildOptions
 from cspd.export.estimates import (
     GB,

@@ -13,8 +13,8 @@ from narrow import check_narrow
 from safetensors.torch import load_file
 
 from cspd.engines.bundle import open_bundle
-from cspd.engines.commands import human_bytes
-from cspd.engines.trt_options import BuildOptions as EngineOptions
+from cspd.engines.console.commands import human_bytes
+from cspd.engines.trt.options import BuildOptions as EngineOptions
 from cspd.export.build import KEY
 from cspd.export.cli import main
 from cspd.export.pairs import demo_plan

@@ -9,9 +9,9 @@ import torch
 from recorded import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cspd.engines.ort_session import ort_session
 from cspd.engines.schedule import ScheduleSpec, make_schedule
-from cspd.engines.session import TorchSession
+from cspd.engines.sessions.ort import ort_session
+from cspd.engines.sessions.session import TorchSession
 from cspd.export.graphs import DenoiserGraph, denoiser_spec
 from cspd.export.hoisted_round import hoisted_round_spec
 from cspd.export.mar import DiffusionLoss

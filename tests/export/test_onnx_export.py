@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import cspd.export
 from cspd.engines.errors import CspdError
-from cspd.engines.ort_session import ort_session
+from cspd.engines.sessions.ort import ort_session
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
 from cspd.export.layers import Linear
 from cspd.export.onnx_export import OPSET, export_graph, finish, save_graph, trace_graph

@@ -6,9 +6,9 @@ import torch
 from quiet_head import quiet_head
 from reference_round import ReferenceRound
 
-from cspd.engines.ort_session import ort_session
 from cspd.engines.schedule import ScheduleSpec, make_schedule
-from cspd.engines.session import TorchSession
+from cspd.engines.sessions.ort import ort_session
+from cspd.engines.sessions.session import TorchSession
 from cspd.export.graphs import DenoiserGraph, denoiser_spec
 from cspd.export.hoisted_round import HoistedRoundGraph, hoisted_round_spec
 from cspd.export.modulation import HeadModulationGraph, modulation_spec

@@ -6,8 +6,8 @@ import torch
 from quiet_head import quiet_head
 from test_round_graph import CONFIG, CPU, SCHEDULE, tokens
 
-from cspd.engines.ort_session import ort_session
-from cspd.engines.session import TorchSession
+from cspd.engines.sessions.ort import ort_session
+from cspd.engines.sessions.session import TorchSession
 from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
 from cspd.export.while_loop import export_speculative_loop
 from cspd.runtime.heads import speculative_loop as lossless_loop

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.manifest import Geometry
 from cspd.engines.schedule import ScheduleSpec, make_schedule
-from cspd.engines.trt_options import BuildOptions as EngineOptions
+from cspd.engines.trt.options import BuildOptions as EngineOptions
 from cspd.export.assemble import assemble_mar
 from cspd.export.build import BuildOptions, BundlePlan, Source, build_bundle, no_progress
 from cspd.export.build_graph import GraphBuilder

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mutations import damaged
 
 from cspd.engines.bundle import MANIFEST, hash_file, open_bundle
-from cspd.engines.ort_session import open_session
+from cspd.engines.sessions.ort import open_session
 from cspd.runtime.commands.cli import main, shipped_bundle
 
 SHIPPED = open_bundle(shipped_bundle())

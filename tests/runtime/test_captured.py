@@ -18,8 +18,8 @@ from cspd.engines import machine
 from cspd.engines.backends import open_session
 from cspd.engines.schedule import make_schedule
 from cspd.engines.spec import Axis, GraphSpec
-from cspd.engines.trt_load import LoadedEngine
-from cspd.engines.trt_session import TrtSession
+from cspd.engines.trt.load import LoadedEngine
+from cspd.engines.trt.session import TrtSession
 from cspd.runtime.commands import run
 from cspd.runtime.commands.cli import main
 from cspd.runtime.config import make_config

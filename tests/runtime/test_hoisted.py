@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cspd.engines.schedule import ScheduleSpec, make_schedule
-from cspd.engines.session import TimedSession, TorchSession
+from cspd.engines.sessions.session import TimedSession, TorchSession
 from cspd.export.graphs import DenoiserGraph, denoiser_spec
 from cspd.export.hoisted_round import HoistedRoundGraph, hoisted_round_spec
 from cspd.export.mar import DiffusionLoss

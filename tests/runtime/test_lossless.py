@@ -20,7 +20,7 @@ from scipy import stats
 
 from cspd.engines.errors import CspdError
 from cspd.engines.schedule import ScheduleSpec, make_schedule
-from cspd.engines.session import TorchSession
+from cspd.engines.sessions.session import TorchSession
 from cspd.export.graphs import DenoiserGraph, denoiser_spec
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import MarConfig

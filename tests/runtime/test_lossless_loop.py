@@ -6,7 +6,7 @@ from quiet_head import quiet_head
 from reference_round import ReferenceRound
 from test_lossless import CHANNELS, SCHEDULE, network_tokens, part_of
 
-from cspd.engines.session import TorchSession
+from cspd.engines.sessions.session import TorchSession
 from cspd.export.graphs import DenoiserGraph, denoiser_spec
 from cspd.export.presets import MarConfig
 from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec

@@ -4,7 +4,7 @@ import torch
 
 from cspd.engines.backends import open_session
 from cspd.engines.schedule import make_schedule
-from cspd.engines.session import TimedSession
+from cspd.engines.sessions.session import TimedSession
 from cspd.runtime.heads.base import Rows
 from cspd.runtime.heads.plain import LoopHead
 from cspd.runtime.noise import Noise, Purpose

@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cspd.engines.commands import human_seconds
+from cspd.engines.console.commands import human_seconds
 from cspd.runtime.commands.cli import main
 from cspd.runtime.commands.preflight import COMPRESSED, SETTINGS_BYTES
 

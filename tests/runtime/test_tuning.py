@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from narrow import check_narrow
 
 from cspd.engines.bundle import open_bundle
+from cspd.engines.console.terminal import print_table
 from cspd.engines.errors import CspdError
-from cspd.engines.terminal import print_table
 from cspd.runtime.commands import run
 from cspd.runtime.commands.cli import main, shipped_bundle
 from cspd.runtime.commands.replay import replay

@@ -9,7 +9,7 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 from narrow import check_narrow
 
-from cspd.engines.commands import OTHER, ToolCommand, Verb
+from cspd.engines.console.commands import OTHER, ToolCommand, Verb
 from cspd.export.cli import main as export_main
 from cspd.runtime.commands.cli import main
 from cspd.runtime.config import RunConfig, about

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import open_bundle
-from cspd.engines.trt_options import BuildOptions
+from cspd.engines.trt.options import BuildOptions
 from cspd.tools import gpu_check
 from cspd.tools.engine_bundle import with_engines
 from cspd.tools.gpu_check import METHODS, Deadline, attempt, benchmark, climb, succeeded

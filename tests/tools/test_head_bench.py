@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from cspd.engines.schedule import ScheduleSpec, make_schedule
-from cspd.engines.session import TorchSession
+from cspd.engines.sessions.session import TorchSession
 from cspd.export.mar import DiffusionLoss
 from cspd.export.presets import PRESETS, MarConfig
 from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec

@@ -20,7 +20,7 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInsta
 from cspd.engines.bundle import MANIFEST, hash_file, open_bundle
 from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.manifest import EngineRecord
-from cspd.engines.ort_session import ort_session
+from cspd.engines.sessions.ort import ort_session
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
 from cspd.export.cli import main
 from cspd.runtime.commands.cli import shipped_bundle

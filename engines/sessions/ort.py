@@ -11,10 +11,10 @@ from torch import Tensor
 from cspd.engines.bundle import Bundle
 from cspd.engines.cpus import available_cpus
 from cspd.engines.errors import CspdError, MissingExtraError
-from cspd.engines.interface import CallCheck, Declared, check_interface
-from cspd.engines.session import Session, torch_device
+from cspd.engines.sessions.interface import CallCheck, Declared, check_interface
+from cspd.engines.sessions.session import Session, torch_device
+from cspd.engines.sessions.split import SplitSession
 from cspd.engines.spec import GraphSpec
-from cspd.engines.split_session import SplitSession
 
 # Types of ONNX Runtime that a contract knows.
 TYPES = {"tensor(float)": "float32", "tensor(int32)": "int32"}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cspd.engines.atomic import atomic_file
 from cspd.engines.errors import BundleError, CspdError
-from cspd.engines.trt_api import import_trt, one_line, trt_log
+from cspd.engines.trt.api import import_trt, one_line, trt_log
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from cspd.engines import streams
+from cspd.engines.console import streams
 from cspd.engines.cpus import limit_torch_threads
 from cspd.engines.errors import MAX_LINE, CspdError, printable
 from cspd.engines.words import nearest

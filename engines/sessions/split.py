@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cspd.engines.session import Session
+from cspd.engines.sessions.session import Session
 from cspd.engines.spec import GraphSpec, TensorSpec
 
 

@@ -18,9 +18,9 @@ from cspd.engines.build_report import BuildReport, profile_shapes
 from cspd.engines.errors import CspdError
 from cspd.engines.memory import peak_memory, release_memory
 from cspd.engines.spec import GraphSpec
-from cspd.engines.trt_api import import_trt, last_words, parse_onnx, supported_capabilities, trt_log
-from cspd.engines.trt_options import BuildOptions
-from cspd.engines.trt_progress import ProgressCallback, make_monitor
+from cspd.engines.trt.api import import_trt, last_words, parse_onnx, supported_capabilities, trt_log
+from cspd.engines.trt.options import BuildOptions
+from cspd.engines.trt.progress import ProgressCallback, make_monitor
 
 
 def build_engine(

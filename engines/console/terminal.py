@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from cspd.engines.table import DASH, Table
+from cspd.engines.console.table import DASH, Table
 
 WHOLE = 26  # characters; longer cells are sentences and may be broken
 GAP = 2  # characters between two columns

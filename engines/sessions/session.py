@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cspd.engines.errors import CspdError
-from cspd.engines.interface import CallCheck
+from cspd.engines.sessions.interface import CallCheck
 from cspd.engines.spec import GraphSpec
 from cspd.engines.words import setting
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from cspd.engines.commands import human_bytes
+from cspd.engines.console.commands import human_bytes
 from cspd.engines.errors import CspdError
 from cspd.engines.memory import available_memory
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cspd.engines.errors import CspdError
-from cspd.engines.trt_api import FLAVOURS
+from cspd.engines.trt.api import FLAVOURS
 
 
 @dataclass(frozen=True)

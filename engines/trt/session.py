@@ -13,9 +13,9 @@ from torch import Tensor
 from cspd.engines.build_report import profile_shapes
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import BundleError, CspdError
-from cspd.engines.interface import CallCheck, Declared, Expected, check_interface
+from cspd.engines.sessions.interface import CallCheck, Declared, Expected, check_interface
 from cspd.engines.spec import GraphSpec
-from cspd.engines.trt_load import EngineFile, LoadedEngine, Placement, load_engine
+from cspd.engines.trt.load import EngineFile, LoadedEngine, Placement, load_engine
 from cspd.engines.words import setting
 
 PLACEHOLDER_BYTES = 256
