@@ -22,14 +22,14 @@ from cspd.engines.manifest import Geometry, GraphRecord, Manifest, ModelRecord, 
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.trt.options import BuildOptions as EngineOptions
 from cspd.engines.trt.progress import ProgressCallback
-from cspd.export.assemble import assemble_mar, assemble_vae
 from cspd.export.build_graph import FinishedGraph, GraphBuilder, ShowProgress, intact_files
-from cspd.export.graphs import PixelDecoder, decoder_spec
+from cspd.export.graphs.denoiser import PixelDecoder, decoder_spec
+from cspd.export.graphs.networks import EXACT, model_graphs, with_tolerance
 from cspd.export.image_effect import with_image_effects
-from cspd.export.networks import EXACT, model_graphs, with_tolerance
-from cspd.export.onnx_export import OPSET
-from cspd.export.presets import MarConfig
-from cspd.export.weight_values import check_values
+from cspd.export.mar.assemble import assemble_mar, assemble_vae
+from cspd.export.mar.presets import MarConfig
+from cspd.export.onnx.trace import OPSET
+from cspd.export.weights.values import check_values
 
 KEY = "build.key"
 WEIGHTS = "weights.safetensors"

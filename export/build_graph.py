@@ -22,12 +22,12 @@ from cspd.engines.spec import GraphSpec, Record
 from cspd.engines.trt.build import build_engine
 from cspd.engines.trt.options import BuildOptions as EngineOptions
 from cspd.engines.trt.progress import ProgressCallback
-from cspd.export.loop_graph import DenoiserLoopGraph
-from cspd.export.onnx_export import export_graph, save_graph
-from cspd.export.scan_loop import export_loop
-from cspd.export.speculative_loop import SpeculativeLoopGraph
+from cspd.export.graphs.denoiser_loop import DenoiserLoopGraph
+from cspd.export.graphs.speculative_loop import SpeculativeLoopGraph
+from cspd.export.onnx.loop import export_speculative_loop
+from cspd.export.onnx.scan import export_loop
+from cspd.export.onnx.trace import export_graph, save_graph
 from cspd.export.verify import judge, verify_graph
-from cspd.export.while_loop import export_speculative_loop
 
 DONE = ".done.json"
 ShowProgress = Callable[[str], AbstractContextManager[ProgressCallback]]

@@ -30,7 +30,7 @@ from cspd.engines.manifest import Precision, Role
 from cspd.engines.schedule import ScheduleSpec
 from cspd.engines.trt.progress import ProgressCallback, rich_progress
 from cspd.export.engine_options import engine_options, with_engine_options
-from cspd.export.presets import HEAD_STEPS, PUBLISHED
+from cspd.export.mar.presets import HEAD_STEPS, PUBLISHED
 
 if TYPE_CHECKING:
     from cspd.export.build import BundlePlan

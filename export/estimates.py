@@ -13,10 +13,10 @@ import torch
 from cspd.engines.console.commands import human_bytes, human_seconds
 from cspd.engines.manifest import Precision, Role
 from cspd.export.build import BuildOptions
-from cspd.export.mar import Mar
-from cspd.export.networks import EXACT, model_graphs
-from cspd.export.presets import PRESETS
-from cspd.export.vae import VaeDecoder
+from cspd.export.graphs.networks import EXACT, model_graphs
+from cspd.export.mar.model import Mar
+from cspd.export.mar.presets import PRESETS
+from cspd.export.mar.vae import VaeDecoder
 
 GB = 1e9
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from cspd.engines.bundle import Bundle
 from cspd.engines.manifest import ImageEffect, Manifest
 from cspd.engines.sessions.session import Session, TorchSession
-from cspd.export.assemble import assemble_mar, assemble_vae
-from cspd.export.graphs import DenoiserGraph, PixelDecoder
-from cspd.export.loop_graph import DenoiserLoopGraph
-from cspd.export.networks import FIRST
-from cspd.export.presets import MarConfig
+from cspd.export.graphs.denoiser import DenoiserGraph, PixelDecoder
+from cspd.export.graphs.denoiser_loop import DenoiserLoopGraph
+from cspd.export.graphs.networks import FIRST
+from cspd.export.mar.assemble import assemble_mar, assemble_vae
+from cspd.export.mar.presets import MarConfig
 
 TOOL = "cspd.tools.image_effect"
 Weights = Callable[[], Mapping[str, Tensor]]

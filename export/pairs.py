@@ -17,13 +17,13 @@ from cspd.engines.manifest import Geometry, Precision, Role
 from cspd.engines.schedule import ScheduleSpec
 from cspd.engines.trt.options import BuildOptions as EngineOptions
 from cspd.export.build import BuildOptions, BundlePlan, Source
-from cspd.export.checkpoint import load_mar, load_vae
-from cspd.export.mar import Mar
-from cspd.export.presets import HEAD_STEPS, PRESETS, PUBLISHED, MarConfig
-from cspd.export.random_weights import random_state
-from cspd.export.vae import VaeDecoder
-from cspd.export.weight_files import file_sha256, regular_size
-from cspd.export.weight_folders import find_default_weights
+from cspd.export.mar.model import Mar
+from cspd.export.mar.presets import HEAD_STEPS, PRESETS, PUBLISHED, MarConfig
+from cspd.export.mar.vae import VaeDecoder
+from cspd.export.weights.checkpoint import load_mar, load_vae
+from cspd.export.weights.files import file_sha256, regular_size
+from cspd.export.weights.folders import find_default_weights
+from cspd.export.weights.random import random_state
 
 # The authors' best guidance with a linear schedule, 256 steps (LTH14/mar, README).
 GUIDANCE = {"mar-b": 2.9, "mar-l": 3.0, "mar-h": 3.2}

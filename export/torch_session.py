@@ -19,13 +19,13 @@ from cspd.engines.cpus import limit_torch_threads
 from cspd.engines.errors import BundleError, CspdError
 from cspd.engines.sessions.session import Session, TorchSession, torch_device
 from cspd.engines.spec import GraphSpec
-from cspd.export.assemble import assemble_mar, assemble_vae
-from cspd.export.diffusion_head import DiffusionHead, FinalLayer, ResBlock, TimeEmbedding
-from cspd.export.graphs import PixelDecoder
-from cspd.export.layers import Block
-from cspd.export.mar import DiffusionLoss, Mar
-from cspd.export.networks import FIRST, model_graphs
-from cspd.export.presets import MarConfig
+from cspd.export.graphs.denoiser import PixelDecoder
+from cspd.export.graphs.networks import FIRST, model_graphs
+from cspd.export.mar.assemble import assemble_mar, assemble_vae
+from cspd.export.mar.head import DiffusionHead, FinalLayer, ResBlock, TimeEmbedding
+from cspd.export.mar.layers import Block
+from cspd.export.mar.model import DiffusionLoss, Mar
+from cspd.export.mar.presets import MarConfig
 
 CPU = torch.device("cpu")
 COMPILED_WIDTH = 512

@@ -2,8 +2,8 @@
 
 import torch
 
-from cspd.export.mar import DiffusionLoss
-from cspd.export.presets import MarConfig
+from cspd.export.mar.model import DiffusionLoss
+from cspd.export.mar.presets import MarConfig
 
 
 def quiet_head(config: MarConfig, seed: int = 1) -> DiffusionLoss:

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from cspd.export.mar import Mar
-from cspd.export.presets import MarConfig
+from cspd.export.mar.model import Mar
+from cspd.export.mar.presets import MarConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 # The authors' constructor leaves the norm layers at PyTorch's epsilon; their presets pass 1e-6.

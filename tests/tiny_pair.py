@@ -13,9 +13,9 @@ from torch import Tensor
 from cspd.engines.manifest import Geometry
 from cspd.engines.schedule import ScheduleSpec
 from cspd.engines.sessions.session import TorchSession
-from cspd.export.assemble import assemble_mar
 from cspd.export.build import BuildOptions, BundlePlan, Source, build_bundle
-from cspd.export.networks import model_graphs
+from cspd.export.graphs.networks import model_graphs
+from cspd.export.mar.assemble import assemble_mar
 from cspd.export.pairs import imagenet_classes
 from cspd.runtime.decode.canvas import Batch
 from cspd.runtime.decode.member import Member

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from cspd.engines.errors import CspdError
-from cspd.export.mar import Mar
-from cspd.export.presets import PRESETS
-from cspd.export.random_weights import random_state
-from cspd.export.vae import VaeDecoder
+from cspd.export.mar.model import Mar
+from cspd.export.mar.presets import PRESETS
+from cspd.export.mar.vae import VaeDecoder
+from cspd.export.weights.random import random_state
 
 
 @functools.cache

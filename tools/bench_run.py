@@ -18,7 +18,7 @@ import torch
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.sessions.session import CallStats, Session, TorchSession
-from cspd.export.loop_graph import DenoiserLoopGraph
+from cspd.export.graphs.denoiser_loop import DenoiserLoopGraph
 from cspd.export.torch_session import decoder_module, graph_module
 from cspd.runtime.config import RunConfig
 from cspd.runtime.decode.stats import Statistics

@@ -24,7 +24,7 @@ from cspd.engines.console.table import Table
 from cspd.engines.console.terminal import print_table
 from cspd.engines.schedule import Schedule, make_schedule
 from cspd.engines.sessions.ort import ort_session
-from cspd.export.presets import PRESETS
+from cspd.export.mar.presets import PRESETS
 from cspd.runtime.commands.cli import shipped_bundle
 from cspd.runtime.config import RunConfig, make_config
 from cspd.runtime.costs.measure import Examples

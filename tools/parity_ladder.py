@@ -18,11 +18,11 @@ from cspd.engines.manifest import Role
 from cspd.engines.schedule import Schedule, make_schedule
 from cspd.engines.sessions.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
-from cspd.export.assemble import assemble_mar
-from cspd.export.graphs import DenoiserGraph
-from cspd.export.modulation import HoistedDenoiserGraph
-from cspd.export.networks import FIRST, HOISTED, HOISTED_ROUND, MODULATION, ROUND
-from cspd.export.presets import MarConfig
+from cspd.export.graphs.denoiser import DenoiserGraph
+from cspd.export.graphs.modulation import HoistedDenoiserGraph
+from cspd.export.graphs.networks import FIRST, HOISTED, HOISTED_ROUND, MODULATION, ROUND
+from cspd.export.mar.assemble import assemble_mar
+from cspd.export.mar.presets import MarConfig
 from cspd.export.verify import realistic_inputs
 from cspd.runtime.config import RunConfig
 from cspd.runtime.costs.sizes import DEFAULT_WINDOW

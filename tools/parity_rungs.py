@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cspd.engines.sessions.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
-from cspd.export.graphs import TOLERANCES
+from cspd.export.graphs.denoiser import TOLERANCES
 from cspd.export.verify import agreement
 from cspd.runtime.config import RunConfig
 from cspd.runtime.decode.canvas import Canvas

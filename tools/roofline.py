@@ -28,7 +28,7 @@ from cspd.engines.console.terminal import print_table
 from cspd.engines.errors import CspdError
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.sessions.ort import import_onnxruntime, thread_options
-from cspd.export.presets import PRESETS
+from cspd.export.mar.presets import PRESETS
 from cspd.tools.synthetic_head import SyntheticHead
 
 PRODUCTS = ("MatMul", "Gemm")

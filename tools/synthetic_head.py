@@ -13,19 +13,19 @@ from cspd.engines.sessions.ort import ort_session
 from cspd.engines.sessions.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
 from cspd.export.build_graph import export_any
-from cspd.export.graphs import DenoiserGraph, denoiser_spec
-from cspd.export.loop_graph import DenoiserLoopGraph, denoiser_loop_spec
-from cspd.export.mar import DiffusionLoss
-from cspd.export.modulation import (
+from cspd.export.graphs.denoiser import DenoiserGraph, denoiser_spec
+from cspd.export.graphs.denoiser_loop import DenoiserLoopGraph, denoiser_loop_spec
+from cspd.export.graphs.modulation import (
     HeadModulationGraph,
     HoistedDenoiserGraph,
     hoisted_spec,
     modulation_spec,
 )
-from cspd.export.onnx_export import save_graph
-from cspd.export.presets import PRESETS
-from cspd.export.random_weights import random_state
-from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
+from cspd.export.graphs.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
+from cspd.export.mar.model import DiffusionLoss
+from cspd.export.mar.presets import PRESETS
+from cspd.export.onnx.trace import save_graph
+from cspd.export.weights.random import random_state
 
 MAX_ROWS = 1024
 WEIGHTS = "weights.safetensors"

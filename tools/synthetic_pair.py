@@ -17,14 +17,14 @@ from cspd.engines.manifest import FileRecord, Geometry, GraphRecord, Manifest, M
 from cspd.engines.schedule import ScheduleSpec
 from cspd.engines.sessions.session import Session, TorchSession
 from cspd.engines.spec import GraphSpec
-from cspd.export.assemble import assemble_mar, assemble_vae
-from cspd.export.graphs import decoder_spec
-from cspd.export.mar import DiffusionLoss, Mar
-from cspd.export.networks import model_graphs
-from cspd.export.presets import PRESETS
-from cspd.export.random_weights import random_state
+from cspd.export.graphs.denoiser import decoder_spec
+from cspd.export.graphs.networks import model_graphs
+from cspd.export.mar.assemble import assemble_mar, assemble_vae
+from cspd.export.mar.model import DiffusionLoss, Mar
+from cspd.export.mar.presets import PRESETS
+from cspd.export.mar.vae import VaeDecoder
 from cspd.export.torch_session import compile_blocks
-from cspd.export.vae import VaeDecoder
+from cspd.export.weights.random import random_state
 
 NOWHERE = "in memory"
 NO_FILE = FileRecord(sha256="0" * 64, bytes=0)

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cspd.engines.schedule import ScheduleSpec, make_schedule
-from cspd.export.mar import Mar
-from cspd.export.presets import PRESETS
+from cspd.export.mar.model import Mar
+from cspd.export.mar.presets import PRESETS
 from cspd.tools.fashion import load_images, to_tokens
 
 LABEL_DROP = 0.1

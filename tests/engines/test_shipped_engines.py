@@ -16,10 +16,10 @@ from cspd.engines.lint import lint_model, refuse_errors
 from cspd.engines.spec import GraphSpec
 from cspd.engines.trt.build import build_engine
 from cspd.engines.trt.options import BuildOptions
-from cspd.export.assemble import assemble_mar
-from cspd.export.networks import EXACT, model_graphs
-from cspd.export.onnx_export import export_graph, save_graph
-from cspd.export.presets import MarConfig
+from cspd.export.graphs.networks import EXACT, model_graphs
+from cspd.export.mar.assemble import assemble_mar
+from cspd.export.mar.presets import MarConfig
+from cspd.export.onnx.trace import export_graph, save_graph
 from cspd.runtime.commands.cli import shipped_bundle
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")

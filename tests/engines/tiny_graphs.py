@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.export.assemble import assemble_mar
 from cspd.export.build_graph import export_any
-from cspd.export.graphs import PixelDecoder, decoder_spec
-from cspd.export.mar import Mar
-from cspd.export.networks import model_graphs
-from cspd.export.onnx_export import save_graph
-from cspd.export.presets import MarConfig
-from cspd.export.random_weights import random_state
+from cspd.export.graphs.denoiser import PixelDecoder, decoder_spec
+from cspd.export.graphs.networks import model_graphs
+from cspd.export.mar.assemble import assemble_mar
+from cspd.export.mar.model import Mar
+from cspd.export.mar.presets import MarConfig
+from cspd.export.onnx.trace import save_graph
+from cspd.export.weights.random import random_state
 
 TINY = MarConfig(
     4, 32, 1, 1, 4, head_width=32, head_depth=1, token_dim=4, buffer_size=4, num_classes=10

@@ -19,9 +19,9 @@ from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.sessions.ort import ort_session
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
 from cspd.export import build_graph
-from cspd.export.assemble import assemble_mar
 from cspd.export.build import BuildOptions, Source, build_bundle, check_pair
-from cspd.export.networks import model_graphs
+from cspd.export.graphs.networks import model_graphs
+from cspd.export.mar.assemble import assemble_mar
 from cspd.export.verify import compare, relative_error, verify_graph
 
 

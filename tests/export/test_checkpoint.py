@@ -10,14 +10,14 @@ from weights import decoder_zeros, error_of, write_sparse_safetensors
 from weights import draft_state as weights_of_the_draft
 
 from cspd.engines.schedule import ScheduleSpec, make_schedule
-from cspd.export import checkpoint
-from cspd.export.checkpoint import load_mar, load_vae
-from cspd.export.graphs import guided_kernel
-from cspd.export.mar import Mar
-from cspd.export.mar_geometry import infer_config
-from cspd.export.presets import PRESETS, MarConfig
-from cspd.export.random_weights import random_state
-from cspd.export.weight_files import file_sha256
+from cspd.export.graphs.denoiser import guided_kernel
+from cspd.export.mar.model import Mar
+from cspd.export.mar.presets import PRESETS, MarConfig
+from cspd.export.weights import checkpoint
+from cspd.export.weights.checkpoint import load_mar, load_vae
+from cspd.export.weights.files import file_sha256
+from cspd.export.weights.geometry import infer_config
+from cspd.export.weights.random import random_state
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PUBLISHED = ("mar-b", "mar-l", "mar-h")

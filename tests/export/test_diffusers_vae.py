@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from test_vae import GOLDEN, golden_weight, relative
 from weights import error_of
 
-from cspd.export.checkpoint import load_vae
-from cspd.export.diffusers_vae import latent_diffusion_names
-from cspd.export.vae import VaeDecoder
+from cspd.export.mar.diffusers_vae import latent_diffusion_names
+from cspd.export.mar.vae import VaeDecoder
+from cspd.export.weights.checkpoint import load_vae
 
 KEYS = json.loads((GOLDEN / "kl16_diffusers.json").read_text())["keys"]
 # diffusers' names of the attention before its release 0.17.

@@ -18,10 +18,10 @@ from cspd.export.estimates import (
     estimate,
     parameters,
 )
-from cspd.export.mar import Mar
-from cspd.export.networks import model_graphs
+from cspd.export.graphs.networks import model_graphs
+from cspd.export.mar.model import Mar
+from cspd.export.mar.presets import PRESETS
 from cspd.export.preflight import size_checks
-from cspd.export.presets import PRESETS
 from cspd.runtime.settings import shipped_bundle
 
 PAIR = {"target": "mar-h", "draft": "mar-b"}

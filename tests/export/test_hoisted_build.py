@@ -7,7 +7,7 @@ from safetensors import safe_open
 from cspd.engines.backends import open_session
 from cspd.engines.onnx_external import external_locations
 from cspd.engines.schedule import make_schedule
-from cspd.export.networks import EXACT, HOISTED, HOISTED_ROUND, MODULATION
+from cspd.export.graphs.networks import EXACT, HOISTED, HOISTED_ROUND, MODULATION
 from cspd.export.verify import compare
 from cspd.runtime.contract import check_graphs
 

@@ -4,8 +4,8 @@ from click.testing import CliRunner
 from tiny_pair import draft_state, tiny_plan
 
 from cspd.export.cli import main
+from cspd.export.graphs.networks import EXACT
 from cspd.export.image_effect import with_image_effects
-from cspd.export.networks import EXACT
 
 
 def test_the_manifest_holds_the_effect_on_every_graph_and_on_an_image(hoisted_bundle):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from cspd.export.layers import Attention, Linear, fused_attention
-from cspd.export.mar import MASKED_LOGIT, Mar
-from cspd.export.networks import model_graphs
-from cspd.export.presets import MarConfig
+from cspd.export.graphs.networks import model_graphs
+from cspd.export.mar.layers import Attention, Linear, fused_attention
+from cspd.export.mar.model import MASKED_LOGIT, Mar
+from cspd.export.mar.presets import MarConfig
 from cspd.export.torch_session import compile_blocks
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from recorded import TINY, relative_error, tiny_model, tiny_state, vectors
 
 from cspd.engines.schedule import COLUMNS, ScheduleSpec, make_schedule
-from cspd.export.assemble import assemble_mar
-from cspd.export.graphs import DenoiserGraph
-from cspd.export.loop_graph import DenoiserLoopGraph
+from cspd.export.graphs.denoiser import DenoiserGraph
+from cspd.export.graphs.denoiser_loop import DenoiserLoopGraph
+from cspd.export.mar.assemble import assemble_mar
 
 TOLERANCE = 1e-5
 LABELS = torch.tensor([3, 417], dtype=torch.int32)

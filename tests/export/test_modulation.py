@@ -12,10 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.sessions.ort import ort_session
 from cspd.engines.sessions.session import TorchSession
-from cspd.export.graphs import DenoiserGraph, denoiser_spec
-from cspd.export.hoisted_round import hoisted_round_spec
-from cspd.export.mar import DiffusionLoss
-from cspd.export.modulation import (
+from cspd.export.graphs.denoiser import DenoiserGraph, denoiser_spec
+from cspd.export.graphs.hoisted_round import hoisted_round_spec
+from cspd.export.graphs.modulation import (
     MAX_TABLE_BYTES,
     TABLE_STEPS,
     HeadModulationGraph,
@@ -24,8 +23,9 @@ from cspd.export.modulation import (
     modulation_bytes,
     modulation_spec,
 )
-from cspd.export.onnx_export import export_graph
-from cspd.export.presets import PRESETS, MarConfig
+from cspd.export.mar.model import DiffusionLoss
+from cspd.export.mar.presets import PRESETS, MarConfig
+from cspd.export.onnx.trace import export_graph
 
 CONFIG = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2)
 SCHEDULE = make_schedule(ScheduleSpec(), 12)  # with the ill-conditioned first step

@@ -15,8 +15,8 @@ import cspd.export
 from cspd.engines.errors import CspdError
 from cspd.engines.sessions.ort import ort_session
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.export.layers import Linear
-from cspd.export.onnx_export import OPSET, export_graph, finish, save_graph, trace_graph
+from cspd.export.mar.layers import Linear
+from cspd.export.onnx.trace import OPSET, export_graph, finish, save_graph, trace_graph
 
 SPEC = GraphSpec(
     name="product",

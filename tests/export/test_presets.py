@@ -6,8 +6,8 @@ import torch
 from official import official_names
 
 from cspd.engines.errors import CspdError
-from cspd.export.mar import Mar
-from cspd.export.presets import PRESETS
+from cspd.export.mar.model import Mar
+from cspd.export.mar.presets import PRESETS
 
 
 def names(preset: str) -> dict[str, torch.Tensor]:

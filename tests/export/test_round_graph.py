@@ -9,13 +9,13 @@ from reference_round import ReferenceRound
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.sessions.ort import ort_session
 from cspd.engines.sessions.session import TorchSession
-from cspd.export.graphs import DenoiserGraph, denoiser_spec
-from cspd.export.hoisted_round import HoistedRoundGraph, hoisted_round_spec
-from cspd.export.modulation import HeadModulationGraph, modulation_spec
-from cspd.export.onnx_export import export_graph
-from cspd.export.presets import MarConfig
-from cspd.export.round_graph import SpeculativeRoundGraph, round_spec
-from cspd.export.round_parts import CANDIDATES
+from cspd.export.graphs.denoiser import DenoiserGraph, denoiser_spec
+from cspd.export.graphs.hoisted_round import HoistedRoundGraph, hoisted_round_spec
+from cspd.export.graphs.modulation import HeadModulationGraph, modulation_spec
+from cspd.export.graphs.round import CANDIDATES
+from cspd.export.graphs.speculative_round import SpeculativeRoundGraph, round_spec
+from cspd.export.mar.presets import MarConfig
+from cspd.export.onnx.trace import export_graph
 from cspd.runtime.heads.base import Rows
 from cspd.runtime.heads.speculation import SpeculationOptions
 from cspd.runtime.heads.speculative import SpeculativeHead

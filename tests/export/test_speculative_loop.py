@@ -8,8 +8,8 @@ from test_round_graph import CONFIG, CPU, SCHEDULE, tokens
 
 from cspd.engines.sessions.ort import ort_session
 from cspd.engines.sessions.session import TorchSession
-from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
-from cspd.export.while_loop import export_speculative_loop
+from cspd.export.graphs.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
+from cspd.export.onnx.loop import export_speculative_loop
 from cspd.runtime.heads import speculative_loop as lossless_loop
 from cspd.runtime.heads.speculation import SpeculationOptions
 from cspd.runtime.heads.speculative_loop import SpeculativeLoopHead

@@ -19,15 +19,15 @@ from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.manifest import Geometry
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.trt.options import BuildOptions as EngineOptions
-from cspd.export.assemble import assemble_mar
 from cspd.export.build import BuildOptions, BundlePlan, Source, build_bundle, no_progress
 from cspd.export.build_graph import GraphBuilder
-from cspd.export.checkpoint import load_mar
-from cspd.export.mar import Mar
-from cspd.export.networks import EXACT, model_graphs
+from cspd.export.graphs.networks import EXACT, model_graphs
+from cspd.export.mar.assemble import assemble_mar
+from cspd.export.mar.model import Mar
+from cspd.export.mar.presets import PRESETS, MarConfig
 from cspd.export.pairs import imagenet_classes
-from cspd.export.presets import PRESETS, MarConfig
-from cspd.export.random_weights import random_state
+from cspd.export.weights.checkpoint import load_mar
+from cspd.export.weights.random import random_state
 
 PUBLISHED = ("mar-b", "mar-l", "mar-h")
 BUILT = (

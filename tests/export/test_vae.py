@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cspd.export.vae import VaeDecoder
+from cspd.export.mar.vae import VaeDecoder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEYS = json.loads((GOLDEN / "kl16_decoder.json").read_text())["keys"]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from weights import error_of
 
-from cspd.export.checkpoint import load_mar, load_vae
+from cspd.export.weights.checkpoint import load_mar, load_vae
 
 
 @pytest.mark.parametrize(

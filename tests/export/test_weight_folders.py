@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from weights import decoder_zeros, draft_state, error_of, other_state, same
 
-from cspd.export.checkpoint import load_mar, load_vae
-from cspd.export.weight_files import file_sha256
-from cspd.export.weight_folders import DEFAULT_PATHS, FOLDER_NAMES, find_default_weights
+from cspd.export.weights.checkpoint import load_mar, load_vae
+from cspd.export.weights.files import file_sha256
+from cspd.export.weights.folders import DEFAULT_PATHS, FOLDER_NAMES, find_default_weights
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -16,10 +16,10 @@ from weights import (
 )
 
 from cspd.export.build import BuildOptions
-from cspd.export.checkpoint import load_mar, load_vae
-from cspd.export.mar import Mar
+from cspd.export.mar.model import Mar
+from cspd.export.mar.presets import PRESETS
 from cspd.export.pairs import mar_plan
-from cspd.export.presets import PRESETS
+from cspd.export.weights.checkpoint import load_mar, load_vae
 
 WRAPPERS = ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.")
 

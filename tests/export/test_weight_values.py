@@ -9,8 +9,8 @@ from tiny_pair import tiny_plan
 from weights import decoder_zeros, draft_state, error_of
 
 from cspd.export.build import BuildOptions, Source, build_bundle
-from cspd.export.checkpoint import load_mar, load_vae
-from cspd.export.weight_values import check_values
+from cspd.export.weights.checkpoint import load_mar, load_vae
+from cspd.export.weights.values import check_values
 
 NAN, INF = float("nan"), float("inf")
 

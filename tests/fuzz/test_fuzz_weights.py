@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from mutations import ODD, apply, damaged, edits
 from safetensors.torch import save as save_safetensors
 
-from cspd.export.checkpoint import load_mar, load_vae
-from cspd.export.mar import Mar
-from cspd.export.presets import PRESETS
+from cspd.export.mar.model import Mar
+from cspd.export.mar.presets import PRESETS
+from cspd.export.weights.checkpoint import load_mar, load_vae
 
 with torch.device("meta"):
     SHAPES = {

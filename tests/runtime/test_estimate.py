@@ -4,7 +4,7 @@ import pytest
 
 from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.console.commands import human_seconds
-from cspd.export.presets import PRESETS
+from cspd.export.mar.presets import PRESETS
 from cspd.runtime.commands.estimate import MEASURED, image_seconds, operations, rate
 from cspd.runtime.config import make_config
 from cspd.runtime.settings import configure, shipped_bundle

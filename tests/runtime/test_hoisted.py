@@ -5,10 +5,9 @@ import torch
 
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.sessions.session import TimedSession, TorchSession
-from cspd.export.graphs import DenoiserGraph, denoiser_spec
-from cspd.export.hoisted_round import HoistedRoundGraph, hoisted_round_spec
-from cspd.export.mar import DiffusionLoss
-from cspd.export.modulation import (
+from cspd.export.graphs.denoiser import DenoiserGraph, denoiser_spec
+from cspd.export.graphs.hoisted_round import HoistedRoundGraph, hoisted_round_spec
+from cspd.export.graphs.modulation import (
     TABLE_STEPS,
     HeadModulationGraph,
     HoistedDenoiserGraph,
@@ -16,8 +15,9 @@ from cspd.export.modulation import (
     modulation_bytes,
     modulation_spec,
 )
-from cspd.export.presets import MarConfig
-from cspd.export.round_graph import SpeculativeRoundGraph, round_spec
+from cspd.export.graphs.speculative_round import SpeculativeRoundGraph, round_spec
+from cspd.export.mar.model import DiffusionLoss
+from cspd.export.mar.presets import MarConfig
 from cspd.runtime.heads.base import Rows
 from cspd.runtime.heads.captured import bucket
 from cspd.runtime.heads.plain import StepHead

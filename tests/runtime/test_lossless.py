@@ -21,9 +21,9 @@ from scipy import stats
 from cspd.engines.errors import CspdError
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.sessions.session import TorchSession
-from cspd.export.graphs import DenoiserGraph, denoiser_spec
-from cspd.export.mar import DiffusionLoss
-from cspd.export.presets import MarConfig
+from cspd.export.graphs.denoiser import DenoiserGraph, denoiser_spec
+from cspd.export.mar.model import DiffusionLoss
+from cspd.export.mar.presets import MarConfig
 from cspd.runtime.heads.base import Rows
 from cspd.runtime.heads.drafts import draft_tables
 from cspd.runtime.heads.numbers import ChainNumbers

@@ -7,9 +7,9 @@ from reference_round import ReferenceRound
 from test_lossless import CHANNELS, SCHEDULE, network_tokens, part_of
 
 from cspd.engines.sessions.session import TorchSession
-from cspd.export.graphs import DenoiserGraph, denoiser_spec
-from cspd.export.presets import MarConfig
-from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
+from cspd.export.graphs.denoiser import DenoiserGraph, denoiser_spec
+from cspd.export.graphs.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
+from cspd.export.mar.presets import MarConfig
 from cspd.runtime.heads import speculative_loop as lossless_loop
 from cspd.runtime.heads.speculation import SpeculationOptions
 from cspd.runtime.heads.speculative import RESULTS, SpeculativeHead

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fake_gpu import FakeGraphs
 
-from cspd.export.presets import PRESETS, MarConfig
+from cspd.export.mar.presets import PRESETS, MarConfig
 from cspd.tools import gpu_torch
 from cspd.tools.gpu_torch import Synthetic, check
 

@@ -7,9 +7,9 @@ from rich.console import Console
 
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.sessions.session import TorchSession
-from cspd.export.mar import DiffusionLoss
-from cspd.export.presets import PRESETS, MarConfig
-from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
+from cspd.export.graphs.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
+from cspd.export.mar.model import DiffusionLoss
+from cspd.export.mar.presets import PRESETS, MarConfig
 from cspd.runtime.heads.base import Rows
 from cspd.runtime.heads.speculation import SpeculationOptions
 from cspd.runtime.heads.speculative_loop import SpeculativeLoopHead

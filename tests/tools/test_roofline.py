@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from cspd.engines.errors import CspdError
-from cspd.export.presets import PRESETS, MarConfig
+from cspd.export.mar.presets import PRESETS, MarConfig
 from cspd.tools.roofline import GPUS, Count, Machine, count_graph, head_seconds, main
 from cspd.tools.synthetic_head import SyntheticHead
 

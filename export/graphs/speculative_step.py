@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from cspd.export.loop_graph import modulations
-from cspd.export.mar import DiffusionLoss
-from cspd.export.round_parts import CANDIDATES, Chain, Kernel, State, advance, count
+from cspd.export.graphs.denoiser_loop import modulations
+from cspd.export.graphs.round import CANDIDATES, Chain, Kernel, State, advance, count
+from cspd.export.mar.model import DiffusionLoss
 
 CARRIED = (
     "x", "left", "x0", "fraction", "mean", "log_std", "sum_log_std", "used", "active",

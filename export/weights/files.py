@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cspd.engines.errors import CspdError
-from cspd.export.pickle_scan import scan_old, scan_zip
+from cspd.export.weights.pickle_scan import scan_old, scan_zip
 
 MAX_JSON_HEADER = 100 << 20  # the limit of the safetensors format
 MAX_NAMES = 20_000  # of tensors in one file; a training checkpoint of mar-h has 3,000

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from cspd.engines.spec import GraphSpec
-from cspd.export.onnx_export import finish, trace_graph
-from cspd.export.scan_loop import constant, hoist_invariants
-from cspd.export.speculative_loop import SpeculativeLoopGraph
-from cspd.export.speculative_step import CARRIED, LOGGED
+from cspd.export.graphs.speculative_loop import SpeculativeLoopGraph
+from cspd.export.graphs.speculative_step import CARRIED, LOGGED
+from cspd.export.onnx.scan import constant, hoist_invariants
+from cspd.export.onnx.trace import finish, trace_graph
 
 SIZES = {"tokens": 3, "steps": 5, "window": 7, "pool": 64, "branches": 2}  # for tracing only
 WIDE = ("x", "x0", "fraction")  # inputs of the graph that the loop carries as [N, 1, C]

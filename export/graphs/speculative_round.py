@@ -15,10 +15,10 @@ from torch.nn.functional import embedding
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.export.graphs import GRAPH_TOLERANCE, MAX_STEPS, denoise_rows
-from cspd.export.mar import DiffusionLoss
-from cspd.export.presets import MarConfig
-from cspd.export.round_parts import CANDIDATES, Chain, Kernel, State, Verify, advance
+from cspd.export.graphs.denoiser import GRAPH_TOLERANCE, MAX_STEPS, denoise_rows
+from cspd.export.graphs.round import CANDIDATES, Chain, Kernel, State, Verify, advance
+from cspd.export.mar.model import DiffusionLoss
+from cspd.export.mar.presets import MarConfig
 
 MAX_WINDOW = 32
 FLOATS = ("next_x", "next_x0", "next_fraction", "mean", "log_std", "sum_log_std")

@@ -1,7 +1,7 @@
 """The KL-16 VAE decoder with the state_dict of the authors' checkpoint (`kl16.ckpt`).
 
 The convolutional decoder of latent diffusion (Rombach et al. 2022) as MAR configures it: 16 latent
-channels, no attention but in the middle, 16 pixels per latent. Precision as in `export/layers.py`:
+channels, no attention but in the middle, 16 pixels per latent. Precision as in `layers`:
 products run in the dtype of their weights; residuals, norm statistics and softmax stay in float32.
 """
 

@@ -11,9 +11,9 @@ from torch.nn.functional import embedding
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.export.diffusion_head import DiffusionHead
-from cspd.export.mar import DiffusionLoss
-from cspd.export.presets import MarConfig
+from cspd.export.mar.head import DiffusionHead
+from cspd.export.mar.model import DiffusionLoss
+from cspd.export.mar.presets import MarConfig
 
 # Relative error of the norm that an output may have against PyTorch in float32. For float32 it is
 # what the golden vectors ask for; below that, twenty units of rounding of the number format.

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import GraphSpec
-from cspd.export.loop_graph import DenoiserLoopGraph
-from cspd.export.onnx_export import finish, trace_graph
+from cspd.export.graphs.denoiser_loop import DenoiserLoopGraph
+from cspd.export.onnx.trace import finish, trace_graph
 
 STEPS, ROWS, BRANCHES = 5, 3, 2  # for tracing only
 CARRIED = ("x", "sum_log_std", "last_log_std", "last_mean")

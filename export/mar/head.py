@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cspd.export.layers import NORM_EPS, Linear
+from cspd.export.mar.layers import NORM_EPS, Linear
 
 FREQUENCIES = 256
 MAX_PERIOD = 10000.0

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from cspd.engines.errors import CspdError
-from cspd.export.diffusers_vae import is_diffusers, latent_diffusion_names
-from cspd.export.mar import Mar
-from cspd.export.mar_geometry import checked_config, published_body
-from cspd.export.presets import MarConfig
-from cspd.export.vae import VaeDecoder
-from cspd.export.weight_files import WeightFile, few
-from cspd.export.weight_folders import open_weights
-from cspd.export.weight_names import (
+from cspd.export.mar.diffusers_vae import is_diffusers, latent_diffusion_names
+from cspd.export.mar.model import Mar
+from cspd.export.mar.presets import MarConfig
+from cspd.export.mar.vae import VaeDecoder
+from cspd.export.weights.files import WeightFile, few
+from cspd.export.weights.folders import open_weights
+from cspd.export.weights.geometry import checked_config, published_body
+from cspd.export.weights.names import (
     AVERAGED,
     AVERAGED_PREFIXES,
     NamedWeights,
     named_weights,
     unusable_dicts,
 )
-from cspd.export.weight_values import check_dense, check_values
+from cspd.export.weights.values import check_dense, check_values
 
 KNOWN_FILES = {
     "7e970a33bc90353e2fabe3498ed1f2d194dd8d17cd387665f80b2984dfca538c": "MAR-B of its authors",

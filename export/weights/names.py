@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from cspd.engines.errors import CspdError
-from cspd.export.weight_files import WeightFile, few
+from cspd.export.weights.files import WeightFile, few
 
 AVERAGED = (
     "model_ema", "ema_model", "ema", "ema_state_dict", "state_dict_ema", "model_ema_state_dict",

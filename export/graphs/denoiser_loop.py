@@ -11,10 +11,10 @@ from torch.nn.functional import embedding, linear, silu
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import GraphSpec, TensorSpec
-from cspd.export.diffusion_head import DiffusionHead
-from cspd.export.graphs import guided_kernel, head_axes, head_outputs
-from cspd.export.mar import DiffusionLoss
-from cspd.export.presets import MarConfig
+from cspd.export.graphs.denoiser import guided_kernel, head_axes, head_outputs
+from cspd.export.mar.head import DiffusionHead
+from cspd.export.mar.model import DiffusionLoss
+from cspd.export.mar.presets import MarConfig
 
 
 class LoopPrelude(nn.Module):

@@ -13,11 +13,11 @@ from torch.nn.functional import embedding
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.export.diffusion_head import DiffusionHead
-from cspd.export.graphs import GRAPH_TOLERANCE, guided_kernel
-from cspd.export.loop_graph import modulation_width
-from cspd.export.mar import DiffusionLoss
-from cspd.export.presets import MarConfig
+from cspd.export.graphs.denoiser import GRAPH_TOLERANCE, guided_kernel
+from cspd.export.graphs.denoiser_loop import modulation_width
+from cspd.export.mar.head import DiffusionHead
+from cspd.export.mar.model import DiffusionLoss
+from cspd.export.mar.presets import MarConfig
 
 # TensorRT keeps memory for the largest shapes of a profile, which is why a table is limited: to 22
 # tokens of mar-h with guidance. Longer schedules and more tokens take the graphs with conditions.

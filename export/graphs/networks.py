@@ -5,23 +5,23 @@ from __future__ import annotations
 from torch import nn
 
 from cspd.engines.spec import GraphSpec
-from cspd.export.graphs import (
+from cspd.export.graphs.denoiser import (
     TOLERANCES,
     DenoiserGraph,
     backbone_spec,
     denoiser_spec,
 )
-from cspd.export.hoisted_round import HoistedRoundGraph, hoisted_round_spec
-from cspd.export.loop_graph import DenoiserLoopGraph, denoiser_loop_spec
-from cspd.export.mar import DiffusionLoss, Mar
-from cspd.export.modulation import (
+from cspd.export.graphs.denoiser_loop import DenoiserLoopGraph, denoiser_loop_spec
+from cspd.export.graphs.hoisted_round import HoistedRoundGraph, hoisted_round_spec
+from cspd.export.graphs.modulation import (
     HeadModulationGraph,
     HoistedDenoiserGraph,
     hoisted_spec,
     modulation_spec,
 )
-from cspd.export.round_graph import SpeculativeRoundGraph, round_spec
-from cspd.export.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
+from cspd.export.graphs.speculative_loop import SpeculativeLoopGraph, speculative_loop_spec
+from cspd.export.graphs.speculative_round import SpeculativeRoundGraph, round_spec
+from cspd.export.mar.model import DiffusionLoss, Mar
 
 FIRST, ROUND = "denoiser_first", "speculative_round"
 MODULATION, HOISTED, HOISTED_ROUND = (

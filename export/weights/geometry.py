@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from cspd.engines.errors import CspdError
-from cspd.export.presets import PRESETS, MarConfig
-from cspd.export.weight_files import few
+from cspd.export.mar.presets import PRESETS, MarConfig
+from cspd.export.weights.files import few
 
 PUBLISHED = ("mar-b", "mar-l", "mar-h")
 # A preset is told by these; head and classes may differ from it, and then the file decides.

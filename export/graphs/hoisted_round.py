@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from cspd.engines.spec import GraphSpec, TensorSpec
-from cspd.export.loop_graph import modulation_width
-from cspd.export.mar import DiffusionLoss
-from cspd.export.modulation import denoise_hoisted, table_axes
-from cspd.export.presets import MarConfig
-from cspd.export.round_graph import Start, on_rows, play_round, round_spec
-from cspd.export.round_parts import Chain
+from cspd.export.graphs.denoiser_loop import modulation_width
+from cspd.export.graphs.modulation import denoise_hoisted, table_axes
+from cspd.export.graphs.round import Chain
+from cspd.export.graphs.speculative_round import Start, on_rows, play_round, round_spec
+from cspd.export.mar.model import DiffusionLoss
+from cspd.export.mar.presets import MarConfig
 
 
 class HoistedRoundGraph(nn.Module):

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from cspd.engines.schedule import COLUMNS
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.export.graphs import GRAPH_TOLERANCE, MAX_STEPS
-from cspd.export.loop_graph import modulation_width
-from cspd.export.mar import DiffusionLoss
-from cspd.export.presets import MarConfig
-from cspd.export.round_graph import FLOATS, MAX_WINDOW, SpeculativeRoundGraph
-from cspd.export.round_parts import CANDIDATES
-from cspd.export.speculative_step import SpeculativeStep
+from cspd.export.graphs.denoiser import GRAPH_TOLERANCE, MAX_STEPS
+from cspd.export.graphs.denoiser_loop import modulation_width
+from cspd.export.graphs.round import CANDIDATES
+from cspd.export.graphs.speculative_round import FLOATS, MAX_WINDOW, SpeculativeRoundGraph
+from cspd.export.graphs.speculative_step import SpeculativeStep
+from cspd.export.mar.model import DiffusionLoss
+from cspd.export.mar.presets import MarConfig
 
 MAX_POOL = 4096
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cspd.engines.errors import CspdError
-from cspd.export.weight_files import (
+from cspd.export.weights.files import (
     WeightFile,
     check_count,
     few,

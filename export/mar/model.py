@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cspd.export.diffusion_head import DiffusionHead
-from cspd.export.layers import NORM_EPS, Block, Linear, gather_rows
-from cspd.export.presets import MarConfig
+from cspd.export.mar.head import DiffusionHead
+from cspd.export.mar.layers import NORM_EPS, Block, Linear, gather_rows
+from cspd.export.mar.presets import MarConfig
 
 # Added to the attention logits of padded keys: exp underflows to exactly 0, and unlike -inf it
 # cannot turn a row into NaN.

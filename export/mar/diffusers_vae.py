@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from cspd.export.vae import MULTIPLIERS
+from cspd.export.mar.vae import MULTIPLIERS
 
 NUMBER = r"(\d{1,3})"
 MIDDLE = {

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from cspd.engines.errors import CspdError
-from cspd.export.weight_files import WeightFile, read_weights
-from cspd.export.weight_shards import is_index, read_shards
+from cspd.export.weights.files import WeightFile, read_weights
+from cspd.export.weights.shards import is_index, read_shards
 
 # Where the authors' download script and the public safetensors conversion leave their files.
 _FOLDER = "pretrained_models"

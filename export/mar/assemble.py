@@ -8,10 +8,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from cspd.export.layers import Linear
-from cspd.export.mar import Mar
-from cspd.export.presets import MarConfig
-from cspd.export.vae import Conv2d, VaeDecoder
+from cspd.export.mar.layers import Linear
+from cspd.export.mar.model import Mar
+from cspd.export.mar.presets import MarConfig
+from cspd.export.mar.vae import Conv2d, VaeDecoder
 
 Network = TypeVar("Network", bound=nn.Module)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
