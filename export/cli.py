@@ -50,7 +50,7 @@ def main() -> None:
 
 assert isinstance(main, Commands)
 main.add_tool("inspect", "cspd.tools.inspect_bundle", "Show what BUNDLE holds, and check it.")
-main.add_tool("parity", "cspd.tools.parity", "Compare every graph of BUNDLE with PyTorch.")
+main.add_tool("parity", "cspd.tools.parity.command", "Compare every graph of BUNDLE with PyTorch.")
 main.add_tool(
     "triton", "cspd.runtime.triton.repository", "Write BUNDLE as a Triton model repository."
 )

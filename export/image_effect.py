@@ -22,7 +22,7 @@ from cspd.export.graphs.networks import FIRST
 from cspd.export.mar.assemble import assemble_mar, assemble_vae
 from cspd.export.mar.presets import MarConfig
 
-TOOL = "cspd.tools.image_effect"
+TOOL = "cspd.tools.parity.image_effect"
 Weights = Callable[[], Mapping[str, Tensor]]
 
 

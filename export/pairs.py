@@ -123,7 +123,7 @@ def _demo_model(role: Role, folder: Path | None) -> Source:
         return Source(preset, state, record.source, record.source_sha256, config)
     path = folder / f"{role}.safetensors"
     if not os.path.isfile(path):  # unlike Path.is_file, it takes a name that is too long
-        raise CspdError(f"{path}: not found; train it with python -m cspd.tools.train_demo")
+        raise CspdError(f"{path}: not found; train it with python -m cspd.tools.demo.train")
     return Source(preset, load_file(path), "model_ema", file_sha256(path), config)
 
 

@@ -58,10 +58,10 @@ def test_every_page_is_linked_from_another():
 
 def test_generated_pages_are_what_the_code_says():
     pytest.importorskip("ray", reason="ray is not installed")
-    pages = importlib.import_module("cspd.tools.reference").pages()
+    pages = importlib.import_module("cspd.tools.docs.reference").pages()
     for name, text in pages.items():
         assert (ROOT / "docs/reference" / name).read_text() == text, (
-            f"{name}: write it again with python -m cspd.tools.reference"
+            f"{name}: write it again with python -m cspd.tools.docs.reference"
         )
 
 

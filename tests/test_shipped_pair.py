@@ -9,7 +9,7 @@ from cspd.runtime.commands.cli import shipped_bundle
 from cspd.runtime.config import make_config
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions
-from cspd.tools.metrics import score_images
+from cspd.tools.judge.metrics import score_images
 
 QUICK = {"labels": tuple(range(10)), "num_iter": 10, "head_steps": 25, "cfg": 4.0}
 

@@ -43,9 +43,9 @@ def main() -> None:
 
 assert isinstance(main, Commands)
 main.add_tool("tune", "cspd.runtime.commands.tune", "Measure what head calls cost here.")
-main.add_tool("bench", "cspd.tools.bench", "Measure methods against each other.")
-main.add_tool("evaluate", "cspd.tools.evaluate", "Score images as the papers do.")
-main.add_tool("report", "cspd.tools.report", "Write one HTML file about runs.")
+main.add_tool("bench", "cspd.tools.bench.command", "Measure methods against each other.")
+main.add_tool("evaluate", "cspd.tools.judge.evaluate", "Score images as the papers do.")
+main.add_tool("report", "cspd.tools.report.command", "Write one HTML file about runs.")
 main.add_tool("serve", "cspd.runtime.serve.command", "Answer requests for images over HTTP.")
 
 

@@ -13,17 +13,18 @@ from cspd.runtime.config import AS_RELEASED
 from cspd.runtime.decode.plan import MaskPlan, WindowPlan
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions
-from cspd.tools import bench, bench_run
-from cspd.tools.bench_cells import output
-from cspd.tools.bench_plan import TRIES, Scale, make_plan, plan_hash
-from cspd.tools.bench_results import Results
-from cspd.tools.bench_run import JOURNAL, Journal, make_header, read_lines
-from cspd.tools.bench_tables import acceptance_by_known, tries_shares
-from cspd.tools.bootstrap import Judged
-from cspd.tools.replay import AcceptancePattern, ReplayPipeline, load_pattern
-from cspd.tools.report_sections import bench_cards
-from cspd.tools.report_sources import Source
-from cspd.tools.verdict import verdict_table
+from cspd.tools.bench import command as bench
+from cspd.tools.bench import run as bench_run
+from cspd.tools.bench.cells import output
+from cspd.tools.bench.plan import TRIES, Scale, make_plan, plan_hash
+from cspd.tools.bench.replay import AcceptancePattern, ReplayPipeline, load_pattern
+from cspd.tools.bench.results import Results
+from cspd.tools.bench.run import JOURNAL, Journal, make_header, read_lines
+from cspd.tools.bench.tables import acceptance_by_known, tries_shares
+from cspd.tools.bench.verdict import verdict_table
+from cspd.tools.judge.bootstrap import Judged
+from cspd.tools.report.sections import bench_cards
+from cspd.tools.report.sources import Source
 
 OPTIONS = ["--quick", "--num-iter", "4", "--head-steps", "3", "--batch-size", "1"]
 OPTIONS += ["--batch-size", "2", "--threads", "1", "--repeats", "1"]

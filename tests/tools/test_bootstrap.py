@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cspd.tools.bootstrap import REPLICATES, interval, redraw, replicates
-from cspd.tools.metrics import FeatureStats, FrechetTo, feature_stats, frechet_distance
+from cspd.tools.judge.bootstrap import REPLICATES, interval, redraw, replicates
+from cspd.tools.judge.metrics import FeatureStats, FrechetTo, feature_stats, frechet_distance
 
 # A standard deviation of k values is known to 1 in sqrt(2 k); five of that.
 WITHIN = 5 / (2 * REPLICATES) ** 0.5

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cspd.engines.errors import CspdError
-from cspd.tools import classifier as module
-from cspd.tools.classifier import Classifier, augment, embed, load_classifier, real_accuracy
-from cspd.tools.fashion import DATA
+from cspd.tools.demo.fashion import DATA
+from cspd.tools.judge import classifier as module
+from cspd.tools.judge.classifier import Classifier, augment, embed, load_classifier, real_accuracy
 
 SAMPLE = Path(__file__).parent / "fashion_sample.safetensors"
 SHIPPED = Path(module.__file__).parents[1] / "demo_pair" / "classifier.safetensors"

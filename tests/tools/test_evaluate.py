@@ -15,18 +15,18 @@ from cspd.engines.errors import CspdError
 from cspd.runtime.commands.cli import shipped_bundle
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions
-from cspd.tools import evaluate
-from cspd.tools.bootstrap import Judged, half_width, replicates
-from cspd.tools.evaluate import Evaluation, make_variants, paired_difference, spread
-from cspd.tools.evaluate_judges import (
+from cspd.tools.judge import evaluate
+from cspd.tools.judge.bootstrap import Judged, half_width, replicates
+from cspd.tools.judge.evaluate import Evaluation, make_variants, paired_difference, spread
+from cspd.tools.judge.judges import (
     ClassifierJudge,
     InceptionJudge,
     find_judge,
     frechet_name,
     import_torch_fidelity,
 )
-from cspd.tools.evaluate_run import IMAGES, balanced_labels, intact, load_images, make_images
-from cspd.tools.metrics import FeatureStats, feature_stats, frechet_distance
+from cspd.tools.judge.metrics import FeatureStats, feature_stats, frechet_distance
+from cspd.tools.judge.run import IMAGES, balanced_labels, intact, load_images, make_images
 
 FAST = {"num_iter": 2, "head_steps": 2, "batch_size": 4}
 

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from cspd.engines.backends import open_session
 from cspd.engines.bundle import open_bundle
 from cspd.engines.trt.options import BuildOptions
-from cspd.tools import gpu_check
-from cspd.tools.engine_bundle import with_engines
-from cspd.tools.gpu_check import METHODS, Deadline, attempt, benchmark, climb, succeeded
+from cspd.tools.gpu import check as gpu_check
+from cspd.tools.gpu.check import METHODS, Deadline, attempt, benchmark, climb, succeeded
+from cspd.tools.gpu.engine_bundle import with_engines
 
 
 def soon(seconds: float) -> Deadline:

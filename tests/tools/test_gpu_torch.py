@@ -5,8 +5,8 @@ import pytest
 from fake_gpu import FakeGraphs
 
 from cspd.export.mar.presets import PRESETS, MarConfig
-from cspd.tools import gpu_torch
-from cspd.tools.gpu_torch import Synthetic, check
+from cspd.tools.gpu import with_torch as gpu_torch
+from cspd.tools.gpu.with_torch import Synthetic, check
 
 TINY = MarConfig(16, 32, 2, 2, 2, head_width=32, head_depth=2)
 

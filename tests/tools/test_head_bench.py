@@ -14,7 +14,8 @@ from cspd.runtime.heads.base import Rows
 from cspd.runtime.heads.speculation import SpeculationOptions
 from cspd.runtime.heads.speculative_loop import SpeculativeLoopHead
 from cspd.runtime.noise import Noise
-from cspd.tools.head_bench import (
+from cspd.tools.bench.replay_numbers import ReplayNumbers
+from cspd.tools.gpu.head_bench import (
     LOOP,
     REFERENCE,
     STEPS_OF_CALLS,
@@ -22,7 +23,6 @@ from cspd.tools.head_bench import (
     synthetic_setup,
     table,
 )
-from cspd.tools.replay_numbers import ReplayNumbers
 
 CONFIG = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2)
 SCHEDULE = make_schedule(ScheduleSpec(clip_timesteps=950), 20)

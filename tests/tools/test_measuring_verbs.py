@@ -8,10 +8,10 @@ from click.testing import CliRunner
 from cspd.export.cli import main as export_main
 from cspd.runtime.commands.cli import main as run_main
 from cspd.runtime.settings import shipped_bundle
-from cspd.tools.bench_plan import Scale, make_plan, titles
-from cspd.tools.parity import ending
-from cspd.tools.parity_ladder import EVERY_RUNG
-from cspd.tools.parity_measure import Row, Skipped
+from cspd.tools.bench.plan import Scale, make_plan, titles
+from cspd.tools.parity.command import ending
+from cspd.tools.parity.ladder import EVERY_RUNG
+from cspd.tools.parity.measure import Row, Skipped
 
 SHIPPED = str(shipped_bundle())
 IDLE = {

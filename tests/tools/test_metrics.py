@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cspd.engines.errors import CspdError
-from cspd.tools import metrics
-from cspd.tools.metrics import (
+from cspd.tools.judge import metrics
+from cspd.tools.judge.metrics import (
     FeatureStats,
     class_distances,
     diversity,

@@ -15,11 +15,11 @@ from narrow import check_narrow
 from cspd.engines.bundle import hash_file, open_bundle
 from cspd.engines.errors import BundleError
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec
-from cspd.tools import parity
-from cspd.tools.parity_bisect import suspect
-from cspd.tools.parity_ladder import within
-from cspd.tools.parity_measure import Row, finite, measure, worst
-from cspd.tools.parity_rungs import RUNGS, decision_rows, output_rows, psnr
+from cspd.tools.parity import command as parity
+from cspd.tools.parity.bisect import suspect
+from cspd.tools.parity.ladder import within
+from cspd.tools.parity.measure import Row, finite, measure, worst
+from cspd.tools.parity.rungs import RUNGS, decision_rows, output_rows, psnr
 from cspd.tools.probe import canvas_before, unoptimised_session, verdicts
 
 SMALL = {"images": 2, "num_iter": 4, "head_steps": 5, "seeds": 1}

@@ -12,8 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cspd.engines.errors import CspdError, MissingExtraError
 from cspd.export.cli import main
-from cspd.tools import parity_polygraphy as polygraphy
-from cspd.tools.parity_polygraphy import Comparison, TensorError, compare_files, mark_all
+from cspd.tools.parity import with_polygraphy as polygraphy
+from cspd.tools.parity.with_polygraphy import Comparison, TensorError, compare_files, mark_all
 
 WIDTH = 8
 

@@ -15,13 +15,16 @@ from selenium.webdriver.common.by import By
 from cspd.engines.errors import CspdError
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions
-from cspd.tools import bench, parity, report, report_sections
-from cspd.tools.bench_results import Results
-from cspd.tools.bench_run import JOURNAL, PIXELS, read_lines
-from cspd.tools.bootstrap import Judged
-from cspd.tools.evaluate import Evaluation, make_variants
-from cspd.tools.parity_measure import Row, Skipped
-from cspd.tools.report_plots import COLOURS, GREY
+from cspd.tools.bench import command as bench
+from cspd.tools.bench.results import Results
+from cspd.tools.bench.run import JOURNAL, PIXELS, read_lines
+from cspd.tools.judge.bootstrap import Judged
+from cspd.tools.judge.evaluate import Evaluation, make_variants
+from cspd.tools.parity import command as parity
+from cspd.tools.parity.measure import Row, Skipped
+from cspd.tools.report import command as report
+from cspd.tools.report import sections as report_sections
+from cspd.tools.report.plots import COLOURS, GREY
 
 QUICK = ["--quick", "--num-iter", "4", "--head-steps", "3", "--batch-size", "1"]
 QUICK += ["--batch-size", "2", "--threads", "1", "--repeats", "1"]

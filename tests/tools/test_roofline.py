@@ -7,8 +7,8 @@ from click.testing import CliRunner
 
 from cspd.engines.errors import CspdError
 from cspd.export.mar.presets import PRESETS, MarConfig
-from cspd.tools.roofline import GPUS, Count, Machine, count_graph, head_seconds, main
-from cspd.tools.synthetic_head import SyntheticHead
+from cspd.tools.gpu.roofline import GPUS, Count, Machine, count_graph, head_seconds, main
+from cspd.tools.gpu.synthetic_head import SyntheticHead
 
 WIDTH, DEPTH, DIM, TOKEN = 40, 2, 24, 16
 AXES = {"rows": 6, "branches": 2, "steps": 10, "tokens": 3}

@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cspd.runtime.store.images import write_png
-from cspd.tools.side_by_side import MARGIN, main
+from cspd.tools.report.side_by_side import MARGIN, main
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from scipy import stats
 
 from cspd.engines.errors import CspdError
 from cspd.runtime.store.images import write_png
-from cspd.tools import twosample
-from cspd.tools.evaluate_run import IMAGES
-from cspd.tools.twosample import ImageSet, compare, energy_test, equal_shares
+from cspd.tools.judge import twosample
+from cspd.tools.judge.run import IMAGES
+from cspd.tools.judge.twosample import ImageSet, compare, energy_test, equal_shares
 
 LEVEL = 1e-3
 
