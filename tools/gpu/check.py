@@ -198,7 +198,7 @@ def climb(bundle: Bundle, backend: str, deadline: Deadline) -> dict[str, Any]:
 def run_tests(seconds: float) -> dict[str, Any]:
     """Outcome of the tests marked `gpu`."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "--no-header"]
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(
             command, cwd=root, capture_output=True, text=True, timeout=seconds, check=False
