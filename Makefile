@@ -43,7 +43,7 @@ bench: .venv/report
 
 # docs/evidence/gallery.png shows times: take it on an idle machine, while cspd-run serve runs.
 gallery-picture: .venv/dev
-	$(BIN)/python tests/tools/gallery_picture.py docs/evidence/gallery.png
+	$(BIN)/python tests/runtime/serve/gallery_picture.py docs/evidence/gallery.png
 
 clean:
 	rm -rf .venv build out

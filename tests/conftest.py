@@ -14,7 +14,7 @@ import torch
 # Time is no test: a busy machine must not fail one. tests/fuzz has profiles of its own.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 from fuzz_counts import (  # noqa: E402, F401 - hooks
     pytest_sessionfinish,
     pytest_terminal_summary,
@@ -26,9 +26,9 @@ torch.set_num_threads(1)
 # Begun first, so that none of them is left for one process while the other idles. The first takes
 # long and needs no shared bundle: meanwhile the other process builds the tiny one.
 LONGEST = (
-    "export/test_true_sizes.py", "runtime/test_resume.py", "export/test_build_killed.py",
-    "tools/test_serve.py", "tools/test_evaluate.py", "export/test_build.py",
-    "runtime/test_scale.py", "tools/test_gallery.py", "test_docs_python.py",
+    "export/test_true_sizes.py", "runtime/store/test_resume.py", "export/test_build_killed.py",
+    "runtime/serve/test_serve.py", "tools/judge/test_evaluate.py", "export/test_build.py",
+    "runtime/scale/test_scale.py", "runtime/serve/test_gallery.py", "test_docs_python.py",
 )  # fmt: skip
 
 

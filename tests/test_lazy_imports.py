@@ -74,13 +74,50 @@ def test_imports_point_in_one_direction(part):
     assert {name: found for name, found in wrong.items() if found} == {}
 
 
+def module_name(path: Path) -> str:
+    return ".".join(("cspd", *path.relative_to(ROOT).with_suffix("").parts))
+
+
+def graph_of(part: str) -> dict[str, set[str]]:
+    """What every module of a part imports of its part."""
+    files = {module_name(path): path for path in (ROOT / part).rglob("*.py")}
+    return {name: imported(path) & set(files) for name, path in files.items()}
+
+
 @pytest.mark.parametrize("part", ALLOWED)
 def test_no_modules_of_a_part_import_each_other_in_a_circle(part):
     """graphlib names the modules of a circle that it finds."""
-    files = {
-        ".".join(("cspd", *path.relative_to(ROOT).with_suffix("").parts)): path
-        for path in (ROOT / part).rglob("*.py")
-    }
-    graph = {name: imported(path) & set(files) for name, path in files.items()}
+    graph = graph_of(part)
     assert part == "api" or any(graph.values())
     graphlib.TopologicalSorter(graph).prepare()
+
+
+def room(name: str) -> str:
+    """The folder of a module; a module that lies in a part itself stands for its own."""
+    return name.rpartition(".")[0] if name.count(".") > 2 else name
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_no_folders_of_a_part_import_each_other_in_a_circle(part):
+    rooms: dict[str, set[str]] = {}
+    for name, others in graph_of(part).items():
+        rooms.setdefault(room(name), set()).update(room(other) for other in others)
+    graphlib.TopologicalSorter({name: to - {name} for name, to in rooms.items()}).prepare()
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_no_folder_is_a_corridor(part):
+    for folder in {path.parent for path in (ROOT / part).rglob("*.py")}:
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= 16, folder
+
+
+def test_tests_do_not_import_each_other():
+    """What several need lies in tests/helpers."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    assert len(files) > 100
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if str(name).startswith("test_")], path

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from golden_backbone import golden_case, transparent_schedule
 from recorded import relative_error, vectors
-from test_mar import golden_case, transparent_schedule
 
 from cspd.engines.backends import open_session
 from cspd.engines.schedule import ScheduleSpec, make_schedule

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from golden_backbone import golden_case, transparent_schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded import TINY, relative_error, tiny_model, tiny_state, vectors
 
-from cspd.engines.schedule import COLUMNS, ScheduleSpec, make_schedule
+from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.export.graphs.denoiser import DenoiserGraph
 from cspd.export.graphs.denoiser_loop import DenoiserLoopGraph
 from cspd.export.mar.assemble import assemble_mar
@@ -20,21 +21,9 @@ MODEL = tiny_model()
 VECTORS = vectors()
 
 
-def visible_of(mask: torch.Tensor) -> torch.Tensor:
-    """Positions of the visible tokens [B, V] of a mask [B, L] with equally many per row."""
-    visible = [row.eq(0).nonzero()[:, 0] for row in mask]
-    return torch.stack(visible).int()
-
-
 def run(tokens, visible, visible_len, labels=LABELS, positions=ALL):
     visible_len = torch.as_tensor(visible_len, dtype=torch.int32)
     return MODEL(tokens, visible, visible_len.expand(len(tokens)), labels, positions)
-
-
-def golden_case(count: int):
-    names = (f"backbone.{count}.{part}" for part in ("tokens", "mask", "z"))
-    tokens, mask, z = (VECTORS[name] for name in names)
-    return tokens, visible_of(mask), z
 
 
 @pytest.mark.parametrize("count", [0, 5, 15])
@@ -122,15 +111,6 @@ def test_denoiser_golden():
     )
     got = torch.cat([noise, variance], dim=1)
     assert relative_error(got, VECTORS["denoiser.out"]) < TOLERANCE
-
-
-def transparent_schedule(times: torch.Tensor) -> torch.Tensor:
-    """A schedule whose kernel is the network's output: mean = guided noise, log_std = fraction."""
-    columns = {name: torch.zeros(len(times)) for name in COLUMNS}
-    columns["timestep"] = times.float()
-    columns["x0_from_noise"] = torch.full((len(times),), -1.0)
-    columns["mean_x0"] = columns["log_std_max"] = torch.ones(len(times))
-    return torch.stack([columns[name] for name in COLUMNS], dim=1)
 
 
 def test_guided_denoiser_golden(golden_settings):

@@ -7,74 +7,40 @@ its false-alarm rate is at most 2e-3; seeds are fixed. Drafts are spoilt on purp
 draft hides a wrong repair; and every mutant of the method has to fall below 1e-6.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import coupling
 import numpy as np
 import pytest
 import reference_round
 import torch
+from chains import (
+    LEVEL,
+    MIDDLE,
+    MUTANT_LEVEL,
+    SCHEDULE,
+    Sampled,
+    network_tokens,
+    part_of,
+    step_through,
+    tokens,
+)
 from mixture import CHANNELS, MixtureDenoiser
 from reference_round import ReferenceRound
 from scipy import stats
 
 from cspd.engines.errors import CspdError
-from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.sessions.session import TorchSession
 from cspd.export.graphs.denoiser import DenoiserGraph, denoiser_spec
 from cspd.export.mar.model import DiffusionLoss
 from cspd.export.mar.presets import MarConfig
-from cspd.runtime.heads.base import Rows
 from cspd.runtime.heads.drafts import draft_tables
 from cspd.runtime.heads.numbers import ChainNumbers
 from cspd.runtime.heads.speculation import SpeculationOptions
 from cspd.runtime.heads.speculative import SpeculativeHead
-from cspd.runtime.noise import Noise, Purpose
+from cspd.runtime.noise import Noise
 
-SCHEDULE = make_schedule(ScheduleSpec(clip_timesteps=950), 16)
-MIDDLE = 5
-LEVEL, MUTANT_LEVEL = 1e-3, 1e-6
 TOKENS = 8000
-
-
-def tokens(count, guidance=1.5, temperature=1.0):
-    identity = torch.arange(count)
-    branch = torch.stack([torch.zeros(count), identity.float()], dim=1)
-    conditions = torch.stack([branch, branch + torch.tensor([1.0, 0.0])])
-    return Rows(
-        conditions, torch.full((count,), guidance), torch.full((count,), temperature),
-        identity // 7, identity % 7,
-    )  # fmt: skip
-
-
-@dataclass
-class Sampled:
-    final: torch.Tensor
-    middle: torch.Tensor | None = None
-    sum_log_std: torch.Tensor | None = None
-
-    @property
-    def joint(self):
-        return torch.cat([self.middle, self.final], dim=1)
-
-
-def step_through(rows, seed, denoiser=None, schedule=SCHEDULE):
-    """Sequential sampling; `middle` is the state that step MIDDLE starts from."""
-    denoiser, noise = denoiser or MixtureDenoiser(), Noise(seed)
-    count = schedule.num_steps
-    x, xi = noise.chain(Purpose.DENOISE, rows.images, rows.positions, count, CHANNELS)
-    index, middle, total = torch.arange(len(x), dtype=torch.int32), x, torch.zeros_like(x)
-    for step in reversed(range(count)):
-        middle = x if step == MIDDLE else middle
-        out = denoiser(
-            x=x, step=torch.full_like(index, step), token=index, conditions=rows.conditions,
-            guidance=rows.guidance, schedule=schedule.table,
-        )  # fmt: skip
-        x = out["mean"]
-        if step:
-            x = x + rows.temperature[:, None] * out["log_std"].exp() * xi[step]
-            total = total + out["log_std"]
-    return Sampled(x, middle, total)
 
 
 class RecordingRound(ReferenceRound):
@@ -339,18 +305,6 @@ def network():
     config = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2, token_dim=CHANNELS)
     graph = DenoiserGraph(DiffusionLoss(config))
     return TorchSession(denoiser_spec(config, 256), graph, torch.device("cpu"))
-
-
-def network_tokens(count):
-    conditions = torch.randn(2, count, 24, generator=torch.Generator().manual_seed(2))
-    identity = torch.arange(count)
-    guidance, temperature = torch.linspace(1, 3, count), torch.linspace(0.8, 1.1, count)
-    return Rows(conditions, guidance, temperature, identity, identity % 5)
-
-
-def part_of(rows, index):
-    per_token = [value[index] for value in list(vars(rows).values())[1:]]
-    return Rows(rows.conditions[:, index], *per_token)
 
 
 def test_with_one_bucket_a_token_does_not_depend_on_its_batch(network):

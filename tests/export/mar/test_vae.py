@@ -1,32 +1,16 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from golden_vae import GOLDEN, golden_weight, relative
 from safetensors.torch import load_file
 
 from cspd.export.mar.vae import VaeDecoder
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 KEYS = json.loads((GOLDEN / "kl16_decoder.json").read_text())["keys"]
-
-
-def golden_weight(index: int, name: str, shape: list[int]) -> torch.Tensor:
-    """The rule of tests/golden/kl16_decoder.json, field `weights`."""
-    generator = np.random.Generator(np.random.PCG64(index))
-    normal = generator.standard_normal(shape, dtype=np.float32)
-    if len(shape) == 1:
-        normal = np.float32(0.05) * normal + np.float32(name.endswith("weight"))
-    else:
-        normal /= np.sqrt(np.float32(np.prod(shape[1:])))
-    return torch.from_numpy(normal)
-
-
-def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((value - expected).norm() / expected.norm()).item()
 
 
 @pytest.fixture(scope="module")

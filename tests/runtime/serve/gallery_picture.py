@@ -3,7 +3,7 @@
 On an otherwise idle machine, because the picture shows times:
 
     cspd-run serve &
-    python tests/tools/gallery_picture.py docs/evidence/gallery.png
+    python tests/runtime/serve/gallery_picture.py docs/evidence/gallery.png
 """
 
 from __future__ import annotations

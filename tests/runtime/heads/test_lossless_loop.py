@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from chains import CHANNELS, SCHEDULE, network_tokens, part_of
 from quiet_head import quiet_head
 from reference_round import ReferenceRound
-from test_lossless import CHANNELS, SCHEDULE, network_tokens, part_of
 
 from cspd.engines.sessions.session import TorchSession
 from cspd.export.graphs.denoiser import DenoiserGraph, denoiser_spec

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from chains import network_tokens
 from stubs import StubHead, batch_of, make_sampler, member
-from test_lossless import network_tokens
 
 from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.runtime.decode.alone import Alone

@@ -9,8 +9,8 @@ from cspd.tools.demo.fashion import DATA
 from cspd.tools.judge import classifier as module
 from cspd.tools.judge.classifier import Classifier, augment, embed, load_classifier, real_accuracy
 
-SAMPLE = Path(__file__).parent / "fashion_sample.safetensors"
-SHIPPED = Path(module.__file__).parents[1] / "demo_pair" / "classifier.safetensors"
+SAMPLE = Path(__file__).parents[2] / "helpers" / "fashion_sample.safetensors"
+SHIPPED = Path(module.__file__).parents[2] / "demo_pair" / "classifier.safetensors"
 
 
 @pytest.fixture(scope="module")

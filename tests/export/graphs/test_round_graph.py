@@ -5,8 +5,8 @@ import pytest
 import torch
 from quiet_head import quiet_head
 from reference_round import ReferenceRound
+from small_head import CONFIG, CPU, SCHEDULE, tokens
 
-from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.engines.sessions.ort import ort_session
 from cspd.engines.sessions.session import TorchSession
 from cspd.export.graphs.denoiser import DenoiserGraph, denoiser_spec
@@ -14,16 +14,11 @@ from cspd.export.graphs.hoisted_round import HoistedRoundGraph, hoisted_round_sp
 from cspd.export.graphs.modulation import HeadModulationGraph, modulation_spec
 from cspd.export.graphs.round import CANDIDATES
 from cspd.export.graphs.speculative_round import SpeculativeRoundGraph, round_spec
-from cspd.export.mar.presets import MarConfig
 from cspd.export.onnx.trace import export_graph
-from cspd.runtime.heads.base import Rows
 from cspd.runtime.heads.speculation import SpeculationOptions
 from cspd.runtime.heads.speculative import SpeculativeHead
 from cspd.runtime.noise import Noise
 
-CONFIG = MarConfig(4, 24, 1, 1, 2, head_width=40, head_depth=2)
-SCHEDULE = make_schedule(ScheduleSpec(clip_timesteps=950), 20)
-CPU = torch.device("cpu")
 DISCRETE = ("next_step", "moved", "drawn")
 
 
@@ -47,12 +42,6 @@ def exported(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("round") / "round.onnx"
     ir.save(model, path)
     return ort_session(str(path), round_spec(CONFIG, 512), threads=1)
-
-
-def tokens(count, branches=2):
-    conditions = torch.randn(branches, count, 24, generator=torch.Generator().manual_seed(4))
-    guidance, temperature = torch.linspace(1, 2, count), torch.linspace(0.9, 1.1, count)
-    return Rows(conditions, guidance, temperature, torch.arange(count), torch.arange(count) % 3)
 
 
 class Recorder:

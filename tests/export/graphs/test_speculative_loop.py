@@ -4,7 +4,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from quiet_head import quiet_head
-from test_round_graph import CONFIG, CPU, SCHEDULE, tokens
+from small_head import CONFIG, CPU, SCHEDULE, tokens
 
 from cspd.engines.sessions.ort import ort_session
 from cspd.engines.sessions.session import TorchSession

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from cspd.export.mar.model import Mar
 from cspd.export.mar.presets import MarConfig
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 # The authors' constructor leaves the norm layers at PyTorch's epsilon; their presets pass 1e-6.
 TINY = MarConfig(4, 32, 2, 2, 4, head_width=32, head_depth=2, buffer_size=4, norm_eps=1e-5)
 

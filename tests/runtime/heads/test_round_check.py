@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_lossless import CHANNELS, SCHEDULE, tokens
+from chains import CHANNELS, SCHEDULE, tokens
 
 from cspd.engines.errors import BundleError
 from cspd.engines.spec import Axis, GraphSpec, TensorSpec

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from chains import LEVEL, MUTANT_LEVEL, SCHEDULE, tokens
 from mixture import MixtureDenoiser
 from reference_round import ReferenceRound
 from scipy import stats
 from stubs import CHANNELS, LENGTH, batch_of, by_token, make_sampler, member
-from test_lossless import LEVEL, MUTANT_LEVEL, SCHEDULE, tokens
 from tiny_pair import CLIPPED, make_batch, torch_member
 
 from cspd.engines.schedule import COLUMNS, make_schedule

@@ -1,8 +1,8 @@
 """What heads cost is measured on whole calls of the heads themselves."""
 
+from chains import CHANNELS, SCHEDULE, step_through, tokens
 from mixture import MixtureDenoiser
 from reference_round import ReferenceRound
-from test_lossless import CHANNELS, SCHEDULE, step_through, tokens
 
 from cspd.runtime.costs.measure import Ways, measure_heads
 from cspd.runtime.heads.base import HeadSample

@@ -6,10 +6,10 @@ from statistics import NormalDist
 import coupling
 import pytest
 import torch
+from chains import CHANNELS, SCHEDULE, tokens
 from coupling import Gaussian
 from mixture import MixtureDenoiser
 from reference_round import ReferenceRound
-from test_lossless import CHANNELS, SCHEDULE, tokens
 
 from cspd.engines.errors import CspdError
 from cspd.runtime.heads.numbers import ChainNumbers

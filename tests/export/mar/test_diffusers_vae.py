@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
+from golden_vae import GOLDEN, golden_weight, relative
 from safetensors.torch import load_file
-from test_vae import GOLDEN, golden_weight, relative
 from weights import error_of
 
 from cspd.export.mar.diffusers_vae import latent_diffusion_names

@@ -19,7 +19,7 @@ from cspd.export.weights.files import file_sha256
 from cspd.export.weights.geometry import infer_config
 from cspd.export.weights.random import random_state
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 PUBLISHED = ("mar-b", "mar-l", "mar-h")
 State = dict[str, torch.Tensor]
 

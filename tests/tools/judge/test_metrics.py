@@ -24,8 +24,8 @@ from cspd.tools.judge.metrics import (
     score_images,
 )
 
-SAMPLE = Path(__file__).parent / "fashion_sample.safetensors"
-SHIPPED = Path(metrics.__file__).parents[1] / "demo_pair"
+SAMPLE = Path(__file__).parents[2] / "helpers" / "fashion_sample.safetensors"
+SHIPPED = Path(metrics.__file__).parents[2] / "demo_pair"
 
 
 def gaussian(seed: int, size: int = 6, rank: int | None = None) -> FeatureStats:
