@@ -120,12 +120,14 @@ class Pipeline:
         """Yield the images of `config`, a batch at a time; `indices` limits it to some of them."""
         check_config(config, self.bundle.manifest)
         wanted = list(range(config.num_images) if indices is None else indices)
+        # Once, so that one run has one head even where measured costs choose it.
+        settled, _ = self.resolve(config)
         sampler = self.sampler(config)
         for first in range(0, len(wanted), config.batch_size):
             chunk = wanted[first : first + config.batch_size]
             with self._host_threads(), self._stream():
                 batch = make_batch(self.bundle.manifest, config, chunk, self.device)
-                decoder = self.decoder(config, self._tabled(sampler, batch))
+                decoder = self.decoder(settled, self._tabled(sampler, batch))
                 canvas, statistics = decode(decoder, batch, on_step)
                 images = self._images(config, chunk, canvas, statistics)
             if first == 0:

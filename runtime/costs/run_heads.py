@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from cspd.engines.manifest import Role
 from cspd.runtime.config import HeadChoice, RunConfig
@@ -18,16 +19,29 @@ from cspd.runtime.heads.open_heads import OpenHeads
 from cspd.runtime.heads.relax import LenientNumbers, total_variation
 from cspd.runtime.heads.switch import Switch, few
 
+# What differs from run to run and makes no difference to heads.
+OF_IMAGES: dict[str, Any] = {"labels": (0,), "seed": 0, "num_images": 1, "class_balanced": False}
+MOST_KEPT = 16  # heads, for servers that see many settings
+
 
 @dataclass
 class RunHeads:
-    """Heads of the models for the settings of a run, made of `heads`."""
+    """Heads of the models for the settings of a run, made of `heads`, once for equal settings."""
 
     heads: OpenHeads
     working: Working = nullcontext
+    made: dict[tuple[Role, RunConfig], Head] = field(default_factory=dict)
 
     def head(self, role: Role, config: RunConfig) -> Head:
-        """How `role` samples tokens from their conditions."""
+        """How `role` samples tokens from their conditions, by the choices in `config` if any."""
+        key = role, config.model_copy(update=OF_IMAGES)
+        if key not in self.made:
+            if len(self.made) >= MOST_KEPT:
+                self.made.pop(next(iter(self.made)))
+            self.made[key] = self._make(role, config)
+        return self.made[key]
+
+    def _make(self, role: Role, config: RunConfig) -> Head:
         mode, choice, widest = config.head_mode, config.choice(role), self._widest(role, config)
         if choice is None:
             choice = self._by_costs(role, config) if mode == "auto" else self._asked(role, config)

@@ -4,6 +4,7 @@ ONNX Runtime stands in for the engines: it runs the same graphs, one session eac
 """
 
 import shutil
+from collections import Counter
 
 import pytest
 
@@ -14,6 +15,7 @@ from cspd.runtime.commands.tune import cost_table
 from cspd.runtime.config import make_config
 from cspd.runtime.costs import measure as tuning
 from cspd.runtime.costs.predict import CostRecord
+from cspd.runtime.heads import drafts
 from cspd.runtime.pipeline import Pipeline
 from cspd.runtime.sessions import Sessions
 
@@ -138,6 +140,33 @@ def test_where_loops_are_graphs_there_is_no_other_way(pipeline):
     keep(elsewhere, settings, SLOW, FAST)
     assert elsewhere.resolve(settings) == (settings, {})
     assert tuning.tuned(elsewhere.heads, "target", config(method="auto", cfg=1.0)).no_table is None
+
+
+def test_a_run_has_one_head(pipeline, monkeypatch):
+    """Over four batches, costs are read once and the tables of drafts made once."""
+    settings = config(method="auto", num_images=8)
+    keep(pipeline, settings, FAST, SLOW, round_share=0.01)
+    counts = Counter()
+
+    def count(module, name):
+        good = getattr(module, name)
+
+        def counted(*arguments):
+            counts[name] += 1
+            return good(*arguments)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(tuning, "load")
+    count(drafts, "draft_tables")
+    images = [image for batch, _ in pipeline.generate(settings) for image in batch]
+    assert len(images) == 8 and used(pipeline) & set(ROUNDS.values())
+    assert counts == {"load": 1, "draft_tables": 1}
+    # Other images of the same settings have the same head; other settings another.
+    resolved, _ = pipeline.resolve(settings)
+    head = pipeline.head("target", resolved)
+    assert pipeline.head("target", resolved.model_copy(update={"seed": 5, "labels": (7,)})) is head
+    assert pipeline.head("target", resolved.model_copy(update={"batch_size": 4})) is not head
 
 
 def test_tune_shows_both_ways():
