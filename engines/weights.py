@@ -7,8 +7,11 @@ hashing the same file this is cheap: it takes a tenth of the time.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +30,7 @@ def check_weights_file(path: Path) -> None:
     """
     rebuild = "rebuild the bundle with cspd-export build"
     try:
-        with safe_open(path, framework="pt") as file:
+        with _opened(path) as file:
             for name in file.keys():
                 if file.get_slice(name).get_dtype() not in FLOATING:
                     continue
@@ -37,6 +40,20 @@ def check_weights_file(path: Path) -> None:
                     )
     except SafetensorError as error:
         raise BundleError(f"{path}: not a file of safetensors: {error}; {rebuild}") from None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The tensors of a file; safetensors takes paths in UTF-8 only, so others go by descriptor."""
+    try:
+        os.fspath(path).encode()
+        name = os.fspath(path)
+    except UnicodeEncodeError:
+        with path.open("rb") as stream, safe_open(f"/dev/fd/{stream.fileno()}", "pt") as file:
+            yield file
+        return
+    with safe_open(name, framework="pt") as file:
+        yield file
 
 
 def not_finite(tensor: Tensor) -> str:

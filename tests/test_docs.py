@@ -127,7 +127,7 @@ def test_quick_commands_run_as_written(tmp_path, monkeypatch):
 def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
     page = (ROOT / "docs/how-to/troubleshooting.md").read_text()
     parts = ("engines", "export", "runtime", "tools")
-    code = "\n".join(f.read_text() for part in parts for f in (ROOT / part).glob("*.py"))
+    code = "\n".join(f.read_text() for part in parts for f in (ROOT / part).rglob("*.py"))
     # Messages are written as several strings, one a line.
     code = re.sub(r"\"\s*\n\s*f?\"", "", code)
     rows = re.findall(r"^\| `([^`]+)` \|", page, flags=re.M)

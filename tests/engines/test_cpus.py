@@ -157,7 +157,7 @@ def test_nobody_else_counts_cores():
     found = {
         path.name
         for part in parts
-        for path in part.glob("*.py")
+        for path in part.rglob("*.py")
         if any(word in path.read_text() for word in counting)
     }
     assert found == {"cpus.py"}

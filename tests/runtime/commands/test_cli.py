@@ -184,8 +184,8 @@ def test_bundle_without_a_draft(tiny_bundle, tmp_path):
 
 def test_out_is_a_file(tiny_bundle, tmp_path):
     (tmp_path / "out").write_text("mine")
-    refused(generate(tiny_bundle.folder, tmp_path / "out", *FAST), 1, "cannot write there")
-    refused(generate(tiny_bundle.folder, tmp_path / "out/more", *FAST), 1, "cannot write there")
+    refused(generate(tiny_bundle.folder, tmp_path / "out", *FAST), 1, "is not a folder")
+    refused(generate(tiny_bundle.folder, tmp_path / "out/more", *FAST), 1, "is not a folder")
     assert (tmp_path / "out").read_text() == "mine"
 
 

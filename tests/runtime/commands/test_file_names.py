@@ -16,7 +16,7 @@ from cspd.export.cli import main as export_main
 from cspd.runtime.commands.cli import main
 
 QUICK = ("--labels", "1", "--num-iter", 2, "--head-steps", 2, "--batch-size", 1, "--threads", 1)
-CODE = "import sys; from cspd.{}.cli import main; main(sys.argv[1:])"
+CODE = "import sys; from cspd.{} import main; main(sys.argv[1:])"
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_output_is_text_in_every_encoding(odd, encoding, options):
     """Of a process with its own streams, which tests in this one have not."""
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     arguments = ("generate", *QUICK, "--quiet", "--out", odd, *options)
-    command = [sys.executable, "-c", CODE.format("runtime"), *map(str, arguments)]
+    command = [sys.executable, "-c", CODE.format("runtime.commands.cli"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     done.stdout.decode(encoding.partition(":")[0])

@@ -73,7 +73,7 @@ def test_what_is_there_needs_no_room(tiny_bundle, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "place", ["runtime.commands.preflight.free_disk", "engines.preflight.available_memory"]
+    "place", ["runtime.commands.preflight.free_disk", "engines.console.preflight.available_memory"]
 )
 def test_too_little_room(dry_run, monkeypatch, place):
     monkeypatch.setattr(f"cspd.{place}", lambda *out: 1000)
