@@ -26,10 +26,6 @@ from cspd.export.weights.names import (
 )
 from cspd.export.weights.values import check_dense, check_values
 
-KNOWN_FILES = {
-    "7e970a33bc90353e2fabe3498ed1f2d194dd8d17cd387665f80b2984dfca538c": "MAR-B of its authors",
-    "34ce001bcfffb7af67ec8af1e683a30d7bd45760855ddc7deedc1330f2cfd38f": "KL-16 of MAR's authors",
-}
 VAE_PREFIXES = ("first_stage_model.", "vae.")  # of the VAE in a checkpoint of latent diffusion
 DECODER = ("post_quant_conv.", "decoder.")
 NOT_FINITE = "the file is damaged or its training diverged; get another"
@@ -44,8 +40,8 @@ class Checkpoint:
     """Weights of one network, memory-mapped: official names, dtype of the file, finite.
 
     `source` is where in the file they were: "model_ema", "model", "state_dict" (a bare one in a
-    pickle too) or "safetensors", and after a slash the prefix taken from their names. `known_as`
-    names a file whose `sha256` we know. `warnings` are sentences for the user.
+    pickle too) or "safetensors", and after a slash the prefix taken from their names. `warnings`
+    are sentences for the user.
     """
 
     path: Path
@@ -53,7 +49,6 @@ class Checkpoint:
     source: str
     state: Mapping[str, Tensor]
     warnings: tuple[str, ...] = ()
-    known_as: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +86,8 @@ def load_mar(
         _check_tensors(weights.state, Mar(config).state_dict(), file.path, NAMES_ADVICE)
     notes = (*warnings, *_ema_warnings(file, weights, config), *weights.notes)
     notes += _folder_note(path, file)
-    sha256 = file.sha256()
-    known = KNOWN_FILES.get(sha256)
     return MarCheckpoint(
-        file.path, sha256, weights.source, weights.state, notes, known, config=config
+        file.path, file.sha256(), weights.source, weights.state, notes, config=config
     )
 
 
@@ -116,9 +109,7 @@ def load_vae(path: Path) -> Checkpoint:
         notes += (f"{file.path.name}: diffusers' names, converted to those of kl16.ckpt",)
     with torch.device("meta"):
         _check_tensors(converted, VaeDecoder().state_dict(), file.path, VAE_ADVICE)
-    sha256 = file.sha256()
-    known = KNOWN_FILES.get(sha256)
-    return Checkpoint(file.path, sha256, weights.source, converted, notes, known)
+    return Checkpoint(file.path, file.sha256(), weights.source, converted, notes)
 
 
 def _folder_note(path: Path, file: WeightFile) -> tuple[str, ...]:

@@ -28,12 +28,6 @@ def to_tokens(images: Tensor) -> Tensor:
     return F.pixel_unshuffle(images, PATCH).flatten(2).transpose(1, 2)
 
 
-def to_images(tokens: Tensor) -> Tensor:
-    """Inverse of `to_tokens`."""
-    grid = round(tokens.shape[1] ** 0.5)
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (grid, grid)), PATCH)
-
-
 def _read_idx(path: Path) -> np.ndarray:
     packed = path.with_name(path.name + ".gz")
     if not packed.exists():

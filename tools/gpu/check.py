@@ -222,10 +222,10 @@ def check_graphs(bundle: Bundle, backend: str, deadline: Deadline) -> dict[str, 
 
 def check_graph(bundle: Bundle, label: str, backend: str) -> dict[str, Any]:
     """Parity at three sizes, and time of one graph."""
-    session = open_session(bundle, label, backend, device="cuda")
+    session = Sessions(bundle, backend, "cuda")(label).session
     assert isinstance(session, TrtSession)
     spec = session.spec
-    reference = open_session(bundle, label, "onnxruntime")
+    reference = Sessions(bundle)(label)
     errors = {which: parity_at(session, reference, which) for which in ("min", "opt", "max")}
     limits = {tensor.name: tensor.tolerance or 0.0 for tensor in spec.outputs}
     result: dict[str, Any] = {

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cspd.engines.backends import open_session
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.schedule import make_schedule
@@ -145,7 +144,7 @@ def both_devices(bundle: Bundle) -> Found:
     """A session on the CPU works after one on the GPU was opened, and the other way round."""
     results = {}
     for label in ("target/backbone", "target/denoiser", "decoder"):
-        sessions = [open_session(bundle, label, "torch", device=d) for d in ("cpu", "cuda", "cpu")]
+        sessions = [Sessions(bundle, "torch", device)(label) for device in ("cpu", "cuda", "cpu")]
         inputs = sessions[0].spec.example_inputs(sessions[0].spec.sizes("opt"), seed=1)
         outputs = [s(**{n: t.to(s.device) for n, t in inputs.items()}) for s in sessions]
         name = sessions[0].spec.outputs[0].name

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cspd.engines.backends import BACKENDS, ENGINES, open_session
+from cspd.engines.backends import BACKENDS, ENGINES
 from cspd.engines.bundle import Bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Role
@@ -150,8 +150,8 @@ class Ladder:
         return {label: _spread(calls) for label, calls in recorder.calls.items()}
 
     @cached_property
-    def sessions(self) -> dict[Candidate, dict[str, Session]]:
-        """Open sessions of every graph, by candidate; only of candidates that can run here."""
+    def sessions(self) -> dict[Candidate, Sessions]:
+        """Sessions with every graph open, by candidate; only of candidates that can run here."""
         opened = ((c, self._open(c)) for c in self.wanted)
         return {c: sessions for c, sessions in opened if not isinstance(sessions, str)}
 
@@ -163,28 +163,29 @@ class Ladder:
             Skipped(EVERY_RUNG, c.name, reason) for c, reason in opened if isinstance(reason, str)
         ]
 
-    def _open(self, candidate: Candidate) -> dict[str, Session] | str:
+    def _open(self, candidate: Candidate) -> Sessions | str:
         """Sessions of every graph, or the reason why the candidate cannot run."""
         if candidate.device == "cuda" and not torch.cuda.is_available():
             return "no CUDA device"
         backend, device = candidate.backend, candidate.device
-        labels = [
-            label
-            for label, graph in self.bundle.manifest.graphs().items()
-            if graph.spec.engines or backend not in ENGINES
-        ]
+        sessions = Sessions(self.bundle, backend, device)
         try:
-            return {
-                name: open_session(self.bundle, name, backend, device=device) for name in labels
-            }
+            for label, graph in self.bundle.manifest.graphs().items():
+                if graph.spec.engines or backend not in ENGINES:
+                    sessions(label)
         except CspdError as error:
             return str(error)
+        return sessions
 
     def pipelines(self) -> Iterator[tuple[str, Pipeline]]:
         """A pipeline for every candidate that can run here, with its name."""
-        for candidate in self.sessions:
-            sessions = Sessions(self.bundle, candidate.backend, candidate.device)
+        for candidate, sessions in self.sessions.items():
             yield candidate.name, Pipeline(sessions)
+
+    @cached_property
+    def as_built(self) -> Sessions:
+        """PyTorch in the precision of the bundle."""
+        return Sessions(self.bundle, "torch", self.device)
 
     def reference(self, label: str) -> Session:
         """PyTorch in float32 with the weights that the graph has in the bundle."""
@@ -192,7 +193,7 @@ class Ladder:
         model = self.bundle.manifest.models.get(role)  # type: ignore[call-overload]
         exact = ("backbone", "denoiser", HOISTED)
         if model is None or model.precision == "fp32" or name not in exact:
-            return open_session(self.bundle, label, "torch", device=self.device)
+            return self.as_built(label)
         spec = self.bundle.graph(label).spec
         module = self.modules(role, "fp32")[name]
         return TorchSession(spec, module, torch.device(self.device))
@@ -222,8 +223,8 @@ class Ladder:
     def candidate_steps(self, candidate: Candidate, role: str) -> StepSession:
         """A candidate's session for each denoising step; in low precision the first has its own."""
         sessions = self.sessions[candidate]
-        usual = sessions[f"{role}/denoiser"]
-        first = sessions.get(f"{role}/{FIRST}", usual)
+        usual = sessions(f"{role}/denoiser")
+        first = sessions.opened.get(f"{role}/{FIRST}", usual)
         return lambda step: first if step == self.schedule.num_steps - 1 else usual
 
     def chains(self, role: str) -> list[Inputs]:

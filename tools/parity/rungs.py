@@ -57,7 +57,7 @@ def graphs_rung(ladder: Ladder) -> Iterator[Result]:
 def backends_rung(ladder: Ladder) -> Iterator[Result]:
     """Rung 2: every backend that can run here, graph by graph."""
     for candidate, sessions in ladder.sessions.items():
-        for label, session in sessions.items():
+        for label, session in sessions.opened.items():
             cases = [*ladder.random_cases(label), *ladder.recorded_cases(label)]
             yield from compare(ladder, "backends", label, (candidate.name, session), cases)
 

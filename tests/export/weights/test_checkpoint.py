@@ -13,7 +13,6 @@ from cspd.engines.schedule import ScheduleSpec, make_schedule
 from cspd.export.graphs.denoiser import guided_kernel
 from cspd.export.mar.model import Mar
 from cspd.export.mar.presets import PRESETS, MarConfig
-from cspd.export.weights import checkpoint
 from cspd.export.weights.checkpoint import load_mar, load_vae
 from cspd.export.weights.files import file_sha256
 from cspd.export.weights.geometry import infer_config
@@ -47,7 +46,6 @@ def test_averaged_weights_come_first(tmp_path, draft_state):
     assert loaded.config == PRESETS["fashion-draft"]
     assert loaded.warnings == ()
     assert loaded.sha256 == file_sha256(path)
-    assert loaded.known_as is None
     assert all(torch.equal(loaded.state[name], draft_state[name]) for name in draft_state)
     assert load_mar(tmp_path).sha256 == loaded.sha256  # the authors' --resume DIR
 
@@ -220,13 +218,6 @@ def test_mar_given_as_vae(tmp_path, draft_state):
     save_file(draft_state, tmp_path / "w.safetensors")
     message = error_of(lambda: load_vae(tmp_path / "w.safetensors"))
     assert "missing: post_quant_conv.weight" in message
-
-
-def test_known_files_are_named(tmp_path, draft_state, monkeypatch):
-    path = tmp_path / "w.safetensors"
-    save_file(draft_state, path)
-    monkeypatch.setitem(checkpoint.KNOWN_FILES, file_sha256(path), "a friend")
-    assert load_mar(path).known_as == "a friend"
 
 
 def test_random_weights_are_reproducible():
