@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cspd.engines.build_report import BuildReport
-from cspd.engines.schedule import ScheduleSpec
+from cspd.engines.schedule import AnySchedule
 from cspd.engines.spec import NAME_PATTERN, GraphSpec, Record
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -104,7 +104,7 @@ class Manifest(Record):
     synthetic: bool = False
     geometry: Geometry
     class_names: tuple[Annotated[str, Field(max_length=MAX_NAME)], ...]
-    schedule: ScheduleSpec
+    schedule: AnySchedule
     # Settings that the model is best used with, named as in run.json: num_iter, cfg and so on.
     defaults: dict[str, Any] = Field(default_factory=dict)
     models: dict[Role, ModelRecord]

@@ -19,7 +19,7 @@ from cspd.engines.atomic import atomic_file
 from cspd.engines.bundle import MANIFEST, Bundle, check_target, open_bundle, publish, record_files
 from cspd.engines.errors import CspdError
 from cspd.engines.manifest import Geometry, GraphRecord, Manifest, ModelRecord, Precision, Role
-from cspd.engines.schedule import ScheduleSpec, make_schedule
+from cspd.engines.schedule import AnySchedule, make_schedule
 from cspd.engines.trt.options import BuildOptions as EngineOptions
 from cspd.engines.trt.progress import ProgressCallback
 from cspd.export.build_graph import FinishedGraph, GraphBuilder, ShowProgress, intact_files
@@ -83,7 +83,7 @@ class BundlePlan:
     decoder: Source | None
     geometry: Geometry
     class_names: tuple[str, ...]
-    schedule: ScheduleSpec
+    schedule: AnySchedule
     options: BuildOptions
     defaults: Mapping[str, float | int | str]
 

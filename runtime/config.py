@@ -285,11 +285,11 @@ def check_settings(config: RunConfig, manifest: Manifest) -> None:
                 f"{setting(name)} is {value}, expected 1..{geometry.num_tokens}, "
                 "the number of tokens of an image"
             )
-    last = manifest.schedule.last_timestep
+    most = manifest.schedule.most_steps
     steps = HeadSteps.parse(config.head_steps)
-    if max(steps.first, steps.last) > last + 1:
+    if max(steps.first, steps.last) > most:
         raise SettingError(
-            f"{setting('head_steps')} is {config.head_steps}, expected 2..{last + 1} for this model"
+            f"{setting('head_steps')} is {config.head_steps}, expected 2..{most} for this model"
         )
     _check_heads(config)
     if config.method in ("draft", "cspd") and "draft" not in manifest.models:

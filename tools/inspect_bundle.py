@@ -47,12 +47,11 @@ def command(bundle: Path, as_json: bool, no_verify: bool) -> None:
 def summary(manifest: Manifest, sha256: str) -> list[str]:
     """What a bundle is, in a few lines."""
     geometry, schedule = manifest.geometry, manifest.schedule
-    clip = f", clipped at {schedule.clip_timesteps}" if schedule.clip_timesteps else ""
     lines = [
         f"bundle {sha256[:16]}, made by cspd {manifest.tool_version}, opset {manifest.opset}",
         f"{geometry.num_tokens} tokens of {geometry.token_dim} channels, "
         f"images {geometry.image_channels} x {geometry.image_size} x {geometry.image_size}, "
-        f"{geometry.num_classes} classes; {schedule.kind} schedule{clip}",
+        f"{geometry.num_classes} classes; {schedule.words}",
     ]
     lines += [
         f"{role}: {model.preset}, {model.precision}, weights from {model.source}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cspd.runtime.decode.canvas import Batch
 from cspd.runtime.decode.decoder import Round
-from cspd.runtime.decode.member import Member
+from cspd.runtime.decode.member import Model
 from cspd.runtime.decode.sampler import Sampler
 from cspd.runtime.decode.stats import Statistics
 
@@ -17,7 +17,7 @@ class Alone:
     """`member` generates every token, of `channels` numbers, itself."""
 
     sampler: Sampler
-    member: Member
+    member: Model
     channels: int
 
     def rounds(self, batch: Batch) -> Iterator[Round]:

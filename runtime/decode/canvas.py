@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cspd.runtime.noise import Noise
-
 ACCEPTED, REJECTED = 1, 2
 
 
@@ -65,11 +63,10 @@ class Canvas:
         self.fates = torch.zeros(self.sequence.shape, dtype=torch.int8, device=self.sequence.device)
 
     @classmethod
-    def empty(cls, batch: Batch, noise: Noise, num_tokens: int, channels: int) -> Canvas:
-        """Nothing known yet; the order comes from `noise`."""
-        sequence = noise.orders(batch.images, num_tokens).int()
-        tokens = torch.zeros(len(batch), num_tokens, channels, device=sequence.device)
-        return cls(tokens, sequence, [0] * len(batch))
+    def empty(cls, sequence: Tensor, channels: int) -> Canvas:
+        """Nothing known yet; tokens of `channels` numbers appear in the order of `sequence`."""
+        tokens = torch.zeros(*sequence.shape, channels, device=sequence.device)
+        return cls(tokens, sequence, [0] * len(sequence))
 
     def clone(self) -> Canvas:
         """A copy with tokens of its own."""

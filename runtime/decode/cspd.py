@@ -17,7 +17,7 @@ import torch
 from cspd.runtime.decode.canvas import Batch, Canvas, Span
 from cspd.runtime.decode.decoder import Round
 from cspd.runtime.decode.judge import judge
-from cspd.runtime.decode.member import Member
+from cspd.runtime.decode.member import Model
 from cspd.runtime.decode.options import CspdOptions
 from cspd.runtime.decode.sampler import Sampler
 from cspd.runtime.decode.stats import Statistics, Verdicts
@@ -32,8 +32,8 @@ class Speculative:
     """`draft` proposes windows of tokens of `channels` numbers, `target` verifies them."""
 
     sampler: Sampler
-    target: Member
-    draft: Member
+    target: Model
+    draft: Model
     options: CspdOptions
     channels: int
 

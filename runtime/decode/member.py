@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +13,34 @@ from cspd.runtime.decode.canvas import Batch, Canvas, Span
 from cspd.runtime.heads.base import Head
 
 
+class Model(Protocol):
+    """One model of the pair, of any family: conditions of tokens, and a head that samples them.
+
+    What it keeps from call to call, such as keys and values, may not change what it returns:
+    decoding goes back to fewer known tokens where drafts are rejected.
+    """
+
+    @property
+    def name(self) -> str:
+        """The model's role, "target" or "draft"."""
+        ...
+
+    @property
+    def head(self) -> Head:
+        """How tokens are sampled from their conditions."""
+        ...
+
+    def conditions(
+        self, canvas: Canvas, batch: Batch, span: Span, *, guided: bool, visible: list[int],
+        width: int,
+    ) -> Tensor:  # fmt: skip
+        """Conditions [G, B, P, D] of the tokens in `span`, given the first `visible[b]` tokens."""
+        ...
+
+
 @dataclass(frozen=True)
 class Member:
-    """Draft or target: conditions from the transformer, tokens from the head."""
+    """Draft or target of MAR: conditions from the masked transformer, tokens from the head."""
 
     name: str
     backbone: Session

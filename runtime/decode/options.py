@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from cspd.runtime.config import RunConfig
-from cspd.runtime.decode.plan import MaskPlan, WindowPlan
+from cspd.runtime.decode.plan import Plan, WindowPlan
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,6 @@ class CspdOptions:
         names = (item.name for item in fields(cls) if item.name in RunConfig.model_fields)
         return cls(**{name: getattr(config, name) for name in names})
 
-    def windows(self, plan: MaskPlan) -> WindowPlan:
+    def windows(self, plan: Plan) -> WindowPlan:
         """Where the windows of an image end that is generated in the steps of `plan`."""
         return WindowPlan(plan, self.gamma, self.prefill, self.count_in == "steps")

@@ -7,9 +7,100 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from cspd.engines.errors import CspdError
 from cspd.engines.words import setting
+from cspd.runtime.noise import Noise
+
+
+class Plan(Protocol):
+    """Which tokens an image's steps generate, of any family; see `MaskPlan` for the words."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an image."""
+        ...
+
+    @property
+    def num_iter(self) -> int:
+        """Autoregressive steps of an image."""
+        ...
+
+    @property
+    def cfg(self) -> float:
+        """Guidance scale; 1 means none."""
+        ...
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Number of known tokens after each step, ascending."""
+        ...
+
+    @property
+    def widest(self) -> int:
+        """Largest number of tokens that one step generates."""
+        ...
+
+    def stop(self, known: int) -> int:
+        """Number of known tokens after the step that starts with `known` of them."""
+        ...
+
+    def index(self, known: int) -> int:
+        """Number, from 0, of the step that starts with `known` of them."""
+        ...
+
+    def guidance(self, known: int) -> float:
+        """Guidance scale of the step that starts with `known` tokens."""
+        ...
+
+    def sequence(self, images: Tensor, noise: Noise) -> Tensor:
+        """Positions [B, L] int32 of the tokens of `images` [B] in the order they are generated."""
+        ...
+
+
+@dataclass(frozen=True)
+class RasterPlan:
+    """Row by row, `width` tokens a step, for models whose order is fixed."""
+
+    num_tokens: int
+    width: int = 1
+    cfg: float = 1.0
+
+    @property
+    def num_iter(self) -> int:
+        """Autoregressive steps of an image."""
+        return len(self.boundaries)
+
+    @cached_property
+    def boundaries(self) -> tuple[int, ...]:
+        """Number of known tokens after each step, ascending; the last is `num_tokens`."""
+        return (*range(self.width, self.num_tokens, self.width), self.num_tokens)
+
+    @property
+    def widest(self) -> int:
+        """Largest number of tokens that one step generates."""
+        return min(self.width, self.num_tokens)
+
+    def stop(self, known: int) -> int:
+        """Number of known tokens after the step that starts with `known` of them."""
+        return self.boundaries[self.index(known)]
+
+    def index(self, known: int) -> int:
+        """Number, from 0, of the step that starts with `known` of them."""
+        return bisect_right(self.boundaries, known)
+
+    def guidance(self, known: int) -> float:
+        """Guidance scale of the step that starts with `known` tokens."""
+        return self.cfg
+
+    def sequence(self, images: Tensor, noise: Noise) -> Tensor:
+        """Positions [B, L] int32: the same for all, row by row."""
+        order = torch.arange(self.num_tokens, dtype=torch.int32, device=images.device)
+        return order.repeat(len(images), 1)
 
 
 @dataclass(frozen=True)
@@ -58,6 +149,10 @@ class MaskPlan:
         after = min(self.stop(known), self.num_tokens - 1)
         return 1 + (self.cfg - 1) * after / self.num_tokens
 
+    def sequence(self, images: Tensor, noise: Noise) -> Tensor:
+        """Positions [B, L] int32 of the tokens in the random order of every image."""
+        return noise.orders(images, self.num_tokens).int()
+
     @property
     def widest(self) -> int:
         """Largest number of tokens that one step generates."""
@@ -73,7 +168,7 @@ class WindowPlan:
     verifies after the steps 0, `gamma`, 2 `gamma`, ... of the image and after its last.
     """
 
-    plan: MaskPlan
+    plan: Plan
     gamma: int
     prefill: float
     in_steps: bool = False

@@ -10,8 +10,8 @@ from torch import Tensor
 from cspd.engines.errors import NonFiniteError, overflow_advice
 from cspd.engines.schedule import Schedule
 from cspd.runtime.decode.canvas import Batch, Canvas, Span
-from cspd.runtime.decode.member import Member
-from cspd.runtime.decode.plan import MaskPlan
+from cspd.runtime.decode.member import Model
+from cspd.runtime.decode.plan import Plan
 from cspd.runtime.heads.base import HeadSample, Rows
 from cspd.runtime.heads.steps import Annealing
 from cspd.runtime.noise import Noise, Purpose
@@ -27,7 +27,7 @@ class Sampler:
     where the number of denoising steps is not the same for all tokens.
     """
 
-    plan: MaskPlan
+    plan: Plan
     schedule: Schedule
     noise: Noise
     temperature: float = 1.0
@@ -47,7 +47,7 @@ class Sampler:
 
     def begin(self, batch: Batch, channels: int) -> Canvas:
         """A canvas for `batch` on which nothing is known."""
-        return Canvas.empty(batch, self.noise, self.plan.num_tokens, channels)
+        return Canvas.empty(self.plan.sequence(batch.images, self.noise), channels)
 
     def next_span(self, canvas: Canvas, goal: list[int] | None = None) -> Span:
         """The tokens of each sample's next autoregressive step.
@@ -84,7 +84,7 @@ class Sampler:
         """Padded number of visible tokens for samples that know `known` tokens."""
         return self.plan.num_tokens if self.widened else max(known)
 
-    def conditions(self, member: Member, canvas: Canvas, batch: Batch, span: Span) -> Tensor:
+    def conditions(self, member: Model, canvas: Canvas, batch: Batch, span: Span) -> Tensor:
         """Conditions [G, B, P, D] of `span` from the tokens that come before it."""
         width = self.visible_width(span.start)
         return member.conditions(
@@ -93,7 +93,7 @@ class Sampler:
 
     def sample(
         self,
-        member: Member,
+        member: Model,
         z: Tensor,
         guidance: Tensor,
         batch: Batch,
@@ -130,7 +130,7 @@ class Sampler:
 
     def step(
         self,
-        member: Member,
+        member: Model,
         canvas: Canvas,
         batch: Batch,
         purpose: Purpose = Purpose.DENOISE,
@@ -145,7 +145,7 @@ class Sampler:
         return span, sampled
 
 
-def check_finite(member: Member, sampled: HeadSample, batch: Batch, span: Span) -> None:
+def check_finite(member: Model, sampled: HeadSample, batch: Batch, span: Span) -> None:
     """Raise NonFiniteError for the first image whose tokens are not finite: one check a step."""
     finite = sampled.sample.isfinite().all(-1).all(-1)
     if bool(finite.all()):

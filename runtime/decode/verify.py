@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cspd.runtime.decode.canvas import Batch, Canvas, Span
-from cspd.runtime.decode.member import Member
+from cspd.runtime.decode.member import Model
 from cspd.runtime.decode.sampler import Sampler
 from cspd.runtime.decode.window import Window
 from cspd.runtime.heads.base import HeadSample
@@ -15,7 +15,7 @@ from cspd.runtime.noise import Purpose
 
 def verify(
     sampler: Sampler,
-    target: Member,
+    target: Model,
     way: str,
     batch: Batch,
     canvas: Canvas,
@@ -37,7 +37,7 @@ def verify(
 
 
 def prefix_conditions(
-    sampler: Sampler, target: Member, batch: Batch, canvas: Canvas, window: Window
+    sampler: Sampler, target: Model, batch: Batch, canvas: Canvas, window: Window
 ) -> Tensor:
     """Target conditions [G, B, P, D] where each drafted step sees the drafts before it.
 
@@ -55,7 +55,7 @@ def prefix_conditions(
 
 
 def _prefixes(
-    sampler: Sampler, target: Member, batch: Batch, ahead: Canvas, window: Window, steps: list[int]
+    sampler: Sampler, target: Model, batch: Batch, ahead: Canvas, window: Window, steps: list[int]
 ) -> Tensor:
     """Conditions [G, B, K, P, D] of the window from what K of its drafted `steps` begin with."""
     groups = len(steps)

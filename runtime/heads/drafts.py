@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cspd.engines.schedule import COLUMNS, Schedule
+from cspd.engines.schedule import COLUMNS, AnySchedule, Schedule
 
 
 def draft_tables(schedule: Schedule, window: int) -> dict[str, Tensor]:
@@ -40,12 +40,12 @@ class DraftTables:
 
     def __init__(self, window: int) -> None:
         self.window = window
-        self._known: dict[tuple[bytes, torch.device], dict[str, Tensor]] = {}
+        self._known: dict[tuple[AnySchedule, int, torch.device], dict[str, Tensor]] = {}
 
     def __call__(self, schedule: Schedule) -> dict[str, Tensor]:
         """The tables, where the schedule lies."""
         device = schedule.table.device
-        key = schedule.betas.tobytes(), device
+        key = schedule.spec, schedule.num_steps, device
         if key not in self._known:
             tables = draft_tables(schedule, self.window)
             self._known[key] = {name: table.to(device) for name, table in tables.items()}

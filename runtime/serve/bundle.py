@@ -45,7 +45,7 @@ def bounds(bundle: Bundle) -> dict[str, Bound]:
         "label": manifest.geometry.num_classes - 1,
         "num_iter": manifest.geometry.num_tokens,
         "gamma": manifest.geometry.num_tokens,
-        "head_steps": manifest.schedule.last_timestep + 1,
+        "head_steps": manifest.schedule.most_steps,
     }
     if ROUND in manifest.graphs():
         most["window"] = bundle.graph(ROUND).spec.axes["window"].max

@@ -1,6 +1,7 @@
 """The schedule table against the authors' coefficients and against closed forms."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from recorded import vectors
+from safetensors.torch import load_file
 
 from cspd.engines.errors import CspdError
-from cspd.engines.schedule import COLUMNS, MAX_BETA, ScheduleSpec, make_schedule
+from cspd.engines.schedule import COLUMNS, MAX_BETA, FlowSpec, ScheduleSpec, make_schedule
 
+TESTS = Path(__file__).parents[1]
 GOLDEN = {name.partition(".")[2]: v for name, v in vectors().items() if name.startswith("schedule")}
 
 
@@ -145,3 +148,54 @@ def test_wrong_number_of_steps(spec, steps, expected):
 def test_schedule_in_a_manifest_is_validated(values):
     with pytest.raises(ValidationError):
         ScheduleSpec(**values)
+
+
+FLOWS = {
+    "nextstep.shift1": {"embeds": "1 - s"},
+    "nextstep.shift3.2": {"embeds": "1 - s", "shift": 3.2},
+    "spherear.steps100": {"embeds": "1000 (1 - s)"},
+}
+
+
+@pytest.mark.parametrize("run", FLOWS)
+def test_flow_tables_of_the_authors(run):
+    """The coefficients that their samplers use; see tests/golden/flow_head_tiny.json."""
+    golden = load_file(TESTS / "golden" / "flow_head_tiny.vectors.safetensors")[f"{run}.table"]
+    spec = FlowSpec(out="data - noise", euler_at_last=True, **FLOWS[run])
+    torch.testing.assert_close(
+        make_schedule(spec, len(golden)).table, golden.float(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_flow_whose_last_step_is_the_mean_of_the_others():
+    """As xAR samples: the last step is 1.96 x0 - x; the time is truncated in float32."""
+    spec = FlowSpec(out="noise - data", embeds="int(1000 s)", euler_at_last=False)
+    schedule = make_schedule(spec, 9)
+    last = {name: column(schedule, name)[0] for name in COLUMNS}
+    assert last["mean_x0"] == pytest.approx(1.96) and last["mean_x"] == pytest.approx(-1)
+    assert last["x0_from_noise"] == pytest.approx(0.04)
+    level = np.linspace(0.04, 1, 9).astype(np.float32)
+    assert column(schedule, "timestep").tolist() == np.floor(1000 * level).tolist()
+    assert column(schedule, "timestep")[-1] == 1000
+
+
+@given(steps=st.integers(2, 40), shift=st.floats(0.2, 5))
+def test_a_flow_s_last_step_from_the_truth_ends_at_the_truth(steps, shift):
+    """From x = (1 - s) x0 + s noise every mean lies nearer to x0; with Euler the last one is it."""
+    spec = FlowSpec(out="noise - data", embeds="1 - s", euler_at_last=True, shift=shift)
+    schedule = make_schedule(spec, steps)
+    level = column(schedule, "x0_from_noise")
+    assert (np.diff(level) > 0).all() and level[-1] == pytest.approx(1)
+    mean_x0, mean_x = column(schedule, "mean_x0"), column(schedule, "mean_x")
+    # A step of the data alone (noise = 0) scales it from 1 - s to 1 - s'.
+    ends = mean_x0 + mean_x * (1 - level)
+    np.testing.assert_allclose(ends[1:], 1 - level[:-1], atol=1e-6)
+    assert ends[0] == pytest.approx(1 - level[0] + 0.04, abs=1e-6)
+
+
+def test_a_wrong_flow_is_refused():
+    for wrong in ({"last": 0.0}, {"last": 1.0}, {"shift": 0.0}, {"out": "velocity"}):
+        with pytest.raises(ValidationError):
+            FlowSpec(**{"out": "data - noise", "embeds": "1 - s", "euler_at_last": True, **wrong})
+    with pytest.raises(CspdError, match=r"got 1, expected 2\.\.1000"):
+        make_schedule(FlowSpec(out="data - noise", embeds="1 - s", euler_at_last=True), 1)

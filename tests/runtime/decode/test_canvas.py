@@ -12,7 +12,7 @@ LENGTH = 16
 
 
 def empty(images: list[int]) -> Canvas:
-    return Canvas.empty(make_batch(images), Noise(5), LENGTH, 2)
+    return Canvas.empty(Noise(5).orders(make_batch(images).images, LENGTH).int(), 2)
 
 
 @st.composite

@@ -365,7 +365,7 @@ def test_test_uses_the_kernels_that_were_sampled(temperature, accept_temperature
         values = (mean[who][0], mean[who][0], logs[0], logs[1:].sum(0))
         heads[who] = HeadSample(*(torch.tensor(value, dtype=torch.float32) for value in values))
     sampler, batch = make_sampler(temperature=temperature), batch_of(0)
-    canvas = Canvas.empty(batch, sampler.noise, LENGTH, CHANNELS)
+    canvas = sampler.begin(batch, CHANNELS)
     options = CspdOptions(accept_temperature=accept_temperature)
     ratio, _ = weigh(sampler, options, batch, window_of(canvas, heads["q"]), heads["p"])
     # The figure: 2e-5 where the densities are right, up to 39 without the temperature.
@@ -442,11 +442,11 @@ def test_real_transformer_sees_the_drafts_before_it():
     schedule = make_schedule(CLIPPED, 5)
     sampler = Sampler(MaskPlan(16, 6, 3.0, "linear"), schedule, Noise(3))
     target, draft, batch = torch_member("target"), torch_member("draft"), make_batch([0, 1])
-    canvas = Canvas.empty(batch, sampler.noise, 16, 16)
+    canvas = sampler.begin(batch, 16)
     drafting = Speculative(sampler, target, draft, CspdOptions(gamma=12), 16)
     window = drafting.propose(batch, canvas, Statistics())
     got = prefix_conditions(sampler, target, batch, canvas, window)
-    ahead, done = Canvas.empty(batch, sampler.noise, 16, 16), 0
+    ahead, done = sampler.begin(batch, 16), 0
     for _ in window.starts[0]:
         span, _ = sampler.step(draft, ahead, batch)
         expected = sampler.conditions(target, ahead, batch, span)
@@ -461,7 +461,7 @@ def test_rejected_token_and_what_follows_are_drafted_again():
     sampler, batch = make_sampler(), batch_of(0)
     target, draft = member("target", shift=odd_positions_far), member("draft")
     options = CspdOptions(verify="prefix", gamma=8, on_reject="residual")
-    canvas = Canvas.empty(batch, sampler.noise, LENGTH, CHANNELS)
+    canvas = sampler.begin(batch, CHANNELS)
     decoder = Speculative(sampler, target, draft, options, CHANNELS)
     window = decoder.propose(batch, canvas, Statistics())
     samples = decoder.verify(batch, canvas, window)
@@ -593,7 +593,7 @@ def test_parallel_equals_a_target_with_as_many_steps_if_its_own_samples_replace_
     target, draft = member("target", shift=context_shift), member("draft", shift=-FAR)
     canvas, statistics = decode(sampler, target, draft, batch_of(0, 1), **options)
     assert statistics.verdicts.accepted == 0
-    coarse = Canvas.empty(batch_of(0, 1), sampler.noise, LENGTH, CHANNELS)
+    coarse = sampler.begin(batch_of(0, 1), CHANNELS)
     judge, stops = member("target", shift=context_shift), [*statistics.rounds, LENGTH][1:]
     for stop in stops:
         span = coarse.span(coarse.known, [stop] * 2)
