@@ -102,6 +102,8 @@ class Manifest(Record):
     opset: int
     # Weights are random: figures from this bundle say nothing about image quality.
     synthetic: bool = False
+    # Which models these are: what their graphs take and return. Bundles of old say nothing: MAR.
+    family: str = Field("mar", pattern="^[a-z0-9-]{1,32}$")
     geometry: Geometry
     class_names: tuple[Annotated[str, Field(max_length=MAX_NAME)], ...]
     schedule: AnySchedule

@@ -24,8 +24,16 @@ INTEGERS = ("next_step", "moved", "drawn")  # outputs that count; all others are
 Shape = tuple[int | str | None, ...]
 
 
+FAMILIES = ("mar",)  # whose models `Pipeline` makes of a bundle's graphs
+
+
 def check_graphs(manifest: Manifest) -> None:
     """Raise BundleError unless every graph fits the code and the geometry of `manifest`."""
+    if manifest.family not in FAMILIES:
+        raise BundleError(
+            f"manifest.json: family is {manifest.family!r}, this version runs "
+            f"{', '.join(FAMILIES)}; use the version of cspd that built the bundle"
+        )
     shapes = _shapes(manifest.geometry)
     for label, graph in manifest.graphs().items():
         name = label.rpartition("/")[2]

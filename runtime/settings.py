@@ -13,6 +13,7 @@ from cspd.engines.errors import BundleError, SettingError
 from cspd.engines.manifest import Manifest
 from cspd.engines.words import setting, speaking
 from cspd.runtime.config import RunConfig, asked_config, parse_labels
+from cspd.runtime.costs.sizes import DEFAULT_WINDOW
 from cspd.runtime.defaults import check_defaults
 
 USUAL_BATCH = 8
@@ -55,6 +56,19 @@ def configure(
     if "batch_size" in {**usual, **chosen}:
         return config
     return config.model_copy(update={"batch_size": even_batch(config.num_images)})
+
+
+def without_measuring(config: RunConfig, bundle: Bundle) -> RunConfig:
+    """`config` with the usual window where measured costs would choose one.
+
+    For answers to requests, which may neither wait for a measurement nor depend on a machine.
+    """
+    if config.head_mode != "auto":
+        return config
+    most = bundle.graph("target/speculative_round").spec.axes["window"].max
+    named = {name: "lossless" for name in ("method", "head") if getattr(config, name) == "auto"}
+    window = config.window or min(DEFAULT_WINDOW, most)
+    return config.model_copy(update={**named, "window": window})
 
 
 def _usual(manifest: Manifest) -> dict[str, Any]:

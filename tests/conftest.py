@@ -58,6 +58,8 @@ def made_once(tmp_path_factory):
         with (root / f"shared-{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / "made").exists():
+                # One that failed before says why; others try again and say so too.
+                shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 make(folder)
                 (folder / "made").touch()

@@ -8,7 +8,6 @@ from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.errors import CspdError
 from cspd.engines.words import setting, speaking
 from cspd.runtime.config import RunConfig, check_config
-from cspd.runtime.costs.sizes import DEFAULT_WINDOW
 from cspd.runtime.serve.models import (
     MAX_IMAGES,
     Bound,
@@ -18,7 +17,7 @@ from cspd.runtime.serve.models import (
     Settings,
 )  # fmt: skip
 from cspd.runtime.serve.words import in_request, near
-from cspd.runtime.settings import configure, shipped_bundle
+from cspd.runtime.settings import configure, shipped_bundle, without_measuring
 
 # Fields of a request that are no sampling option of `RunConfig`.
 NOT_SAMPLING = {"label", "n"}
@@ -105,10 +104,7 @@ def configuration(request: ImageRequest, bundle: Bundle, settings: Settings) -> 
         "batch_size": settings.batch_size,
         "backend": settings.backend,
     }
-    if request.method == "lossless":
-        # Choices by measured costs would differ from machine to machine.
-        sampling.setdefault("window", min(DEFAULT_WINDOW, int(limits["window"].max)))
-    config = configure(bundle, str(label), sampling)
+    config = without_measuring(configure(bundle, str(label), sampling), bundle)
     check_config(config, bundle.manifest)
     return config
 

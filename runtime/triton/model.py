@@ -16,10 +16,10 @@ import triton_python_backend_utils as pb_utils
 
 from cspd.engines.errors import CspdError
 from cspd.engines.words import speaking
-from cspd.runtime.config import RunConfig, asked_config
+from cspd.runtime.config import RunConfig
 from cspd.runtime.pipeline import GeneratedImage, Pipeline
 from cspd.runtime.sessions import Sessions
-from cspd.runtime.settings import usable_bundle
+from cspd.runtime.settings import configure, usable_bundle, without_measuring
 from cspd.runtime.triton.config import SETTINGS
 
 
@@ -53,20 +53,13 @@ class TritonPythonModel:
 
     def _config(self, request: Any) -> RunConfig:
         """The request over the bundle's defaults; CspdError for what is out of bounds."""
-        manifest = self._bundle.manifest
         chosen = {name: _scalar(request, name) for name in SETTINGS}
         labels = pb_utils.get_input_tensor_by_name(request, "labels").as_numpy()
         if labels.ndim != 1 or not 1 <= labels.size <= self._max_images:
             raise CspdError(f"labels: {list(labels.shape)}, expected [1..{self._max_images}]")
-        usual = {
-            "method": "cspd" if "draft" in manifest.models else "target",
-            **manifest.defaults,
-            "labels": tuple(labels.tolist()),
-            "num_images": labels.size,
-            "backend": self._pipeline.backend,
-        }
-        asked = {name: value for name, value in chosen.items() if value is not None}
-        return asked_config(asked, usual)
+        chosen["backend"] = self._pipeline.backend
+        config = configure(self._bundle, labels.tolist(), chosen)
+        return self._pipeline.resolve(without_measuring(config, self._bundle))[0]
 
     def _outputs(self, config: RunConfig, images: list[GeneratedImage]) -> list[Any]:
         """Pixels [N, H, W, C] uint8, counts of drafted tokens [N] int64, the settings as JSON."""

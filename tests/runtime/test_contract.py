@@ -59,3 +59,12 @@ def test_the_channels_of_an_output_are_those_of_the_geometry(document, graph, ou
     spec["independent"] = None
     with pytest.raises(BundleError, match=f"{output} is .*the geometry of the bundle says"):
         check_graphs(Manifest.model_validate(document))
+
+
+def test_models_of_another_family_are_refused(document):
+    """A manifest that says nothing, as all did once, is MAR's."""
+    assert "family" not in document
+    assert Manifest.model_validate(document).family == "mar"
+    document["family"] = "xar"
+    with pytest.raises(BundleError, match="family is 'xar', this version runs mar; use"):
+        check_graphs(Manifest.model_validate(document))

@@ -1,4 +1,4 @@
-"""A flow-matching head of other authors (NextStep-1) in the graphs of MAR's head: only data differ."""
+"""The flow head of other authors (NextStep-1) in the graphs of MAR's head: only data differ."""
 
 from pathlib import Path
 

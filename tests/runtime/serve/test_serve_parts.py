@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cspd.engines.bundle import open_bundle
+from cspd.engines.bundle import Bundle, open_bundle
 from cspd.engines.errors import CspdError
 from cspd.runtime.about import OF_CSPD
 from cspd.runtime.commands.cli import main, shipped_bundle
@@ -190,3 +190,16 @@ def test_options_of_cspd_are_those_of_the_command_line(configured):
 def test_request_with_an_option_that_changes_nothing_is_refused(configured, fields, fragment):
     with pytest.raises(CspdError, match=fragment):
         configured(**fields)
+
+
+@pytest.mark.parametrize("default", [{"method": "auto"}, {"method": "target", "head": "auto"}])
+def test_no_request_waits_for_a_measurement(default):
+    """Neither where the bundle's own default is a choice by costs."""
+    bundle = open_bundle(shipped_bundle())
+    manifest = bundle.manifest.model_copy(update={"defaults": {"num_iter": 8, **default}})
+    config = configuration(
+        ImageRequest(label=1), Bundle(bundle.folder, manifest), Settings(bundle=bundle.folder)
+    )
+    assert (config.head_mode, config.window) == ("lossless", 8)
+    named = ImageRequest(label=1, method="target", num_iter=8)
+    assert configuration(named, bundle, Settings(bundle=bundle.folder)).head_mode == "plain"

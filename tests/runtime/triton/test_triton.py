@@ -237,7 +237,10 @@ def test_the_loop_makes_the_images_of_the_pipeline(loop, bundle, method):
     )
     (response,) = model.execute([request])
     outputs = fake_triton.check_response(config, response)
-    settings = make_config(labels=labels, num_images=3, method=method, seed=5, **QUICK)
+    # As the command chooses it: three images in one batch of three.
+    settings = make_config(
+        labels=labels, num_images=3, method=method, seed=5, batch_size=3, **QUICK
+    )
     made = [
         i for batch, _ in Pipeline(Sessions(bundle, threads=1)).generate(settings) for i in batch
     ]
@@ -247,6 +250,17 @@ def test_the_loop_makes_the_images_of_the_pipeline(loop, bundle, method):
     assert (outputs["proposed"] > 0).all() == (method == "cspd")
     record = json.loads(outputs["config"][0])
     assert record == {"config": settings.model_dump(mode="json"), "bundle": bundle.sha256}
+
+
+def test_no_request_waits_for_a_measurement(loop, monkeypatch):
+    """A method by costs speculates with the usual window, and says so in what comes back."""
+    model, config = loop
+    monkeypatch.setattr("cspd.runtime.costs.measure.measure", lambda *_: pytest.fail("measured"))
+    (response,) = model.execute(
+        [fake_triton.make_request(config, labels=[1], method=b"lossless", **QUICK)]
+    )
+    outputs = fake_triton.check_response(config, response)
+    assert json.loads(outputs["config"][0])["config"]["window"] == 8
 
 
 @pytest.mark.parametrize(
