@@ -54,7 +54,8 @@ def _load(path: Path) -> Any:
     except ModuleNotFoundError:
         raise MissingExtraError("onnx", "export") from None
     try:
-        model = onnx.load(path, load_external_data=False)
+        # The format is given: by itself, onnx goes by the name of the file.
+        model = onnx.load(path, format="protobuf", load_external_data=False)
     except OSError as error:
         raise CspdError(f"{path}: cannot be read: {error.strerror or error}") from None
     except DecodeError:

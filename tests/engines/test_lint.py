@@ -131,3 +131,12 @@ def test_files_that_are_not_onnx(tmp_path, content):
 def test_a_missing_file(tmp_path):
     with pytest.raises(CspdError, match=r"x\.onnx: cannot be read: No such file"):
         lint_model(tmp_path / "x.onnx", None, None)
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.textproto", "x.onnxtxt"])
+def test_a_file_is_judged_by_what_it_holds_not_by_its_name(tmp_path, name):
+    (tmp_path / name).write_text('{"a": 1}')
+    with pytest.raises(CspdError, match="is not an ONNX file"):
+        lint_model(tmp_path / name, None, None)
+    write_onnx(tmp_path / "x.onnx", [RELU]).rename(tmp_path / name)
+    assert lint_model(tmp_path / name, None, None) == []
