@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cspd.engines.backends import ENGINES
 from cspd.engines.console.commands import WHAT
 from cspd.engines.errors import SettingError
 from cspd.engines.manifest import Manifest
@@ -24,11 +25,19 @@ def check_defaults(manifest: Manifest, usual: Mapping[str, Any]) -> None:
         _check_one(name, value)
     classes = tuple(range(manifest.geometry.num_classes))
     # A bundle answers for what it says, not for what is taken where it says nothing.
-    silent = {"num_iter": 1, "gamma": 1, "head_steps": 2, "num_images": len(classes)}
+    silent = {"head_steps": 2, "num_images": len(classes)}
     values = {**silent, **usual, "labels": classes}
     config = valid_config(values, strict=True)
     check_settings(config, manifest)
     _check_rounds(config, manifest)
+    _check_engines(config, manifest)
+
+
+def _check_engines(config: RunConfig, manifest: Manifest) -> None:
+    """Raise SettingError for a backend of engines that the bundle does not have."""
+    built = {flavour for graph in manifest.graphs().values() for flavour in graph.engines}
+    if config.backend in ENGINES and config.backend not in built:
+        raise SettingError(f"{setting('backend', config.backend)}: the bundle has no such engines")
 
 
 def _check_one(name: str, value: object) -> None:

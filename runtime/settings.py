@@ -73,7 +73,13 @@ def without_measuring(config: RunConfig, bundle: Bundle) -> RunConfig:
 
 def _usual(manifest: Manifest) -> dict[str, Any]:
     """The settings of a run that asks for nothing, but for its images."""
-    return {"method": "cspd" if "draft" in manifest.models else "target", **manifest.defaults}
+    tokens = manifest.geometry.num_tokens
+    # Usual numbers that no small image has.
+    fits = {
+        name: min(RunConfig.model_fields[name].default, tokens) for name in ("num_iter", "gamma")
+    }
+    method = "cspd" if "draft" in manifest.models else "target"
+    return {"method": method, **fits, **manifest.defaults}
 
 
 def even_batch(num_images: int) -> int:

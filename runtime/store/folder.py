@@ -196,10 +196,7 @@ class RunFolder:
         with self.writing(f"{GRID} and {RUN}"):
             if not (self.folder / GRID).exists():
                 self._write_grid()
-            journal.rewrite(self.folder / IMAGES, (self.lines[i] for i in sorted(self.lines)))
-            if self.packed:
-                lines = [self.packed[shard.name] for shard in self.finished_shards]
-                journal.rewrite(self.folder / SHARDS, lines)
+            self.rewrite_lines()
             record = self.sealed(record | {"files": self.line_hashes()})
             self._write_json(RUN, record)
             for path in (self.folder / PENDING).glob("*"):
@@ -208,6 +205,13 @@ class RunFolder:
                 (self.folder / PENDING).rmdir()
             (self.folder / JOURNAL).unlink(missing_ok=True)
         return record
+
+    def rewrite_lines(self) -> None:
+        """Write the lines of all images and shards in order, as a finished run has them."""
+        journal.rewrite(self.folder / IMAGES, (self.lines[i] for i in sorted(self.lines)))
+        if self.packed:
+            lines = [self.packed[shard.name] for shard in self.finished_shards]
+            journal.rewrite(self.folder / SHARDS, lines)
 
     def line_hashes(self) -> dict[str, str]:
         """SHA-256 of the files of lines, by name."""

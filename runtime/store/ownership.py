@@ -63,8 +63,8 @@ def run_files(folder: Path, there: dict[str, Any]) -> list[Path]:
     """The files in `folder` that the run of the identity `there` wrote.
 
     A name alone does not make a file the run's: its content must be of our making, or a line of
-    the run must promise it, or a kill or a bad disk left it empty. In the folders `preview` and
-    `pending` of a run only the names count.
+    the run must promise it, or a kill or a bad disk left it empty. In the folder `preview` of a run
+    only the names count.
     """
     promised = _promised(folder)
     return [path for path in _named(folder, there) if _is_ours(path, folder, promised)]
@@ -135,15 +135,18 @@ def _promised(folder: Path) -> set[object]:
 
 def _is_ours(path: Path, folder: Path, promised: set[object]) -> bool:
     """Whether the content of a file with a name of ours is of our making."""
-    if path.parent != folder or path.name in promised:
+    if path.parent == folder / PREVIEW or (path.parent == folder and path.name in promised):
         return True
-    if path.name in KEYS:
-        lines = [line for line in journal.read(path) if line]
-        return not lines or any(keys <= set(line) for line in lines for keys in KEYS[path.name])
     content = _ends(path)
     # Zeros are what some file systems leave of a file in a power cut.
     if not content.strip(b"\0"):
         return True
+    if path.name in KEYS:
+        lines = [line for line in journal.read(path) if line]
+        # Without a whole line, one that was torn must at least begin as ours do.
+        return any(keys <= set(line) for line in lines for keys in KEYS[path.name]) or (
+            not lines and content.startswith(b'{"')
+        )
     if path.name in (SETTINGS, RUN):
         begun = content[: len(HEAD)]
         return begun == HEAD.encode()[: len(begun)] or _says_run(path)

@@ -171,6 +171,9 @@ def _whole(run: RunFolder, record: dict[str, Any]) -> bool:
         return False
     if not is_believable(record, run.config, run.bundle):
         return False
+    if record.get("files") != run.line_hashes():
+        # What was changed in a line is derived again; a record that agrees with that stays.
+        run.rewrite_lines()
     return record.get("files") == run.line_hashes()
 
 

@@ -13,7 +13,8 @@ from cspd.engines.bundle import MANIFEST
 from cspd.engines.errors import BundleError
 from cspd.export.cli import main as export
 from cspd.runtime.commands.cli import main as run
-from cspd.runtime.settings import shipped_bundle, usable_bundle
+from cspd.runtime.config import check_config
+from cspd.runtime.settings import configure, shipped_bundle, usable_bundle
 
 # A default, and what is said of it.
 WRONG = {
@@ -35,6 +36,8 @@ WRONG = {
     "window": (33, "window is 33, expected 1..32"),
     "batch_size": (8.5, "batch_size is 8.5, expected a whole number, 1..4096"),
     "backend": ("abacus", "backend is 'abacus', expected one of onnxruntime, "),
+    # Engines that the bundle does not have.
+    "backend ": ("tensorrt-rtx", 'backend="tensorrt-rtx": the bundle has no such engines'),
     "reproducible": (None, "reproducible is null, expected true or false"),
 }
 
@@ -57,7 +60,7 @@ def said(bundle) -> str:
 def test_a_wrong_default_is_named(bundle, name):
     value, words = WRONG[name]
     more = {"method": "auto"} if name == "head" else {}
-    change_manifest(bundle, lambda m: m["defaults"].update({**more, name: value}))
+    change_manifest(bundle, lambda m: m["defaults"].update({**more, name.strip(): value}))
     message = said(bundle)
     assert message.startswith(f"{bundle / MANIFEST}: defaults: {words}")
     assert message.endswith("; rebuild the bundle with cspd-export build") and "--" not in message
@@ -140,3 +143,11 @@ def test_python_says_the_same(broken):
     with pytest.raises(BundleError) as caught:
         cspd.load(broken)
     assert str(caught.value) == said(broken)
+
+
+def test_a_small_bundle_that_says_nothing_takes_what_it_can(bundle):
+    """49 tokens, where 64 steps are usual."""
+    change_manifest(bundle, lambda m: m.update(defaults={}))
+    config = configure(usable_bundle(bundle), None, {})
+    assert (config.num_iter, config.gamma) == (49, 8)
+    check_config(config, usable_bundle(bundle).manifest)

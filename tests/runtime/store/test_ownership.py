@@ -247,3 +247,34 @@ def test_a_record_that_was_changed_is_not_reported(out, tmp_path):
     assert result.exit_code == 1 and result.stderr.count("\n") == 1
     assert f"{out / 'run.json'}: was changed since the run wrote it" in result.stderr
     assert f"--out {out} writes it again" in result.stderr and not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize("name", ["unfinished.jsonl", "shards.jsonl", "images.jsonl"])
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_a_list_of_somebody_else_is_named_and_stays(tiny_bundle, begun, name, options):
+    """Also one that is no JSON at all."""
+    (begun / name).write_text("milk\neggs\n")
+    result = generate(tiny_bundle, begun, *options)
+    assert result.exit_code == 1 and name in result.stderr
+    assert (begun / name).read_text() == "milk\neggs\n"
+
+
+def test_a_picture_among_images_that_wait_for_their_shard(tiny_bundle, finished, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(finished / "npz", folder)
+    (folder / "pending").mkdir()
+    picture(folder / "pending" / "00000.png")
+    before = contents(folder)
+    result = generate(tiny_bundle, folder, "--format", "webdataset", "--overwrite")
+    assert result.exit_code == 1 and "pending/00000.png" in result.stderr
+    assert contents(folder) == before
+
+
+def test_a_record_outlives_a_line_that_was_changed(tiny_bundle, out):
+    """Every image is intact and the line says what it did once it is derived again."""
+    before = contents(out)
+    text = (out / "images.jsonl").read_text()
+    (out / "images.jsonl").write_text(text.replace('"label": 1,', '"label": 5,', 1))
+    assert (out / "images.jsonl").read_text() != text
+    assert generate(tiny_bundle, out).exit_code == 0
+    assert contents(out) == before
