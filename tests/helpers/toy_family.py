@@ -187,10 +187,12 @@ def toy_modules(seed: int) -> dict[str, tuple[nn.Module, GraphSpec]]:
     }
 
 
-def export_toy(seed: int, folder) -> ToyGraphs:
-    """Export a model to ONNX files in `folder`, and open them with ONNX Runtime."""
-    sessions = {}
+def export_toy(seed: int, folder, *, rounds: bool = True) -> ToyGraphs:
+    """Export a model to ONNX files in `folder`, and open them; without `rounds` it only steps."""
+    sessions: dict[str, object] = {"speculative_round": None}
     for name, (module, spec) in toy_modules(seed).items():
+        if name == "speculative_round" and not rounds:
+            continue
         path = folder / f"{seed}-{name}.onnx"
         ir.save(export_graph(module, spec), path)
         sessions[name] = ort_session(str(path), spec, threads=1)

@@ -257,7 +257,7 @@ def test_which_judge_fits(tiny_bundle, tmp_path):
 
 def test_the_command_on_the_shipped_pair(tmp_path):
     # Ten images per class is the least that is scored; two steps make no good images, and show it.
-    arguments = ["--num-images", "20", "--num-iter", "1", "--head-steps", "2", "--seeds", "0"]
+    arguments = ["--num-images", "100", "--num-iter", "1", "--head-steps", "2", "--seeds", "0"]
     arguments += ["--method", "draft", "--threads", "1", "--out", str(tmp_path), "--json"]
     result = CliRunner().invoke(evaluate.command, [*arguments, "--quiet"], catch_exceptions=False)
     record = json.loads(result.stdout)
@@ -318,7 +318,7 @@ def test_the_command_with_inception_weights(random_inception, tmp_path, monkeypa
     monkeypatch.setattr(
         InceptionJudge, "_features", lambda *a: seen.append(real(*a)) or seen[-1]
     )  # fmt: skip
-    arguments = ["--num-images", "20", "--num-iter", "1", "--head-steps", "2", "--seeds", "0"]
+    arguments = ["--num-images", "100", "--num-iter", "1", "--head-steps", "2", "--seeds", "0"]
     arguments += ["--method", "draft", "--threads", "1", "--json", "--quiet"]
     arguments += ["--inception", str(random_inception), "--reference", str(tmp_path / "stats.npz")]
     arguments += ["--out", str(tmp_path / "out")]
@@ -327,7 +327,7 @@ def test_the_command_with_inception_weights(random_inception, tmp_path, monkeypa
     assert record["judge"]["name"] == "inception with other weights"
     assert "not FID" in record["frechet_name"]
     ((features, logits),) = seen
-    assert features.shape == (20, 2048) and logits.shape == (20, 1008)
+    assert features.shape == (100, 2048) and logits.shape == (100, 1008)
     score = record["scores"][0]["score"]
     ours = FeatureStats(torch.from_numpy(mu), torch.diag(torch.from_numpy(spread)))
     expected = frechet_distance(feature_stats(features), ours)
