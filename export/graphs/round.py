@@ -157,7 +157,7 @@ def advance(
     """One round: draft, verify, accept, resample.
 
     `last_row` [N, 1] is the last row of the window that is evaluated for a token; `candidates`
-    [N, K, C] and `choices` [N, K, 3] as the runtime's `coupling.residual` takes them. A token none
+    [N, K, C] and `choices` [N, K, 3] as `residual` takes them. A token none
     of whose candidates is kept is not `done`: what is returned of it counts for nothing but
     `drawn`.
     """
@@ -172,8 +172,8 @@ def residual(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Candidates of the residual as noise of the target [N, K, C]; which are kept [N, K, 1].
 
-    `target` (mean, log_std), `drafted` (mean, log_std, std), each [N, 1, C]. See the runtime's
-    `coupling.Envelope`.
+    `target` (mean, log_std), `drafted` (mean, log_std, std), each [N, 1, C]. The bound
+    that proposals are drawn from is derived in docs/explanation/lossless.md.
     """
     mean, log_std, std = drafted
     log_scale = target[1] - log_std

@@ -62,8 +62,7 @@ def generate(
 
     A run that is finished already returns what its folder says and makes nothing; CspdError if that
     is no baseline, where one is asked for. A run that was begun keeps the choices it began with.
-    Raises Interrupted when a signal asked to stop; images in
-    flight were finished and written.
+    Raises Interrupted when a signal asked to stop; images in flight were finished and written.
     """
     check_config(config, bundle.manifest)
     job.layout.check()

@@ -50,7 +50,7 @@ class ChainNumbers:
     ) -> tuple[Tensor, Tensor]:
         """`count` candidates from number `first` [N] on: noise [N, K, C] and choices [N, K, 3].
 
-        As `coupling.residual` takes them.
+        As rounds take them.
         """
         purpose, _ = SPECULATION[self.purpose]
         normal, choices = self.noise.candidates(purpose, images, positions, first, count, channels)

@@ -4,7 +4,7 @@ The newest evaluation of the head, frozen, drafts the next steps of the chain wi
 one call verifies them all; each step is coupled maximally with the target's own. Every step is
 tested at most once, so that one normal and one uniform number per (token, step) serve the whole
 chain: the numbers of drafted steps that were never tested are still unused and independent.
-`lossless_loop` does the same in one call where a backend can loop.
+`speculative_loop` does the same in one call where a backend can loop.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ State = dict[str, Tensor]
 
 
 class Round(Protocol):
-    """`speculative_round` as an exported graph or as `rounds.ReferenceRound`."""
+    """`speculative_round`: an exported graph, or what stands in for it in tests."""
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         """Advance all tokens by one round."""

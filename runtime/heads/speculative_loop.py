@@ -1,7 +1,7 @@
 """Speculative denoising with all rounds in one session call.
 
 Of a graph that loops, or of `captured_rounds`. The same samples from the same random numbers as
-`lossless.SpeculativeHead`, up to rounding; without the host between rounds, and with the head's
+`speculative.SpeculativeHead`, up to rounding; without the host between rounds, and with the head's
 modulations computed once ahead of them.
 """
 
@@ -49,7 +49,7 @@ class SpeculativeLoopHead:
     def __call__(
         self, rows: Rows, schedule: Schedule, noise: Noise, purpose: Purpose = Purpose.DENOISE
     ) -> SpeculativeSample:
-        """As `lossless.SpeculativeHead`."""
+        """As `speculative.SpeculativeHead`."""
         last_row = self._last_rows(schedule.num_steps)
         constant = {
             **self._drafts(schedule), "schedule": schedule.table,

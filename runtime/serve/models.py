@@ -11,7 +11,7 @@ from cspd.engines.spec import Record
 from cspd.runtime.config import MAX_SEED
 
 MAX_IMAGES = 16
-# Without "auto", whose choices are measured: see `serve_bundle.configuration`.
+# Without "auto", whose choices are measured: see `bundle.configuration`.
 Served = Literal["target", "cspd", "lossless", "draft"]
 
 
